@@ -1,0 +1,334 @@
+"""All settings of a server and of a model: one frozen Config, made of defaults < file < MMS_* environment < command line.
+
+Each setting is documented where it is defined; the command line, the environment and `mms config` are derived from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mms.errors import ConfigError
+
+MAX_FILE = 1 << 20
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+_SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError("a whole number is needed")
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed")
+    number = float(value)
+    if not -1e12 < number < 1e12:
+        raise ValueError("a finite number is needed")
+    return number
+
+
+def _milliseconds(value: Any) -> float:
+    return _number(value) / 1000
+
+
+def _size(value: Any) -> int:
+    match = _SIZE.fullmatch(str(value).strip())
+    if match is None or isinstance(value, bool):
+        raise ValueError("a size is needed, such as 1048576, 100MiB or 2GB")
+    return int(match[1]) * _UNITS[match[2].lower()]
+
+
+def _boolean(value: Any) -> bool:
+    text = str(value).lower()
+    if text in ("true", "yes", "on", "1"):
+        return True
+    if text in ("false", "no", "off", "0"):
+        return False
+    raise ValueError("true or false is needed")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text is needed")
+    return value
+
+
+def _path(value: Any) -> Path | None:
+    return None if value in (None, "") else Path(_text(str(value))).expanduser().absolute()
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [word for word in re.split(r"[,\s]+", value) if word]
+    if not isinstance(value, list | tuple):
+        raise ValueError("a list is needed")
+    return tuple(str(word) for word in value)
+
+
+def _integers(value: Any) -> tuple[int, ...]:
+    return tuple(_integer(word) for word in (value if isinstance(value, list | tuple) else _words(value)))
+
+
+def _one_of(*words: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        text = "none" if value is False else str(value)
+        if text not in words:
+            raise ValueError(f"one of {', '.join(words)} is needed")
+        return text
+
+    return parse
+
+
+def _address(value: Any) -> str:
+    text = _text(value).removeprefix("http://").rstrip("/")
+    if not text.startswith("unix:"):
+        host, colon, port = text.rpartition(":")
+        if not colon or not host or not port.isdecimal() or int(port) > 65535:
+            raise ValueError("host:port or unix:/path is needed")
+    return text
+
+
+def _setting(default: Any, parse: Callable[[Any], Any], help: str, *, low: float | None = None) -> Any:
+    return field(default=default, metadata={"parse": parse, "help": help, "low": low})
+
+
+def default_run_dir() -> Path:
+    """`$XDG_RUNTIME_DIR/mms`, or a folder of this user's in the temporary folder."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "mms" if runtime else Path(tempfile.gettempdir()) / f"mms-{os.getuid()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """How one model version is served: server defaults < model-config.yaml in the archive < the registration call.
+
+    Durations are seconds here; `max_batch_delay` is given in milliseconds in every file and call, as MMS users know it.
+    """
+
+    batch_size: int = _setting(1, _integer, "most requests that one call of the handler gets", low=1)
+    max_batch_delay: float = _setting(
+        0.0, _milliseconds, "milliseconds an idle worker waits for a fuller batch (0: takes what is there)", low=0
+    )
+    min_workers: int = _setting(-1, _integer, "workers to run (-1: one per GPU, without GPUs one per core)", low=-1)
+    max_workers: int = _setting(-1, _integer, "upper bound of workers (-1: as min_workers)", low=-1)
+    response_timeout: float = _setting(120.0, _number, "seconds one batch may run before its worker is killed", low=0.001)
+    startup_timeout: float = _setting(300.0, _number, "seconds a worker may take to load", low=0.001)
+    queue_size: int = _setting(100, _integer, "requests that may wait; one more is refused with 429", low=1)
+    queue_timeout: float = _setting(60.0, _number, "seconds a request may wait for a worker; then 504", low=0.001)
+    retry: int = _setting(1, _integer, "times a request is run again after its worker died (0 or 1)", low=0)
+    isolate_errors: str = _setting(
+        "auto",
+        _one_of("auto", "true", "false"),
+        "when a whole batch fails, run its halves to find the guilty request (auto: for request-style handlers)",
+    )
+    device: str = _setting("auto", _one_of("auto", "cpu", "gpu"), "where the workers run (auto: GPUs where there are any)")
+    gpus: tuple[int, ...] = _setting((), _integers, "the GPUs to spread the workers over (empty: all)")
+    threads: int = _setting(0, _integer, "CPU threads per worker (0: cores / workers)", low=0)
+    preload: tuple[str, ...] = _setting((), _words, "modules that the fork server imports before the workers are forked")
+
+    @property
+    def worker_limit(self) -> int:
+        return max(self.min_workers, self.max_workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of one server."""
+
+    model_store: Path | None = _setting(None, _path, "folder of the archives")
+    models: tuple[str, ...] = _setting((), _words, "what to serve at start: a.mar, name=b.mar, or ALL")
+    inference_address: str = _setting("127.0.0.1:8080", _address, "where clients send predictions: host:port or unix:/path")
+    management_address: str = _setting("127.0.0.1:8081", _address, "where models are registered and scaled; keep it private")
+    metrics_address: str = _setting("127.0.0.1:8082", _address, "where Prometheus scrapes /metrics")
+    edge: str = _setting(
+        "auto", _one_of("auto", "nginx", "none"), "nginx in front, or the front end alone (auto: nginx where it is installed)"
+    )
+    nginx: str = _setting("nginx", _text, "the nginx program")
+    run_dir: Path = _setting(None, _path, "folder for sockets, pid file, extracted archives and logs")
+    log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "how much is logged")
+    log_file: Path | None = _setting(None, _path, "log to this file instead of standard error (rotated at 100 MB)")
+    max_request_size: int = _setting(100 << 20, _size, "largest request body, before and after unpacking", low=1)
+    max_response_size: int = _setting(100 << 20, _size, "largest answer of a handler", low=1)
+    max_connections: int = _setting(10_000, _integer, "connections the front end holds open", low=1)
+    header_timeout: float = _setting(10.0, _number, "seconds a client may take to send a request's headers", low=0.001)
+    body_timeout: float = _setting(60.0, _number, "seconds a client may pause while it sends a body or reads an answer", low=0.001)
+    keepalive_timeout: float = _setting(
+        75.0, _number, "seconds an idle connection stays open (behind nginx, nginx decides)", low=0.001
+    )
+    drain_timeout: float = _setting(30.0, _number, "seconds that requests in hand get to finish at stop and unload", low=0)
+    stop_grace: float = _setting(5.0, _number, "seconds a worker gets to leave by itself before it is killed", low=0)
+    parallel_loads: int = _setting(4, _integer, "workers that may load at the same time", low=1)
+    verify_archives: bool = _setting(True, _boolean, "compare every file with the manifest's SHA-256 before it is used")
+    install_requirements: bool = _setting(
+        False, _boolean, "install an archive's requirements.txt into a virtual environment of its own"
+    )
+    worker_env: tuple[str, ...] = _setting((), _words, "names of environment variables that workers get beside the usual ones")
+    batch_size: int = _setting(1, _integer, "default for models: see batch_size of a model", low=1)
+    max_batch_delay: float = _setting(0.0, _milliseconds, "default for models, milliseconds", low=0)
+    workers: int = _setting(-1, _integer, "default number of workers per model (-1: one per GPU, else one per core)", low=-1)
+    response_timeout: float = _setting(120.0, _number, "default for models, seconds", low=0.001)
+    startup_timeout: float = _setting(300.0, _number, "default for models, seconds", low=0.001)
+    queue_size: int = _setting(100, _integer, "default for models: requests that may wait", low=1)
+    queue_timeout: float = _setting(60.0, _number, "default for models, seconds", low=0.001)
+
+    def model_defaults(self) -> ModelSettings:
+        return ModelSettings(
+            batch_size=self.batch_size,
+            max_batch_delay=self.max_batch_delay,
+            min_workers=self.workers,
+            response_timeout=self.response_timeout,
+            startup_timeout=self.startup_timeout,
+            queue_size=self.queue_size,
+            queue_timeout=self.queue_timeout,
+        )
+
+
+_ALIASES = {  # TorchServe's spelling in model-config.yaml -> ours
+    "batchSize": "batch_size",
+    "maxBatchDelay": "max_batch_delay",
+    "minWorkers": "min_workers",
+    "maxWorkers": "max_workers",
+    "responseTimeout": "response_timeout",
+    "startupTimeout": "startup_timeout",
+    "jobQueueSize": "queue_size",
+    "deviceType": "device",
+    "deviceIds": "gpus",
+}
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`; did you mean X?`, or nothing when no known word is near."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parse_setting(kind: type, name: str, value: Any, origin: str) -> Any:
+    """One value as its field's type. Raises ConfigError that names the setting and where the value came from."""
+    meta = next(f.metadata for f in fields(kind) if f.name == name)
+    try:
+        parsed = meta["parse"](value)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{origin}: {name} = {value!r}: {error}") from None
+    if meta["low"] is not None and isinstance(parsed, int | float) and parsed < meta["low"]:
+        raise ConfigError(f"{origin}: {name} = {value!r}: must be at least {meta['low']}")
+    return parsed
+
+
+def show_setting(kind: type, name: str, value: Any) -> str:
+    """The value as one would write it in a file."""
+    meta = next(f.metadata for f in fields(kind) if f.name == name)
+    if meta["parse"] is _milliseconds:
+        value = round(value * 1000, 6)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key that stands twice is an error, and so is an alias (a bomb is made of them)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping (at most 1 MiB, no aliases, no repeated keys). Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    if len(data) > MAX_FILE:
+        raise ConfigError(f"{path}: larger than {MAX_FILE} bytes")
+    return parse_yaml(data, str(path))
+
+
+def parse_yaml(data: bytes, origin: str) -> dict[str, Any]:
+    """As read_yaml, from memory; `origin` is named in errors."""
+    try:
+        content = yaml.load(data, _UniqueKeys)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
+        raise ConfigError(f"{origin}:{line} {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{origin}: not YAML: {str(error).splitlines()[0]}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{origin}: must hold 'key: value' lines")
+    return content
+
+
+def load_config(
+    *, file: Path | None = None, environ: Mapping[str, str] | None = None, command_line: Mapping[str, Any] | None = None
+) -> tuple[Config, dict[str, str]]:
+    """The configuration and, per setting, where its value came from. Raises ConfigError on the first fault."""
+    known = [f.name for f in fields(Config)]
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(known, "default")
+
+    def take(source: Mapping[str, Any], origin: str) -> None:
+        for name, value in source.items():
+            if name not in known:
+                raise ConfigError(f"{origin}: unknown setting {name}{nearest(name, known)}")
+            values[name] = parse_setting(Config, name, value, origin)
+            origins[name] = origin
+
+    if file is not None:
+        take(read_yaml(file), str(file))
+    environ = os.environ if environ is None else environ
+    named = {key.removeprefix("MMS_").lower(): value for key, value in environ.items() if key.startswith("MMS_")}
+    for name in named:
+        if name not in known:
+            suggestion = nearest(name, known).upper().replace("; DID YOU MEAN ", "; did you mean MMS_")
+            raise ConfigError(f"environment: unknown setting MMS_{name.upper()}{suggestion}")
+    take(named, "environment")
+    take(command_line or {}, "command line")
+    values.setdefault("run_dir", default_run_dir())
+    return Config(**values), origins
+
+
+def merge_settings(base: ModelSettings, changes: Mapping[str, Any], origin: str, *, strict: bool) -> ModelSettings:
+    """`base` with `changes` on top (TorchServe's spellings are understood).
+
+    With strict, an unknown key raises ConfigError; without, it is left to the handler (model-config.yaml holds both).
+    """
+    known = [f.name for f in fields(ModelSettings)]
+    values = {}
+    for key, value in changes.items():
+        name = _ALIASES.get(key, key)
+        if name in known:
+            values[name] = parse_setting(ModelSettings, name, value, origin)
+        elif strict:
+            raise ConfigError(f"{origin}: unknown setting {key}{nearest(key, known)}")
+    merged = dataclasses.replace(base, **values)
+    if merged.max_workers != -1 and merged.max_workers < merged.min_workers:
+        raise ConfigError(f"{origin}: max_workers {merged.max_workers} is less than min_workers {merged.min_workers}")
+    return merged

@@ -1,0 +1,139 @@
+"""Every error that MMS reports, in one tree: the class carries the HTTP status and the type that clients see.
+
+`message` is one line that says what is wrong, where, and what to do about it. The wire form is
+`{"code": 404, "type": "ModelNotFoundException", "message": "..."}`.
+"""
+
+from __future__ import annotations
+
+
+class MMSError(Exception):
+    """Raised for anything MMS reports; the client sees `status` and `type`. Not worth a retry unless a subclass says so."""
+
+    status = 500
+    type = "InternalServerException"
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if status is not None:
+            self.status = status
+
+
+class BadRequestError(MMSError):
+    """The request cannot be understood: raised by the front end, the management API and a worker's decoder. Do not retry."""
+
+    status = 400
+    type = "BadRequestException"
+
+
+class NotFoundError(MMSError):
+    """No such path. Do not retry."""
+
+    status = 404
+    type = "ResourceNotFoundException"
+
+
+class ModelNotFoundError(NotFoundError):
+    """No model of that name is registered, or the store has no such archive. Do not retry."""
+
+    type = "ModelNotFoundException"
+
+
+class ModelVersionNotFoundError(NotFoundError):
+    """The model is registered, but not in that version. Do not retry."""
+
+    type = "ModelVersionNotFoundException"
+
+
+class MethodNotAllowedError(MMSError):
+    """The path exists, but not for this method. Do not retry."""
+
+    status = 405
+    type = "MethodNotAllowedException"
+
+
+class ConflictError(MMSError):
+    """The model version is registered already, or is being changed by another call. Retry after that call."""
+
+    status = 409
+    type = "ConflictStatusException"
+
+
+class RequestTooLargeError(MMSError):
+    """The body, or what it unpacks to, is over `max_request_size`. Do not retry."""
+
+    status = 413
+    type = "RequestEntityTooLargeException"
+
+
+class QueueFullError(MMSError):
+    """The version's queue is full: raised by its BatchQueue. Retry after `retry_after` seconds (sent as `Retry-After`)."""
+
+    status = 429
+    type = "TooManyRequestsException"
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ServiceUnavailableError(MMSError):
+    """No worker can take the request now (loading, failed, draining, scaled to 0). Retry later."""
+
+    status = 503
+    type = "ServiceUnavailableException"
+
+
+class WorkerDiedError(MMSError):
+    """The worker process died with this request in hand; 500 when the request was tried twice, 503 when it was not retried."""
+
+    status = 503
+    type = "WorkerDiedException"
+
+
+class DeadlineError(MMSError):
+    """The request waited longer than its limit, or its batch ran longer than `response_timeout`. Retry when load is lower."""
+
+    status = 504
+    type = "DeadlineExceededException"
+
+
+class HandlerError(MMSError):
+    """The handler failed, or answered with something that cannot be sent. The traceback is in the model's log."""
+
+    status = 500
+    type = "HandlerException"
+
+
+class ArchiveError(MMSError):
+    """The archive is broken, unsafe or does not match its manifest: raised before anything of it is used."""
+
+    status = 400
+    type = "InvalidModelException"
+
+
+class ModelLoadError(MMSError):
+    """The archive is sound but its handler did not become ready; `traceback` holds the worker's last words."""
+
+    status = 500
+    type = "ModelLoadException"
+
+    def __init__(self, message: str, *, traceback: str = "") -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+class ConfigError(MMSError):
+    """A setting is unknown, malformed or impossible: raised while the configuration is read, before anything starts."""
+
+    status = 400
+    type = "ConfigException"
+
+
+class StartError(MMSError):
+    """The server cannot start here: a port or run directory in use, no model store, nginx refused its configuration."""
+
+
+class FrameError(MMSError):
+    """The bytes on a worker's channel are not a frame. The conversation is over: the worker is killed and replaced."""

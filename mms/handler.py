@@ -1,0 +1,269 @@
+"""What a handler's author sees: Handler, Request, Response, Context, PredictionError. Runs in the worker process.
+
+Two styles. Batch style (MMS, TorchServe): `handle(data, context)`, where data is a list with one dict per request and
+the result a list of the same length. Request style: a subclass of Handler with `preprocess`, `inference`, `postprocess`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mms import payload, wire
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Context", "Handler", "Headers", "PredictionError", "Request", "Response"]
+
+
+class PredictionError(Exception):
+    """Raise it, or return it for one request of a batch: that client gets `status` and `message` as the error's text."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """An answer with its own status, content type or headers; `body` as any other result (bytes, str, JSON-able)."""
+
+    body: Any
+    status: int = 200
+    content_type: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Headers(Mapping[str, str]):
+    """Request headers; names are looked up without regard to case, of a repeated name the last wins."""
+
+    def __init__(self, pairs: Sequence[bytes]) -> None:
+        self._values = {
+            pairs[i].decode("latin-1").lower(): pairs[i + 1].decode("latin-1") for i in range(0, len(pairs), 2)
+        }
+
+    def __getitem__(self, name: str) -> str:
+        return self._values[name.lower()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class Request:
+    """One request, as its handler sees it. Nothing is decoded before it is asked for."""
+
+    __slots__ = ("_body", "_form", "_head", "_headers", "_limit")
+
+    def __init__(self, head: wire.JobView, body: bytearray, limit: int) -> None:
+        self._head = head
+        self._body: bytearray | None = None if head.encoding else body
+        self._form: list[payload.FormPart] | None = None
+        self._headers: Headers | None = None
+        self._limit = limit
+        if head.encoding:
+            self._body = payload.unpack(body, head.encoding, limit)
+
+    @property
+    def id(self) -> str:
+        """The request id: the client's `x-request-id` where it sent a valid one."""
+        return self._head.request_id
+
+    @property
+    def content_type(self) -> str:
+        return self._head.content_type
+
+    @property
+    def headers(self) -> Headers:
+        if self._headers is None:
+            self._headers = Headers(wire.decode_headers(self._head.headers))
+        return self._headers
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The query parameters. Raises BadRequestError."""
+        return payload.parse_query(self._head.query) if self._head.query else {}
+
+    @property
+    def body(self) -> bytearray:
+        """The body, unpacked if it came with Content-Encoding gzip or deflate."""
+        assert self._body is not None
+        return self._body
+
+    @property
+    def form(self) -> list[payload.FormPart]:
+        """The fields of a multipart or urlencoded form; empty for other content types. Raises BadRequestError."""
+        if self._form is None:
+            self._form = payload.parse_form(self.body, self.content_type) if payload.is_form(self.content_type) else []
+        return self._form
+
+    def json(self) -> Any:
+        """The body as JSON, whatever its content type. Raises BadRequestError."""
+        return payload.decode_json(self.body)
+
+    def text(self) -> str:
+        """The body as UTF-8 text. Raises BadRequestError."""
+        return payload.decode_text(self.body)
+
+    def data(self) -> bytearray:
+        """The uploaded bytes: the field `data`, `body` or `file` of a form, else its first field, else the body itself."""
+        if not self.form:
+            return self.body
+        fields = {part.name: part.data for part in reversed(self.form)}
+        return next((fields[name] for name in ("data", "body", "file") if name in fields), self.form[0].data)
+
+    def image(self) -> Image:
+        """The uploaded picture as an RGB PIL image. Raises PredictionError (400) when it is none."""
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            return Image.open(io.BytesIO(self.data())).convert("RGB")
+        except UnidentifiedImageError:
+            raise PredictionError("the body is not a picture in a known format") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise PredictionError(f"the picture cannot be read: {type(error).__name__}") from None
+
+    def row(self) -> dict[str, Any]:
+        """The request as MMS hands it to `handle(data, context)`. Raises BadRequestError."""
+        head = self._head
+        content_type = head.content_type
+        if content_type and payload.is_form(content_type):
+            row = {part.name: part.value() for part in self.form}
+        else:
+            row = {"body": payload.decode_value(self.body, content_type) if content_type else self.body}
+        return self.query | row if head.query_is_input else row
+
+
+class Context:
+    """The worker's facts and, during a batch, its requests; the members are those that MMS handlers know."""
+
+    def __init__(self, load: wire.Load, device: str) -> None:
+        self.model_name = load.model_name
+        self.model_version = load.version
+        self.manifest = load.manifest
+        self.config = load.model_config
+        self.model_dir = Path(load.directory)
+        self.device = device
+        self.system_properties: dict[str, Any] = {
+            "model_dir": load.directory,
+            "gpu_id": load.gpu,
+            "batch_size": load.batch_size,
+            "server_name": "MMS",
+            "server_version": load.manifest.get("modelServerVersion", ""),
+        }
+        self.requests: Sequence[Request] = ()
+        self._responses: dict[int, _ResponseHead] = {}
+
+    @property
+    def model_yaml_config(self) -> dict[str, Any]:
+        """The archive's model-config.yaml (TorchServe's name for `config`)."""
+        return self.config
+
+    def path(self, name: str) -> Path:
+        """A file of the archive. Raises FileNotFoundError that names the archive's files when it is not there."""
+        path = self.model_dir / name
+        if not path.exists():
+            there = sorted(entry.name for entry in self.model_dir.iterdir())
+            raise FileNotFoundError(f"{name} is not in the archive of {self.model_name}; it holds: {', '.join(there)}")
+        return path
+
+    def begin_batch(self, requests: Sequence[Request]) -> None:
+        """Called by the worker's loop before each batch."""
+        self.requests = requests
+        if self._responses:
+            self._responses = {}
+
+    def response_head(self, idx: int) -> _ResponseHead | None:
+        """What the handler set for answer `idx`, if anything."""
+        return self._responses.get(idx)
+
+    @property
+    def request_ids(self) -> dict[int, str]:
+        return {idx: request.id for idx, request in enumerate(self.requests)}
+
+    def get_request_id(self, idx: int = 0) -> str:
+        return self.requests[idx].id
+
+    def get_request_header(self, idx: int, key: str) -> str | None:
+        return self.requests[idx].headers.get(key)
+
+    def get_all_request_header(self, idx: int) -> dict[str, str]:
+        return dict(self.requests[idx].headers)
+
+    def set_response_content_type(self, idx: int, value: str) -> None:
+        self._head(idx).content_type = value
+
+    def set_response_header(self, idx: int, key: str, value: str) -> None:
+        self._head(idx).headers[key] = value
+
+    def get_response_headers(self, idx: int) -> dict[str, str]:
+        return dict(self._head(idx).headers)
+
+    def get_response_content_type(self, idx: int) -> str:
+        return self._head(idx).content_type
+
+    def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None:
+        """The status of answer `idx`; the phrase is accepted for MMS's sake and not sent."""
+        self._head(idx).status = code
+
+    def set_all_response_status(self, code: int = 200, phrase: str = "") -> None:
+        for idx in range(len(self.requests)):
+            self.set_response_status(code, phrase, idx)
+
+    def get_response_status(self, idx: int) -> int:
+        return self._head(idx).status
+
+    def _head(self, idx: int) -> _ResponseHead:
+        return self._responses.setdefault(idx, _ResponseHead())
+
+
+@dataclass(slots=True)
+class _ResponseHead:
+    status: int = 200
+    content_type: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class Handler:
+    """Base of request-style handlers. Override what the model needs; `initialize` and `inference` suffice for most."""
+
+    def initialize(self, context: Context) -> None:
+        """Once per worker, before it takes requests: load the model onto `context.device`."""
+
+    def preprocess(self, request: Request) -> Any:
+        """Per request: the item that goes into the batch. An exception fails this request only."""
+        return request.data()
+
+    def collate(self, items: list[Any]) -> Any:
+        """Per batch: tensors and arrays are stacked along a new first axis, anything else stays a list."""
+        return _stack(items)
+
+    def inference(self, batch: Any) -> Any:
+        """Per batch: as many outputs, in order, as there are items."""
+        raise TypeError(f"{type(self).__name__} must define inference(batch)")
+
+    def postprocess(self, output: Any) -> Any:
+        """Per request: the answer (bytes, str, anything JSON can hold, or a Response). An exception fails this request only."""
+        return output
+
+
+def _stack(items: list[Any]) -> Any:
+    first = items[0]
+    stack: Callable[[list[Any]], Any] | None = None
+    match type(first).__module__.partition(".")[0]:
+        case "torch":
+            import torch
+
+            stack = torch.stack if isinstance(first, torch.Tensor) else None
+        case "numpy":
+            import numpy
+
+            stack = numpy.stack
+    return items if stack is None else stack(items)
