@@ -1,0 +1,103 @@
+"""What can be known before nginx runs: whether it takes the configuration, and whether the ports are free."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+from mms.errors import StartError
+
+CHECK_TIMEOUT = 10.0
+
+_LISTEN = re.compile(r'^\s*listen "((?:[^"\\]|\\.)*)"', re.MULTILINE)
+_REASON = re.compile(r"\[(?:emerg|alert|crit)\](?: \d+#\d+:)? (.*)")
+
+
+def listen_addresses(text: str) -> list[str]:
+    """The public addresses in a rendered configuration."""
+    return [re.sub(r"\\(.)", r"\1", match) for match in _LISTEN.findall(text)]
+
+
+def nginx_command(program: str, directory: Path, file: Path) -> list[str]:
+    """How nginx is called for this run directory, for a check and for serving alike."""
+    return [program, "-p", f"{directory}/", "-c", str(file), "-e", "stderr"]
+
+
+def check_file(program: str, directory: Path, file: Path) -> None:
+    """Runs `nginx -t` on the file. Raises StartError with nginx's own reason in one line."""
+    command = [*nginx_command(program, directory, file), "-t"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=nginx_environment(), timeout=CHECK_TIMEOUT
+        )
+    except OSError as error:
+        raise StartError(f"{program}: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise StartError(f"{program} -t gave no answer in {CHECK_TIMEOUT:g} s") from None
+    if done.returncode != 0:
+        raise StartError(f"nginx refused its configuration: {_reason(done.stderr.decode(errors='replace'))}")
+
+
+def _reason(output: str) -> str:
+    match = _REASON.search(output)
+    lines = output.strip().splitlines()
+    return match[1].strip() if match else lines[0] if lines else "it gave no reason"
+
+
+def nginx_environment() -> dict[str, str]:
+    """Ours without NGINX, by which an nginx hands its listening sockets to its successor."""
+    return {name: value for name, value in os.environ.items() if name != "NGINX"}
+
+
+def socket_address(address: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
+    """What `socket.connect` and `socket.bind` take for a public address; `*` is every IPv4 address."""
+    if address.startswith("unix:"):
+        return socket.AF_UNIX, address.removeprefix("unix:")
+    host, _, port = address.rpartition(":")
+    if host.startswith("["):
+        return socket.AF_INET6, (host.strip("[]"), int(port))
+    return socket.AF_INET, ("0.0.0.0" if host == "*" else host, int(port))
+
+
+def accepts(address: str) -> bool:
+    """Whether somebody takes connections there now."""
+    family, target = socket_address(address)
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(target)
+        except OSError:
+            return False
+    return True
+
+
+def check_free(address: str) -> None:
+    """Raises StartError that names the address if it is taken; removes the socket file that a dead server left."""
+    family, target = socket_address(address)
+    if isinstance(target, str):
+        _remove_stale(target)
+        return
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind(target)
+        except OSError as error:
+            raise StartError(f"cannot listen on {address}: {error.strerror} ({_advice(error)})") from None
+
+
+def _advice(error: OSError) -> str:
+    if isinstance(error, PermissionError):
+        return "ports below 1024 need root"
+    return f"port in use or no such address, errno {error.errno}"
+
+
+def _remove_stale(path: str) -> None:
+    if accepts(f"unix:{path}"):
+        raise StartError(f"cannot listen on unix:{path}: another process listens there")
+    if Path(path).is_socket():
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,129 @@
+"""The edge's whole configuration as text, made in the server process and of nothing but its arguments and limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+MAX_CONNECTIONS = 10_240
+MAX_PROCESSES = 2
+READ_MARGIN = 30.0
+
+# Below crit nginx quotes request lines, and with them query strings, in its error log.
+_ERROR_LEVELS = {"debug": "info", "info": "crit", "warning": "crit", "error": "crit"}
+
+
+@dataclass(frozen=True)
+class Listener:
+    """One public address and the front ends' sockets behind it."""
+
+    name: str
+    address: str
+    upstream: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Error:
+    """An error that nginx answers itself: the codes it catches and the JSON that clients get instead of HTML."""
+
+    caught: tuple[int, ...]
+    status: int
+    type: str
+    message: str
+    # A request that could not be parsed has no path yet, and nginx cannot send it to a named location.
+    internal: bool = False
+
+    @property
+    def location(self) -> str:
+        return f"/.mms/{self.status}" if self.internal else f"@{self.status}"
+
+    @property
+    def match(self) -> str:
+        return f"= {self.location}" if self.internal else self.location
+
+    @property
+    def body(self) -> str:
+        return json.dumps({"code": self.status, "type": self.type, "message": self.message})
+
+
+def _errors(max_request_size: int) -> list[_Error]:
+    too_large = f"The body is over the limit of {max_request_size} bytes (max_request_size)."
+    no_answer = "The front end did not answer; try again."
+    late = "The front end did not answer in time; try again when load is lower."
+    return [
+        _Error((400, 494), 400, "BadRequestException", "Not a valid HTTP request, or its headers are too long.", True),
+        _Error((404,), 404, "ResourceNotFoundException", "No such path."),
+        _Error((405,), 405, "MethodNotAllowedException", "No path takes this method."),
+        _Error((413,), 413, "RequestEntityTooLargeException", too_large),
+        _Error((414,), 414, "BadRequestException", "The request line is over 8192 bytes.", True),
+        _Error((500,), 500, "InternalServerException", "The edge could not handle this request."),
+        _Error((501,), 501, "BadRequestException", "This Transfer-Encoding is not supported.", True),
+        _Error((502, 503), 502, "BadGatewayException", no_answer),
+        _Error((504,), 504, "DeadlineExceededException", late),
+        _Error((505,), 505, "BadRequestException", "This HTTP version is not supported.", True),
+    ]
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _time(seconds: float) -> str:
+    return f"{max(1, round(seconds * 1000))}ms"
+
+
+def _limits() -> tuple[int, int]:
+    """Descriptors and connections of one nginx worker: a request takes two connections and may spool to two files."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    wanted = 2 * MAX_CONNECTIONS
+    descriptors = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    return descriptors, descriptors // 2
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mms_nginx", "."),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters["quoted"] = _quoted
+    return environment.get_template("template.conf.j2")
+
+
+def render(
+    listeners: Sequence[Listener],
+    *,
+    directory: Path,
+    max_request_size: int,
+    user: str | None,
+    response_timeout: float,
+    body_timeout: float,
+    header_timeout: float,
+    log_level: str,
+) -> str:
+    """The file for an nginx in `directory`; `response_timeout` is the longest that the front end may take to answer."""
+    descriptors, connections = _limits()
+    return _template().render(
+        listeners=listeners,
+        directory=directory,
+        errors=_errors(max_request_size),
+        max_request_size=max_request_size,
+        user=user,
+        error_level=_ERROR_LEVELS[log_level],
+        processes=min(MAX_PROCESSES, os.cpu_count() or 1),
+        descriptors=descriptors,
+        connections=connections,
+        read_timeout=_time(response_timeout + READ_MARGIN),
+        body_timeout=_time(body_timeout),
+        header_timeout=_time(header_timeout),
+    )

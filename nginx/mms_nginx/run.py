@@ -1,0 +1,180 @@
+"""One nginx, as a child of the server process: check, start, reload, stop.
+
+Everything here blocks, `start` for some 50 ms. `start` must be called in the main thread: nginx gets SIGTERM when the
+thread that started it ends (PR_SET_PDEATHSIG), so that it never outlives the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+from mms.errors import StartError
+from mms_nginx.check import accepts, check_file, check_free, listen_addresses, nginx_command, nginx_environment
+from mms_nginx.find import edge_user
+
+START_TIMEOUT = 5.0
+TERM_TIMEOUT = 2.0
+KILL_TIMEOUT = 2.0
+_POLL = 0.01
+
+# Runs in the child before nginx does. A parent that died before prctl sends no signal, hence the second look.
+_SHIM = (
+    "import ctypes, os, sys\n"
+    "ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)\n"
+    "os.getppid() == int(sys.argv[1]) or os._exit(1)\n"
+    "os.execv(sys.argv[2], sys.argv[2:])"
+)
+_RESET_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+
+
+class Nginx:
+    """One nginx: the master is our child and leads a process group of its own, with its workers in it."""
+
+    def __init__(self, program: str, directory: Path, text: str) -> None:
+        self.pid = 0
+        self.pidfd = -1
+        self._program = program
+        self._directory = directory
+        self._file = directory / "nginx.conf"
+        self._candidate = directory / "nginx.conf.new"
+        self._text = text
+        self._exit_code: int | None = None
+
+    def check(self) -> None:
+        """Writes the configuration and has `nginx -t` judge it. Raises StartError with nginx's reason in one line."""
+        self._prepare_directory()
+        self._adopt(self._text)
+
+    def start(self) -> None:
+        """Returns when every public address accepts connections, else raises StartError and leaves no process."""
+        self.check()
+        addresses = listen_addresses(self._text)
+        for address in addresses:
+            check_free(address)
+        (self._directory / "nginx.pid").unlink(missing_ok=True)
+        self._spawn()
+        try:
+            self._wait_listening(addresses)
+        except BaseException:
+            self.stop(0)
+            raise
+
+    def exit_code(self) -> int | None:
+        """None while the master runs, else its exit code or minus its signal; it is reaped, its workers killed."""
+        if self._exit_code is None and self.pid:
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None:
+                self._exit_code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+                self._end_group()
+        return self._exit_code
+
+    def reload(self, text: str) -> None:
+        """Puts a new configuration in force. Raises StartError when nginx refuses it; the old one stays in force."""
+        if not self.pid or self.exit_code() is not None:
+            raise StartError("nginx is not running")
+        known = listen_addresses(self._text)
+        self._adopt(text, [address for address in listen_addresses(text) if address not in known])
+        self._text = text
+        before = self._workers()
+        signal.pidfd_send_signal(self.pidfd, signal.SIGHUP)
+        self._wait_reloaded(before, listen_addresses(text))
+
+    def stop(self, timeout: float) -> None:
+        """Lets requests in hand finish for `timeout` seconds, then insists; returns when no process of it is left."""
+        for number, patience in ((signal.SIGQUIT, timeout), (signal.SIGTERM, TERM_TIMEOUT)):
+            if not self.pid or self.exit_code() is not None:
+                break
+            signal.pidfd_send_signal(self.pidfd, number)
+            self._wait_exit(patience)
+        if self.pid and self.exit_code() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self._wait_exit(KILL_TIMEOUT)
+            self.exit_code()
+        if self.pidfd != -1:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def _prepare_directory(self) -> None:
+        temporary = self._directory / "temporary"
+        temporary.mkdir(parents=True, exist_ok=True)
+        user = edge_user()
+        for folder in (self._directory, temporary):
+            if user is not None:
+                os.chown(folder, -1, user[1])
+                folder.chmod(0o710)
+
+    def _adopt(self, text: str, addresses: list[str] | None = None) -> None:
+        self._candidate.write_text(text)
+        check_file(self._program, self._directory, self._candidate)
+        for address in addresses or ():
+            check_free(address)
+        self._candidate.replace(self._file)
+
+    def _spawn(self) -> None:
+        shim = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid())]
+        self._exit_code = None
+        self.pid = os.posix_spawn(
+            sys.executable,
+            [*shim, *nginx_command(self._program, self._directory, self._file)],
+            nginx_environment(),
+            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+            setpgroup=0,
+            setsigmask=(),
+            setsigdef=_RESET_SIGNALS,
+        )
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def _wait_listening(self, addresses: list[str]) -> None:
+        waiting = list(addresses)
+        deadline = time.monotonic() + START_TIMEOUT
+        while waiting or not self._pid_written():
+            if self._wait_exit(_POLL):
+                code = self.exit_code()
+                raise StartError(f"nginx ended at its start with exit code {code}; its own words are in the log")
+            if time.monotonic() > deadline:
+                raise StartError(f"nginx does not listen on {', '.join(waiting)} after {START_TIMEOUT:g} s")
+            waiting = [address for address in waiting if not accepts(address)]
+
+    def _pid_written(self) -> bool:
+        try:
+            return (self._directory / "nginx.pid").read_text().strip() == str(self.pid)
+        except OSError:
+            return False
+
+    def _wait_reloaded(self, before: set[int], addresses: list[str]) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self._workers() - before or not all(map(accepts, addresses)):
+            if self._wait_exit(_POLL) or time.monotonic() > deadline:
+                raise StartError("nginx did not take its new configuration; its own words are in the log")
+
+    def _workers(self) -> set[int]:
+        try:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        except OSError:
+            return set()
+        return set(map(int, children.split()))
+
+    def _wait_exit(self, timeout: float) -> bool:
+        """Whether the master ended in time; it stays unreaped, so that its process group cannot become another's."""
+        return bool(select.select([self.pidfd], [], [], timeout)[0])
+
+    def _end_group(self) -> None:
+        """Kills what is left of the group and reaps the master, and its orphans where we are their subreaper."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        deadline = time.monotonic() + KILL_TIMEOUT
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(self.pid, 0)
+                if os.waitpid(-self.pid, os.WNOHANG)[0] == 0:
+                    time.sleep(_POLL)
+            except ProcessLookupError:
+                return
+            except ChildProcessError:
+                time.sleep(_POLL)
