@@ -1,0 +1,168 @@
+"""The .mar format: a manifest and the files of one model, as a zip, a tar.gz or a folder. Standard library only.
+
+An archive is refused, with the reason, before anything of it is used; the rules are in `archive_checks`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mms.archive_checks import MANIFEST, Container, Contents, Member
+from mms.archive_folder import FolderContainer
+from mms.archive_manifest import RUNTIMES, ArchivedFile, Manifest
+from mms.archive_tar import TarContainer
+from mms.archive_write import FORMATS, archive_name, write_archive
+from mms.archive_zip import ZipContainer, end_record
+from mms.errors import ArchiveError
+
+__all__ = [
+    "FORMATS",
+    "MANIFEST",
+    "RUNTIMES",
+    "ArchivedFile",
+    "Manifest",
+    "ModelArchive",
+    "archive_name",
+    "write_archive",
+]
+
+
+class ModelArchive:
+    """An archive on disk that has passed every check which needs no content. Made by `open`."""
+
+    def __init__(self, path: Path, container: Container, stamp: tuple[int, ...]) -> None:
+        self.path = path
+        self.format = container.format
+        self.manifest = Manifest.parse(container.manifest)
+        self._stamp = stamp
+        known = self.manifest.files
+        self.files: Sequence[ArchivedFile] = [
+            ArchivedFile(member.name, member.size, known[member.name].sha256 if member.name in known else "")
+            for member in container.members
+            if not member.is_dir and member.name != MANIFEST
+        ]
+
+    @classmethod
+    def open(cls, path: Path) -> ModelArchive:
+        """Checks names, sizes, structure and manifest; nothing is extracted. Raises ArchiveError."""
+        with _naming(path), _container(path) as container:
+            return cls(path, container, _stamp(path))
+
+    def verify(self) -> None:
+        """Reads everything and compares it with the manifest's hashes, if it has any. Raises ArchiveError."""
+        with _naming(self.path), self._reopen() as container:
+            for _, chunks in self._contents(container, verify=True):
+                for _ in chunks:
+                    pass
+
+    def extract(self, destination: Path, *, verify: bool = True) -> Path:
+        """The folder to load from: `destination`, which must not exist; of a folder archive, the folder itself.
+
+        The files are hashed while they are written. On failure (ArchiveError) nothing is left behind.
+        """
+        if self.format == "directory":
+            if verify:
+                self.verify()
+            return self.path
+        with _naming(self.path), self._reopen() as container:
+            if os.path.lexists(destination):
+                raise ArchiveError(f"{destination} exists")
+            temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+            try:
+                for member, chunks in self._contents(container, verify=verify):
+                    _write(temporary, member, chunks)
+                os.rename(temporary, destination)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        return destination
+
+    @contextmanager
+    def _reopen(self) -> Iterator[Container]:
+        if _stamp(self.path) != self._stamp:
+            raise ArchiveError("changed since it was opened")
+        with _container(self.path) as container:
+            yield container
+
+    def _contents(self, container: Container, *, verify: bool) -> Contents:
+        expected = self.manifest.files if verify else {}
+        if expected:
+            _compare_names({file.name for file in self.files}, set(expected))
+        for member, chunks in container.contents():
+            file = expected.get(member.name)
+            yield member, _hashed(file, chunks) if file else chunks
+
+
+def _compare_names(found: set[str], expected: set[str]) -> None:
+    if missing := sorted(expected - found):
+        raise ArchiveError(f"{missing[0]!r}: in the manifest, but not in the archive")
+    if extra := sorted(found - expected):
+        raise ArchiveError(f"{extra[0]!r}: in the archive, but not in the manifest")
+
+
+def _hashed(file: ArchivedFile, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    digest, size = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        size += len(chunk)
+        yield chunk
+    if size != file.size:
+        raise ArchiveError(f"{file.name!r}: {size} bytes, the manifest says {file.size}")
+    if digest.hexdigest() != file.sha256:
+        raise ArchiveError(f"{file.name!r}: its SHA-256 is not that of the manifest")
+
+
+def _write(root: Path, member: Member, chunks: Iterator[bytes]) -> None:
+    target = root / member.name
+    folder = target if member.is_dir else target.parent
+    for missing in [parent for parent in (folder, *folder.parents) if not parent.exists()][::-1]:
+        missing.mkdir(0o700)
+    if not member.is_dir:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(target, flags, 0o600), "wb") as file:
+            file.writelines(chunks)
+
+
+@contextmanager
+def _container(path: Path) -> Iterator[Container]:
+    """The archive by what it is, not by its name."""
+    if path.is_dir():
+        yield FolderContainer(path)
+        return
+    # Without O_NONBLOCK, opening a FIFO would wait for its other end.
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ArchiveError("neither a file nor a folder")
+        magic = file.read(2)
+        if magic == b"\x1f\x8b":
+            yield TarContainer(file)
+        elif magic == b"PK" or end_record(file):
+            yield ZipContainer(file)
+        else:
+            raise ArchiveError("neither a zip nor a tar.gz file")
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Changes when the file is replaced or rewritten. A folder's says only that it is the same folder."""
+    facts = path.stat()
+    same = (facts.st_dev, facts.st_ino)
+    return same if stat.S_ISDIR(facts.st_mode) else (*same, facts.st_size, facts.st_mtime_ns)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ArchiveError as error:
+        raise ArchiveError(f"{path.name}: {error.message}", status=error.status) from None
+    except FileNotFoundError as error:
+        raise ArchiveError(f"{error.filename}: no such file", status=404) from None
+    except OSError as error:
+        raise ArchiveError(f"{path.name}: {error.filename or ''}: {error.strerror}", status=500) from None
