@@ -1,0 +1,157 @@
+"""The model-archiver command: packs, inspects and verifies model archives."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from mms.errors import MMSError
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_ARCHIVE = click.Path(exists=True, path_type=Path)
+
+
+class _Program(click.Group):
+    """Tells every mistake in one line: status 2 when the command line is wrong, 1 for anything else."""
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        extra |= {"standalone_mode": False, "prog_name": "model-archiver"}
+        try:
+            status = super().main(*args, **extra)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except MMSError as error:
+            _fail(error.message, 1)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("interrupted", 130)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(1)
+        except OSError as error:
+            _fail(f"{error.filename or ''}: {error.strerror}".lstrip(": "), 1)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    click.echo(f"model-archiver: error: {' '.join(message.split())}", err=True)
+    sys.exit(status)
+
+
+@click.group(cls=_Program, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model-name", metavar="NAME", help="Name of the model and of the archive.")
+@click.option("-v", "--version", metavar="VERSION", default="1.0", show_default=True, help="Version of the model.")
+@click.option(
+    "--handler",
+    metavar="HANDLER",
+    help="handler.py[:Name] (the file is copied in), module:name (in --model-path), or a built-in handler's name.",
+)
+@click.option("--model-path", type=_FOLDER, help="Bundle this whole folder, as Multi Model Server does.")
+@click.option("--serialized-file", type=_FILE, help="The weights.")
+@click.option("--model-file", type=_FILE, help="Python file with the model's class.")
+@click.option(
+    "--extra-files",
+    metavar="A,B,...",
+    default="",
+    help="More files, folders or globs. A folder keeps its name and its tree (TorchServe's archiver flattens it).",
+)
+@click.option("-r", "--requirements-file", type=_FILE, help="pip requirements of the handler.")
+@click.option(
+    "--config-file", type=_FILE, help="model-config.yaml: batch_size, workers, ... and the handler's own keys."
+)
+@click.option(
+    "--export-path", type=click.Path(file_okay=False, path_type=Path), default=".", help="Folder to write to."
+)
+@click.option(
+    "--archive-format",
+    type=click.Choice(["default", "zip-store", "tgz", "no-archive"]),
+    default="default",
+    show_default=True,
+    help="default: NAME.mar; zip-store: the same, not compressed; tgz: NAME.tar.gz; no-archive: a folder NAME.",
+)
+@click.option("--runtime", type=click.Choice(["python", "python3"]), default="python", show_default=True)
+@click.option("-f", "--force", is_flag=True, help="Replace an archive that is there.")
+@click.pass_context
+def cli(context: click.Context, /, **options: Any) -> None:
+    """Pack a model and its handler into an archive that MMS serves.
+
+    \b
+    model-archiver --model-name cat --handler handler.py:Classifier --serialized-file model.pt2 --export-path store
+    model-archiver --model-name cat --handler service:handle --model-path folder
+    model-archiver inspect cat.mar
+    model-archiver verify cat.mar
+    """
+    given = [name for name in options if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    if context.invoked_subcommand is not None:
+        if given:
+            raise click.UsageError(f"--{given[0].replace('_', '-')} does not go with {context.invoked_subcommand}")
+        return
+    if not given:
+        click.echo(context.get_help())
+        context.exit(2)
+    for name in ("model_name", "handler"):
+        if not options[name]:
+            raise click.UsageError(f"--{name.replace('_', '-')} is needed")
+    _pack(**options)
+
+
+def _pack(*, export_path: Path, archive_format: str, force: bool, **options: Any) -> None:
+    from mms.archive import archive_name, write_archive
+    from mms.config import MODEL_NAME
+    from mms_archiver.collect import Recipe, collect
+    from mms_archiver.progress import show_progress
+
+    for name in ("model_name", "version"):
+        if not MODEL_NAME.fullmatch(options[name]):
+            raise click.UsageError(
+                f"{options[name]!r}: letters, digits, '.', '_' and '-' only, a letter or digit first"
+            )
+    target = export_path / archive_name(options["model_name"], archive_format)
+    manifest, files = collect(Recipe(**options))
+    export_path.mkdir(parents=True, exist_ok=True)
+    with show_progress(target.name, sum(source.stat().st_size for source in files.values())) as progress:
+        write_archive(target, manifest, files, format=archive_format, progress=progress, force=force)
+    click.echo(f"{target}: {manifest.model_name} {manifest.version}, handler {manifest.handler}, {len(files)} files")
+
+
+@cli.command()
+@click.argument("archive", type=_ARCHIVE)
+@click.option("--json", "json_", is_flag=True, help="One JSON document instead of tables.")
+def inspect(archive: Path, json_: bool) -> None:
+    """Show the manifest and the files of ARCHIVE."""
+    from mms.archive import ModelArchive
+    from mms_archiver import report
+
+    opened = ModelArchive.open(archive)
+    if json_:
+        click.echo(report.as_json(opened))
+    else:
+        report.print_tables(opened)
+
+
+@cli.command()
+@click.argument("archive", type=_ARCHIVE)
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.1), default=60, show_default=True, help="Seconds for the import."
+)
+def verify(archive: Path, timeout: float) -> None:
+    """Check structure and hashes of ARCHIVE, then import its handler. This runs code of the archive."""
+    from mms_archiver.verify import verify_archive
+
+    found = verify_archive(archive, timeout=timeout)
+    hashes = "hashes match" if found.manifest.files else "it has no hashes"
+    click.echo(f"{archive}: sound ({len(found.files)} files, {hashes}, {found.manifest.handler} imports)")
+
+
+def main() -> None:
+    """Entry of the command; a termination signal cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
