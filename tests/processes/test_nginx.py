@@ -381,6 +381,7 @@ def test_unix_address_in_use(directory: Path, upstream: Upstream) -> None:
     public = Listener("inference", f"unix:{upstream.path}", (upstream.path,))
     with pytest.raises(StartError, match="another process listens there"):
         Nginx(PROGRAM, directory / "nginx", configuration(directory, public)).start()
+    eventually(lambda: upstream.connections)
 
 
 @pytest.mark.parametrize(
@@ -410,8 +411,10 @@ def test_missing_program(directory: Path) -> None:
 
 
 def test_workers_do_not_run_as_root(edge: Edge) -> None:
-    owners = {Path(f"/proc/{pid}").stat().st_uid for pid in workers(edge.nginx.pid)}
-    assert owners and 0 not in owners
+    def owners() -> set[int]:
+        return {Path(f"/proc/{pid}").stat().st_uid for pid in workers(edge.nginx.pid)}
+
+    eventually(lambda: owners() and 0 not in owners())
 
 
 def test_refused_reload_keeps_the_old_configuration(edge: Edge) -> None:

@@ -1,0 +1,51 @@
+"""`python -m benchmarks.echo ADDRESS`: the least a Python HTTP server can do, httptools and uvloop without a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from typing import cast
+
+import httptools
+import uvloop
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
+
+
+class Echo(asyncio.Protocol):
+    """One connection: every whole request is answered with `ok`."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.parser = httptools.HttpRequestParser(self)
+        self.body: list[bytes] = []
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.transport.close()
+
+    def on_body(self, body: bytes) -> None:
+        self.body.append(body)
+
+    def on_message_complete(self) -> None:
+        self.body.clear()
+        self.transport.write(ANSWER)
+
+
+async def serve(address: str) -> None:
+    """Listens on `unix:/path` or `host:port` until it is killed."""
+    loop = asyncio.get_running_loop()
+    if address.startswith("unix:"):
+        server = await loop.create_unix_server(Echo, address.removeprefix("unix:"), backlog=4096)
+    else:
+        host, _, port = address.rpartition(":")
+        server = await loop.create_server(Echo, host, int(port), backlog=4096)
+    gc.freeze()
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(sys.argv[1]))
