@@ -1,4 +1,4 @@
-"""Serves EfficientNet-Lite0 with `mms start`, sends it two photos, shows the answers and the metrics of these requests."""
+"""Serves EfficientNet-Lite0 with `mms start`, sends it two photos, shows the answers and what the metrics say."""
 
 from __future__ import annotations
 
@@ -163,8 +163,10 @@ def show_predictions(server: Server) -> None:
 def show_metrics(server: Server) -> None:
     """Prints how many requests the metrics counted and how long they took. Raises DemoError when some are missing."""
     lines = [line for line in fetch(f"{server.metrics}/metrics").splitlines() if f'model="{MODEL}"' in line]
-    counts = [line for line in lines if line.startswith("mms_requests_total") and 'status="200"' in line]
-    times = [line for line in lines if line.partition("{")[0].endswith(("_seconds_count", "_seconds_sum"))]
+    counts = [line for line in lines if line.startswith("mms_requests_total") and 'code="200"' in line]
+    times = [
+        line for line in lines if line.partition("{")[0].endswith(("_duration_seconds_count", "_duration_seconds_sum"))
+    ]
     for line in counts + times:
         console.print(f"   {line}", soft_wrap=True)
     if sum(float(line.rpartition(" ")[2]) for line in counts) < len(EXPECTED):

@@ -1,0 +1,188 @@
+"""The examples as their README tells it: packaged by their scripts, served by `mms start`, called over HTTP."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import skimage
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PHOTOS = Path(skimage.__file__).parent / "data"
+NETWORK = "efficientnet_lite0"
+START_TIMEOUT = 120.0
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Both examples behind one server."""
+
+    inference: str
+    metrics: str
+    packaging_output: str
+
+    def predict(self, model: str, body: bytes, content_type: str = "application/octet-stream") -> Reply:
+        return fetch(f"{self.inference}/predictions/{model}", body, content_type)
+
+    def answered(self, model: str) -> float:
+        """How many requests for the model the metrics count as answered with 200."""
+        lines = str(fetch(f"{self.metrics}/metrics").body, "utf-8").splitlines()
+        counts = [line for line in lines if line.startswith("mms_requests_total{") and f'model="{model}"' in line]
+        return sum(float(line.rpartition(" ")[2]) for line in counts if 'code="200"' in line)
+
+
+def fetch(url: str, body: bytes | None = None, content_type: str = "application/octet-stream") -> Reply:
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, body, {"Content-Type": content_type}), timeout=60
+        ) as answer:
+            return Reply(answer.status, answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Reply(error.code, error.read())
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model store with the archives of both examples; their scripts' output is beside them."""
+    folder = tmp_path_factory.mktemp("examples")
+    for example in ("image_classification", "digits"):
+        command = [sys.executable, EXAMPLES / example / "package.py", "--export-path", folder]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stdout
+        (folder / f"{example}.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def examples(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examples]:
+    """A server that is ready to answer; at the end it is stopped and no process of it is left."""
+    folder = tmp_path_factory.mktemp("server")
+    addresses = {
+        name: f"127.0.0.1:{port}"
+        for name, port in zip(("inference", "management", "metrics"), free_ports(3), strict=True)
+    }
+    options = [word for name, address in addresses.items() for word in (f"--{name}-address", address)]
+    command = [
+        f"{sysconfig.get_path('scripts')}/mms",
+        "start",
+        "--model-store",
+        str(store),
+        "--run-dir",
+        str(folder / "run"),
+    ]
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, *options, "--models", "ALL"], stdout=output, stderr=output)
+    try:
+        wait_until_ready(process, f"http://{addresses['inference']}/ping", log)
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield Examples(
+            f"http://{addresses['inference']}", f"http://{addresses['metrics']}", (store / "digits.txt").read_text()
+        )
+    finally:
+        process.terminate()
+        try:
+            assert process.wait(40) == 0, log.read_text()
+        finally:
+            process.kill()
+    left = psutil.wait_procs(family, timeout=5)[1]
+    assert not left, f"processes are left: {left}"
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while not is_healthy(url):
+        assert time.monotonic() < deadline, log.read_text()
+        try:
+            process.wait(0.05)
+        except subprocess.TimeoutExpired:
+            continue
+        pytest.fail(f"mms start ended with exit code {process.returncode}:\n{log.read_text()}")
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        reply = fetch(url)
+    except (urllib.error.URLError, ConnectionError):
+        return False
+    return reply.status == 200 and b"Healthy" in reply.body
+
+
+@pytest.mark.parametrize(
+    ("photo", "labels"), [("chelsea.png", {"tiger cat", "Egyptian cat", "tabby"}), ("coffee.png", {"espresso"})]
+)
+def test_network_names_what_is_in_the_photo(examples: Examples, photo: str, labels: set[str]) -> None:
+    before = examples.answered(NETWORK)
+    reply = examples.predict(NETWORK, (PHOTOS / photo).read_bytes())
+    assert reply.status == 200
+    answer = reply.json()
+    assert len(answer) == 5
+    assert set(list(answer)[: len(labels)]) == labels
+    assert list(answer.values()) == sorted(answer.values(), reverse=True)
+    assert examples.answered(NETWORK) == before + 1
+
+
+def test_top_k_in_the_query(examples: Examples) -> None:
+    reply = examples.predict(f"{NETWORK}?top_k=1", (PHOTOS / "coffee.png").read_bytes())
+    assert list(reply.json()) == ["espresso"]
+
+
+def test_what_is_no_photo_is_refused_and_the_next_is_answered(examples: Examples) -> None:
+    reply = examples.predict(NETWORK, b"not a picture")
+    assert reply.status == 400
+    assert reply.json()["message"] == "the body is not a picture in a known format"
+    assert examples.predict(NETWORK, (PHOTOS / "coffee.png").read_bytes()).status == 200
+
+
+def test_digits_are_read_as_well_over_http_as_at_training(examples: Examples) -> None:
+    printed = float(examples.packaging_output.partition("held-out digits: ")[2].split()[0])
+    assert printed > 0.95
+    _, pictures, _, digits = runpy.run_path(str(EXAMPLES / "digits" / "package.py"))["split_digits"]()
+    answers = [
+        examples.predict("digits", json.dumps((picture * 16).tolist()).encode(), "application/json").json()
+        for picture in pictures
+    ]
+    right = sum(answer["digit"] == digit for answer, digit in zip(answers, digits.tolist(), strict=True))
+    assert right / len(answers) == pytest.approx(printed, abs=0.001)
+
+
+@pytest.mark.parametrize("body", [b"[1, 2]", b'["a"]', b"[" + b"17," * 63 + b"0]", b"{}", b"nonsense"])
+def test_what_is_no_digit_is_refused(examples: Examples, body: bytes) -> None:
+    reply = examples.predict("digits", body, "application/json")
+    assert reply.status == 400
+    assert reply.json()["message"]
