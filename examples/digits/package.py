@@ -32,8 +32,8 @@ def train(path: Path) -> float:
     return float(classifier.score(held_out, held_out_digits))
 
 
-def package(export_path: Path) -> Path:
-    """The finished archive in the folder `export_path`."""
+def package(export_path: Path) -> None:
+    """Writes the archive into the folder `export_path`."""
     export_path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         fitted = Path(name) / "digits.npz"
@@ -48,10 +48,9 @@ def package(export_path: Path) -> Path:
             "--force",
         ]
         subprocess.run(command, check=True)
-    return export_path / f"{MODEL_NAME}.mar"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--export-path", type=Path, default=Path("model-store"), help="folder for the archive")
-    print(package(parser.parse_args().export_path))
+    package(parser.parse_args().export_path)

@@ -107,12 +107,11 @@ def running_server() -> Iterator[Server]:
 def _start(run_dir: Path, ports: dict[str, int]) -> Server:
     addresses = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
     options = [word for name, address in addresses.items() for word in (f"--{name}-address", address)]
-    command = [f"{sysconfig.get_path('scripts')}/mms", "start", "--model-store", STORE, "--models", f"{MODEL}.mar"]
+    command = [f"{sysconfig.get_path('scripts')}/mms", "start", "--models", f"{MODEL}.mar", *options]
+    command += ["--model-store", str(STORE), "--run-dir", str(run_dir)]
     with LOG.open("wb") as log:
         # A session of its own: Ctrl-C reaches this program alone, which then stops the server in good order.
-        process = subprocess.Popen(
-            [*command, "--run-dir", run_dir, *options], stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     return Server(process, **{name: f"http://{address}" for name, address in addresses.items()})
 
 
@@ -164,9 +163,7 @@ def show_metrics(server: Server) -> None:
     """Prints how many requests the metrics counted and how long they took. Raises DemoError when some are missing."""
     lines = [line for line in fetch(f"{server.metrics}/metrics").splitlines() if f'model="{MODEL}"' in line]
     counts = [line for line in lines if line.startswith("mms_requests_total") and 'code="200"' in line]
-    times = [
-        line for line in lines if line.partition("{")[0].endswith(("_duration_seconds_count", "_duration_seconds_sum"))
-    ]
+    times = [line for line in lines if "_duration_seconds_sum{" in line or "_duration_seconds_count{" in line]
     for line in counts + times:
         console.print(f"   {line}", soft_wrap=True)
     if sum(float(line.rpartition(" ")[2]) for line in counts) < len(EXPECTED):

@@ -33,8 +33,8 @@ def write_labels(path: Path) -> None:
     path.write_text(json.dumps(dict(enumerate(labels)), indent=0), encoding="utf-8")
 
 
-def package(export_path: Path) -> Path:
-    """The finished archive in the folder `export_path`."""
+def package(export_path: Path) -> None:
+    """Writes the archive into the folder `export_path`."""
     export_path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -42,7 +42,6 @@ def package(export_path: Path) -> Path:
         export_network(folder / "model.pt2")
         write_labels(folder / "index_to_name.json")
         run_archiver(folder, export_path)
-    return export_path / f"{MODEL_NAME}.mar"
 
 
 def run_archiver(folder: Path, export_path: Path) -> None:
@@ -64,4 +63,4 @@ def run_archiver(folder: Path, export_path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--export-path", type=Path, default=Path("model-store"), help="folder for the archive")
-    print(package(parser.parse_args().export_path))
+    package(parser.parse_args().export_path)

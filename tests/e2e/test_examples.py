@@ -56,10 +56,9 @@ class Examples:
 
 
 def fetch(url: str, body: bytes | None = None, content_type: str = "application/octet-stream") -> Reply:
+    request = urllib.request.Request(url, body, {"Content-Type": content_type})
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, body, {"Content-Type": content_type}), timeout=60
-        ) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return Reply(answer.status, answer.read())
     except urllib.error.HTTPError as error:
         with error:
@@ -71,12 +70,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model store with the archives of both examples; their scripts' output is beside them."""
     folder = tmp_path_factory.mktemp("examples")
     for example in ("image_classification", "digits"):
-        command = [sys.executable, EXAMPLES / example / "package.py", "--export-path", folder]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
-        )
-        assert done.returncode == 0, done.stdout
-        (folder / f"{example}.txt").write_text(done.stdout)
+        command = [sys.executable, str(EXAMPLES / example / "package.py"), "--export-path", str(folder)]
+        log = folder / f"{example}.txt"
+        with log.open("wb") as output:
+            status = subprocess.run(command, stdout=output, stderr=output, timeout=120, check=False).returncode
+        assert status == 0, log.read_text()
     return folder
 
 
@@ -84,36 +82,33 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def examples(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examples]:
     """A server that is ready to answer; at the end it is stopped and no process of it is left."""
     folder = tmp_path_factory.mktemp("server")
-    addresses = {
-        name: f"127.0.0.1:{port}"
-        for name, port in zip(("inference", "management", "metrics"), free_ports(3), strict=True)
-    }
-    options = [word for name, address in addresses.items() for word in (f"--{name}-address", address)]
+    inference, management, metrics = (f"127.0.0.1:{port}" for port in free_ports(3))
     command = [
-        f"{sysconfig.get_path('scripts')}/mms",
-        "start",
-        "--model-store",
-        str(store),
-        "--run-dir",
-        str(folder / "run"),
+        *(f"{sysconfig.get_path('scripts')}/mms", "start"),
+        *("--model-store", str(store), "--models", "ALL", "--run-dir", str(folder / "run")),
+        *("--inference-address", inference, "--management-address", management, "--metrics-address", metrics),
     ]
     log = folder / "log"
     with log.open("wb") as output:
-        process = subprocess.Popen([*command, *options, "--models", "ALL"], stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    family: list[psutil.Process] = []
     try:
-        wait_until_ready(process, f"http://{addresses['inference']}/ping", log)
+        wait_until_ready(process, f"http://{inference}/ping", log)
         family = psutil.Process(process.pid).children(recursive=True)
-        yield Examples(
-            f"http://{addresses['inference']}", f"http://{addresses['metrics']}", (store / "digits.txt").read_text()
-        )
+        yield Examples(f"http://{inference}", f"http://{metrics}", (store / "digits.txt").read_text())
     finally:
-        process.terminate()
-        try:
-            assert process.wait(40) == 0, log.read_text()
-        finally:
-            process.kill()
+        stop(process, log)
     left = psutil.wait_procs(family, timeout=5)[1]
     assert not left, f"processes are left: {left}"
+
+
+def stop(process: subprocess.Popen[bytes], log: Path) -> None:
+    process.terminate()
+    try:
+        assert process.wait(40) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def free_ports(count: int) -> list[int]:
