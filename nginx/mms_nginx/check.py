@@ -13,12 +13,19 @@ from mms.errors import StartError
 CHECK_TIMEOUT = 10.0
 
 _LISTEN = re.compile(r'^\s*listen "((?:[^"\\]|\\.)*)"', re.MULTILINE)
+_PROCESSES = re.compile(r"^worker_processes (\d+);", re.MULTILINE)
 _REASON = re.compile(r"\[(?:emerg|alert|crit)\](?: \d+#\d+:)? (.*)")
 
 
 def listen_addresses(text: str) -> list[str]:
     """The public addresses in a rendered configuration."""
     return [re.sub(r"\\(.)", r"\1", match) for match in _LISTEN.findall(text)]
+
+
+def worker_count(text: str) -> int:
+    """How many workers a rendered configuration asks for."""
+    match = _PROCESSES.search(text)
+    return int(match[1]) if match else 1
 
 
 def nginx_command(program: str, directory: Path, file: Path) -> list[str]:

@@ -15,7 +15,15 @@ import time
 from pathlib import Path
 
 from mms.errors import StartError
-from mms_nginx.check import accepts, check_file, check_free, listen_addresses, nginx_command, nginx_environment
+from mms_nginx.check import (
+    accepts,
+    check_file,
+    check_free,
+    listen_addresses,
+    nginx_command,
+    nginx_environment,
+    worker_count,
+)
 from mms_nginx.find import edge_user
 
 START_TIMEOUT = 5.0
@@ -83,7 +91,7 @@ class Nginx:
         self._text = text
         before = self._workers()
         signal.pidfd_send_signal(self.pidfd, signal.SIGHUP)
-        self._wait_reloaded(before, listen_addresses(text))
+        self._wait_reloaded(before)
 
     def stop(self, timeout: float) -> None:
         """Lets requests in hand finish for `timeout` seconds, then insists; returns when no process of it is left."""
@@ -133,12 +141,12 @@ class Nginx:
     def _wait_listening(self, addresses: list[str]) -> None:
         waiting = list(addresses)
         deadline = time.monotonic() + START_TIMEOUT
-        while waiting or not self._pid_written():
+        while waiting or not self._pid_written() or len(self._workers()) < worker_count(self._text):
             if self._wait_exit(_POLL):
                 code = self.exit_code()
                 raise StartError(f"nginx ended at its start with exit code {code}; its own words are in the log")
             if time.monotonic() > deadline:
-                raise StartError(f"nginx does not listen on {', '.join(waiting)} after {START_TIMEOUT:g} s")
+                raise StartError(f"nginx is not ready after {START_TIMEOUT:g} s: {', '.join(waiting) or 'no workers'}")
             waiting = [address for address in waiting if not accepts(address)]
 
     def _pid_written(self) -> bool:
@@ -147,9 +155,9 @@ class Nginx:
         except OSError:
             return False
 
-    def _wait_reloaded(self, before: set[int], addresses: list[str]) -> None:
+    def _wait_reloaded(self, before: set[int]) -> None:
         deadline = time.monotonic() + START_TIMEOUT
-        while not self._workers() - before or not all(map(accepts, addresses)):
+        while len(self._workers() - before) < worker_count(self._text):
             if self._wait_exit(_POLL) or time.monotonic() > deadline:
                 raise StartError("nginx did not take its new configuration; its own words are in the log")
 
