@@ -162,13 +162,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _end(number: int, frame: types.FrameType | None) -> None:
+    # A second Ctrl-C must not cut short the ending of the servers.
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 for errors and, with --check, for missed bars; 130 when interrupted."""
     options = _parse(arguments)
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
     try:
         points, medians = run(options)
     except (ServerError, LoadError) as error:
