@@ -97,9 +97,6 @@ def _proxy(folder: Path, port: int) -> list[Command]:
 
 def _edge(folder: Path, port: int) -> list[Command]:
     user = edge_user()
-    if user is not None:
-        os.chown(folder, -1, user[1])
-        folder.chmod(0o710)
     (folder / "temporary").mkdir()
     text = render(
         [Listener("inference", f"127.0.0.1:{port}", (folder / "echo.sock",))],
@@ -176,6 +173,7 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}{spec.path}"
         self.folder = Path(tempfile.mkdtemp(prefix="bench-"))
+        self.folder.chmod(0o711)  # nginx's workers run as another user when we are root
         self._log = self.folder / "server.log"
         self._processes: list[subprocess.Popen[bytes]] = []
         self.tree = ProcessTree(set(), uuid.uuid4().hex)
