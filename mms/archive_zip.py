@@ -71,7 +71,9 @@ class ZipContainer:
         check_size(count, sum(member.size for _, member in headers))
         placed = sorted(headers, key=lambda header: header[1].offset)
         ends = [member.offset for _, member in placed[1:]] + [start]
-        if placed and placed[0][1].offset:
+        if not placed:
+            raise ArchiveError("the zip is empty")
+        if placed[0][1].offset:
             raise ArchiveError("there are bytes before the first entry: junk, or another archive")
         located = {
             member.name: self._locate(header, member, end) for (header, member), end in zip(placed, ends, strict=True)

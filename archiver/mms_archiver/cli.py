@@ -115,7 +115,7 @@ def _pack(*, export_path: Path, archive_format: str, force: bool, **options: Any
     export_path.mkdir(parents=True, exist_ok=True)
     with show_progress(target.name, sum(source.stat().st_size for source in files.values())) as progress:
         write_archive(target, manifest, files, format=archive_format, progress=progress, force=force)
-    click.echo(f"{target}: {manifest.model_name} {manifest.version}, handler {manifest.handler}, {len(files)} files")
+    click.echo(f"{target}: {manifest.model_name} {manifest.version}, handler {manifest.handler}, files: {len(files)}")
 
 
 @cli.command()
@@ -144,7 +144,7 @@ def verify(archive: Path, timeout: float) -> None:
 
     found = verify_archive(archive, timeout=timeout)
     hashes = "hashes match" if found.manifest.files else "it has no hashes"
-    click.echo(f"{archive}: sound ({len(found.files)} files, {hashes}, {found.manifest.handler} imports)")
+    click.echo(f"{archive}: sound (files: {len(found.files)}, {hashes}, {found.manifest.handler} imports)")
 
 
 def main() -> None:

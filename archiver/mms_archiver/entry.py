@@ -55,10 +55,7 @@ def find_entry(handler: str, files: Mapping[str, Path]) -> Entry:
 
 def built_in_handlers() -> list[str]:
     """The modules of mms_handlers that hold a handler; nothing of them is imported."""
-    package = importlib.util.find_spec(_BUILT_IN)
-    if package is None or package.submodule_search_locations is None:
-        return []
-    names = [module.name for module in pkgutil.iter_modules(package.submodule_search_locations)]
+    names = [module.name for module in pkgutil.iter_modules(_built_in_folders())]
     sources = {name: _built_in_source(f"{_BUILT_IN}.{name}") for name in names if not name.startswith("_")}
     return [name for name, source in sources.items() if source and _built_in_class(_parse(source))]
 
@@ -74,9 +71,15 @@ def _archived_source(module: str, files: Mapping[str, Path]) -> Path | None:
     return files.get(f"{path}.py") or files.get(f"{path}/__init__.py")
 
 
+def _built_in_folders() -> list[str]:
+    package = importlib.util.find_spec(_BUILT_IN)
+    return list(package.submodule_search_locations or ()) if package else []
+
+
 def _built_in_source(module: str) -> Path | None:
-    spec = importlib.util.find_spec(module)
-    return Path(spec.origin) if spec and spec.origin else None
+    path = module.removeprefix(f"{_BUILT_IN}.").replace(".", "/") + ".py"
+    found = [Path(folder, path) for folder in _built_in_folders()]
+    return next((source for source in found if source.is_file()), None)
 
 
 def _parse(source: Path) -> ast.Module:

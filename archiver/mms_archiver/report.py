@@ -52,7 +52,7 @@ def _manifest_table(archive: ModelArchive) -> Table:
 
 def _file_table(archive: ModelArchive) -> Table:
     rows = [(file.name, decimal(file.size), file.sha256[:16] or "-") for file in archive.files]
-    rows.append((f"{len(rows)} files", decimal(sum(file.size for file in archive.files)), ""))
+    rows.append((f"in all: {len(rows)}", decimal(sum(file.size for file in archive.files)), ""))
     return _table(("file", "size", "SHA-256"), rows)
 
 
