@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -53,4 +54,7 @@ def package(export_path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--export-path", type=Path, default=Path("model-store"), help="folder for the archive")
-    package(parser.parse_args().export_path)
+    try:
+        package(parser.parse_args().export_path)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)

@@ -35,6 +35,7 @@ EXPECTED = {"chelsea.png": {"tiger cat", "Egyptian cat", "tabby"}, "coffee.png":
 PORTS = {"inference": 8080, "management": 8081, "metrics": 8082}
 START_TIMEOUT = 180.0
 STOP_TIMEOUT = 60.0
+LEAVE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST_RUN_DIR = 70  # a Unix socket's path has room for 107 bytes, and the server puts names of its own after this
 
 console = Console(highlight=False)
@@ -59,7 +60,7 @@ def package() -> None:
     archive = STORE / f"{MODEL}.mar"
     sources = [HERE / "package.py", HERE / "model-config.yaml"]
     if archive.exists() and archive.stat().st_mtime > max(source.stat().st_mtime for source in sources):
-        console.print(f"[bold]1. The archive is there already:[/] {archive}")
+        console.print(f"[bold]1. The archive is there already:[/] {archive}", soft_wrap=True)
         return
     console.print("[bold]1. Packaging EfficientNet-Lite0 with its ImageNet weights[/]")
     subprocess.run([sys.executable, HERE / "package.py", "--export-path", STORE], check=True)
@@ -130,6 +131,8 @@ def _wait_until_ready(server: Server) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
+    for name in LEAVE:
+        signal.signal(name, signal.SIG_IGN)  # a second Ctrl-C must not leave the server behind
     process.terminate()
     try:
         process.wait(STOP_TIMEOUT)
@@ -151,7 +154,8 @@ def show_predictions(server: Server) -> None:
         begun = time.perf_counter()
         answer = json.loads(fetch(f"{server.inference}/predictions/{MODEL}", (PHOTOS / photo).read_bytes()))
         milliseconds = (time.perf_counter() - begun) * 1000
-        table = Table("label", "probability", title=f"{photo}, answered in {milliseconds:.0f} ms", title_justify="left")
+        console.print(f"   {photo}, answered in {milliseconds:.0f} ms")
+        table = Table("label", "probability")
         for label, probability in answer.items():
             table.add_row(label, f"{probability:.3f}")
         console.print(table)
@@ -188,7 +192,7 @@ def demonstrate(*, keep: bool) -> None:
     RUN.mkdir(exist_ok=True)
     package()
     edge = "behind nginx" if shutil.which("nginx") else "without nginx, which is not installed"
-    console.print(f"[bold]2. mms start, {edge}[/] (log: {LOG})")
+    console.print(f"[bold]2. mms start, {edge}[/] (log: {LOG})", soft_wrap=True)
     with running_server() as server:
         console.print("[bold]3. Two photos[/]")
         show_predictions(server)
@@ -209,7 +213,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", action="store_true", help="keep the server running until Ctrl-C")
     arguments = parser.parse_args()
-    for name in (signal.SIGTERM, signal.SIGHUP):
+    for name in LEAVE:
         signal.signal(name, _leave)
     try:
         demonstrate(keep=arguments.keep)
