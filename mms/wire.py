@@ -139,11 +139,24 @@ class Failed(msgspec.Struct, array_like=True):
 class ForkRequest(msgspec.Struct, array_like=True):
     """What the fork server does on request: fork a worker that owns the descriptors passed beside this message.
 
-    Descriptors, in order: channel, progress page, standard output, standard error.
+    Descriptors, in order: channel, progress page, output (a pipe for standard output and standard error).
+    `server` is the server's pid: the worker's parent once the fork server has let go of it.
     """
 
     environ: dict[str, str]
     name: str
+    directory: str
+    server: int
+
+
+class Preloaded(msgspec.Struct, array_like=True):
+    """The fork server's first message; `errors` names the modules that could not be imported, and why.
+
+    With more than one thread it must not fork: a lock held by another thread would stay locked in the worker.
+    """
+
+    errors: list[str]
+    threads: int
 
 
 class ForkReply(msgspec.Struct, array_like=True):
@@ -156,8 +169,9 @@ class ForkReply(msgspec.Struct, array_like=True):
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Load, PredictView, Result, Ready, Failed, ForkRequest, ForkReply)
+    for kind in (Load, PredictView, Result, Ready, Failed, Preloaded, ForkRequest, ForkReply)
 }
+EMPTY_HEADERS = msgspec.Raw(_encoder.encode([]))
 decode_headers = msgspec.msgpack.Decoder(list[bytes]).decode
 
 

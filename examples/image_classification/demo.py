@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 import skimage
 from rich.console import Console
@@ -121,13 +121,17 @@ def _wait_until_ready(server: Server) -> None:
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise DemoError(f"mms start ended with exit code {server.process.returncode}; its log:\n{LOG.read_text()}")
-        try:
-            if "Healthy" in fetch(f"{server.inference}/ping"):
-                return
-        except (URLError, ConnectionError):
-            pass
+        if _is_healthy(server):
+            return
         time.sleep(0.1)
     raise DemoError(f"the server is not ready after {START_TIMEOUT:.0f} seconds; its log:\n{LOG.read_text()}")
+
+
+def _is_healthy(server: Server) -> bool:
+    try:
+        return "Healthy" in fetch(f"{server.inference}/ping")
+    except (DemoError, URLError, ConnectionError):
+        return False
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -143,9 +147,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def fetch(url: str, body: bytes | None = None) -> str:
-    """The answer's text; `body` is sent with POST."""
-    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as answer:
-        return str(answer.read(), "utf-8")
+    """The answer's text; `body` is sent with POST. Raises DemoError when the server answers with an error."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/octet-stream"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return str(answer.read(), "utf-8")
+    except HTTPError as error:
+        with error:
+            raise DemoError(f"{url} answered {error.code}: {str(error.read(), 'utf-8')}") from None
 
 
 def show_predictions(server: Server) -> None:

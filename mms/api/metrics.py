@@ -1,0 +1,25 @@
+"""`GET /metrics` on its own listener. aiohttp."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+
+def application(registry: CollectorRegistry, refresh: Callable[[], None]) -> web.Application:
+    """The aiohttp application on the metrics listener; `refresh` reads what may block (NVML), off the event loop."""
+
+    async def metrics(request: web.Request) -> web.Response:
+        await asyncio.to_thread(refresh)
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        response = web.Response(body=encode(registry), headers={"Content-Type": content_type})
+        response.enable_compression()
+        return response
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    return app

@@ -1,0 +1,122 @@
+"""The inference dialect of MMS and TorchServe: /predictions, /invocations, /ping. Translates HTTP to the data plane."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from mms.api.openapi import inference_document
+from mms.dataplane import DataPlane
+from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, NotFoundError
+from mms.http.connection import Exchange
+from mms.http.response import JSON, json_body
+from mms.models.version import ModelVersion, VersionState
+from mms.payload import parse_query
+
+MAX_ROUTES = 4096
+_METHODS = frozenset((b"POST", b"PUT", b"GET"))
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a request target means, until the registry changes."""
+
+    version: ModelVersion
+    query: bytes
+    query_is_input: bool
+
+
+class InferenceApi:
+    """The application on the inference port."""
+
+    def __init__(self, dataplane: DataPlane) -> None:
+        self.unknown: Counter[int] = Counter()  # answers that belong to no model, by status
+        self._dataplane = dataplane
+        self._routes: dict[bytes, Route] = {}
+        self._generation = -1
+
+    def handle(self, exchange: Exchange) -> None:
+        head = exchange.head
+        if self._generation != self._dataplane.registry.generation:
+            self._routes.clear()
+            self._generation = self._dataplane.registry.generation
+        route = self._routes.get(head.target)
+        if route is None or head.method not in _METHODS:
+            route = self._find(exchange)
+            if route is None:
+                return
+        exchange.work = self._dataplane.predict(
+            route.version,
+            exchange,
+            request_id=exchange.request_id,
+            content_type=head.content_type,
+            encoding=head.encoding,
+            query=route.query,
+            query_is_input=route.query_is_input,
+            headers=head.headers,
+            parts=exchange.parts,
+            size=exchange.size,
+            arrived=exchange.arrived,
+        )
+
+    def _find(self, exchange: Exchange) -> Route | None:
+        """The route of a target that is not known yet, or None when the request is answered here."""
+        head = exchange.head
+        try:
+            path, query = _split(head.target)
+            if path == "/ping":
+                self._answer(exchange, {"status": self._health()})
+                return None
+            if path == "/openapi.json":
+                self._answer(exchange, inference_document())
+                return None
+            route = self._prediction(path, query)
+            if head.method not in _METHODS:
+                raise MethodNotAllowedError("Requested method is not allowed, please refer to API document.")
+        except MMSError as error:
+            self.unknown[error.status] += 1
+            raise
+        if not query and len(self._routes) < MAX_ROUTES:
+            self._routes[head.target] = route
+        return route
+
+    def _prediction(self, path: str, query: bytes) -> Route:
+        first, _, rest = path[1:].partition("/")
+        if first == "predictions" and rest:
+            name, _, version = rest.partition("/")
+            return Route(self._dataplane.resolve(unquote(name), unquote(version)), query, False)
+        if first == "invocations" and not rest:
+            return Route(self._invoked(query), query, True)
+        raise NotFoundError("Requested resource is not found, please refer to API document.")
+
+    def _invoked(self, query: bytes) -> ModelVersion:
+        """The model that `model_name` names, or the only one there is."""
+        name = parse_query(query).get("model_name", "")
+        if not name:
+            models = list(self._dataplane.registry)
+            if len(models) != 1:
+                raise BadRequestError("Parameter model_name is required.")
+            name = models[0].name
+        return self._dataplane.resolve(name)
+
+    def _health(self) -> str:
+        """As MMS has it: Healthy when every version has all its workers, Unhealthy when there are none at all."""
+        versions = self._dataplane.registry.versions()
+        wanted = sum(version.pool.target for version in versions if version.pool)
+        ready = sum(min(version.pool.ready, version.pool.target) for version in versions if version.pool)
+        if ready == wanted and all(version.state is not VersionState.LOADING for version in versions):
+            return "Healthy"
+        return "Partial Healthy" if ready else "Unhealthy"
+
+    def _answer(self, exchange: Exchange, body: object) -> None:
+        exchange.answer(200, JSON, json_body(body))
+
+
+def _split(target: bytes) -> tuple[str, bytes]:
+    """Path (still escaped, without a trailing slash) and query of an origin-form or absolute-form target."""
+    if target[:7].lower() == b"http://":
+        target = b"/" + target[7:].partition(b"/")[2]
+    path, _, query = target.partition(b"?")
+    text = path.decode("latin-1")
+    return (text.rstrip("/") or "/"), query

@@ -1,0 +1,65 @@
+"""`python -m mms.backend`: a worker in a fresh interpreter, or one request run in the foreground for a debugger."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+from mms import wire
+from mms.archive import ModelArchive
+from mms.backend import loop, process
+from mms.backend.loader import load_handler
+from mms.handler import Request
+
+
+def main() -> None:
+    """Runs in the worker process, or in a developer's terminal."""
+    parser = argparse.ArgumentParser(prog="python -m mms.backend", description=__doc__)
+    parser.add_argument("--channel", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--page", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--server", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--name", help=argparse.SUPPRESS)
+    parser.add_argument("--archive", type=Path, help="the folder of an extracted archive")
+    parser.add_argument("--request", type=Path, help="a file that is sent as the body")
+    parser.add_argument("--content-type", default="application/octet-stream")
+    arguments = parser.parse_args()
+    if arguments.channel is None:
+        if arguments.archive is None or arguments.request is None:
+            parser.error("--archive and --request are needed")
+        sys.exit(run_once(arguments.archive, arguments.request.read_bytes(), arguments.content_type))
+    process.settle_in(
+        server=arguments.server, name=arguments.name, directory=os.getcwd(), keep=(arguments.channel, arguments.page)
+    )
+    loop.main(socket.socket(fileno=arguments.channel), arguments.page)
+
+
+def run_once(directory: Path, body: bytes, content_type: str) -> int:
+    """Load the archive in this process and run one request, so that a debugger sees it all."""
+    manifest = ModelArchive.open(directory).manifest
+    load = wire.Load(
+        model_name=manifest.model_name,
+        version=manifest.version,
+        directory=str(directory.absolute()),
+        handler=manifest.handler,
+        manifest=dict(manifest.raw),
+        model_config={},
+        batch_size=1,
+        isolate_errors="auto",
+        gpu=None,
+        threads=os.cpu_count() or 1,
+        max_request_size=1 << 30,
+        max_response_size=1 << 30,
+    )
+    stages = load_handler(load)
+    head = wire.JobView(1, "debug", content_type, "", b"", False, wire.EMPTY_HEADERS, len(body))
+    (outcome,) = stages.run([Request(head, bytearray(body), load.max_request_size)])
+    sys.stderr.write(f"{outcome.status} {outcome.error}\n{outcome.head.decode('latin-1')}\n")
+    sys.stdout.buffer.write(outcome.body + b"\n")
+    return 0 if outcome.status < 400 else 1
+
+
+if __name__ == "__main__":
+    main()

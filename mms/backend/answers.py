@@ -1,0 +1,100 @@
+"""What a handler returned, as an answer that can be sent: status, header block, body. Runs in the worker process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from mms.errors import HandlerError, MMSError
+from mms.handler import PredictionError, Response
+
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection", b"keep-alive", b"upgrade", b"trailer", b"te"})
+
+_BYTES = b"content-type: application/octet-stream\r\n"
+_TEXT = b"content-type: text/plain; charset=utf-8\r\n"
+_JSON = b"content-type: application/json\r\n"
+
+
+class Answer(NamedTuple):
+    """The outcome of one request; with `error` (a type of errors.py) the body is the error's message."""
+
+    status: int
+    head: bytes
+    body: bytes | bytearray | memoryview
+    error: str = ""
+
+
+def failure(error: MMSError | PredictionError) -> Answer:
+    """The answer for a request that failed."""
+    kind = "PredictionException" if isinstance(error, PredictionError) else error.type
+    status = error.status if isinstance(error.status, int) and 400 <= error.status <= 599 else 500
+    return Answer(status, b"", str(error.message).encode("utf-8", "replace"), kind)
+
+
+def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str], limit: int) -> Answer:
+    """A handler's result, as bytes. Raises HandlerError when it cannot be sent as it is."""
+    if isinstance(value, Response):
+        status, content_type, headers = value.status, value.content_type or content_type, {**headers, **value.headers}
+        value = value.body
+    body, head = _body(value)
+    if len(body) > limit:
+        raise HandlerError(f"the handler's answer of {len(body)} bytes is over max_response_size ({limit} bytes)")
+    if status != 200:
+        if not isinstance(status, int) or not 200 <= status <= 599:
+            raise HandlerError(f"the handler set status {status!r}; it must be a number from 200 to 599")
+        if status in (204, 304):
+            body = b""
+    if content_type:
+        head = _header("content-type", content_type)
+    for name, text in headers.items():
+        if name.lower() == "content-type":
+            head = _header("content-type", text)
+    extra = b"".join(_header(name, text) for name, text in headers.items() if name.lower() != "content-type")
+    return Answer(status, head + extra, body)
+
+
+def _body(value: Any) -> tuple[bytes | bytearray | memoryview, bytes]:
+    if isinstance(value, bytes | bytearray):
+        return value, _BYTES
+    if isinstance(value, memoryview):
+        return value.cast("B"), _BYTES
+    if isinstance(value, str):
+        try:
+            return value.encode(), _TEXT
+        except UnicodeEncodeError as error:
+            raise HandlerError(f"the handler returned a str that is not valid Unicode: {error.reason}") from None
+    try:
+        return _encode_json(value), _JSON
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise HandlerError(
+            f"the handler returned {type(value).__name__}, which cannot be sent ({error}); "
+            "return bytes, str, or something JSON can hold"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and tensors of any library, and their scalars, as Python numbers and lists."""
+    to_list = getattr(value, "tolist", None)
+    if to_list is None:
+        raise TypeError(f"{type(value).__name__} is not JSON")
+    return to_list()
+
+
+_encode_json = msgspec.json.Encoder(enc_hook=_plain).encode
+
+
+def _header(name: Any, value: Any) -> bytes:
+    try:
+        raw_name, raw_value = name.encode("ascii"), value.encode("latin-1")
+    except (AttributeError, UnicodeEncodeError):
+        raise HandlerError(f"the handler set header {name!r} to {value!r}; both must be latin-1 text") from None
+    if not _TOKEN.fullmatch(raw_name) or not _VALUE.fullmatch(raw_value):
+        raise HandlerError(f"the handler set header {name!r} to {value!r}, which is not a valid header")
+    if raw_name.lower() in _FRAMING:
+        raise HandlerError(f"the handler set header {name!r}; framing headers are the server's")
+    return raw_name.lower() + b": " + raw_value + b"\r\n"

@@ -1,0 +1,90 @@
+"""From a LOAD frame to a handler that is ready to take batches. Runs in the worker process."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mms.backend.stages import BatchStages, RequestStages, Stages
+from mms.errors import ModelLoadError
+from mms.handler import Context, Handler
+from mms.wire import Load
+
+_HINT = "a function handler is called once at load with data=None, as in MMS: return at once when data is None"
+
+
+def load_handler(load: Load) -> Stages:
+    """Import the archive's handler and initialize it. Whatever the handler raises passes through."""
+    sys.path.insert(0, load.directory)
+    limit_threads(load.threads)
+    context = Context(load, f"cuda:{load.gpu}" if load.gpu is not None else "cpu")
+    entry = find_entry(load.handler, Path(load.directory))
+    isolate = load.isolate_errors
+    if inspect.isclass(entry):
+        handler = entry()
+        if isinstance(handler, Handler):
+            handler.initialize(context)
+            return RequestStages(handler, context, isolate=isolate != "false", limit=load.max_response_size)
+        if not callable(getattr(handler, "handle", None)):
+            raise ModelLoadError(f"{load.handler}: the class has neither handle(data, context) nor mms.handler.Handler as base")
+        if callable(getattr(handler, "initialize", None)):
+            handler.initialize(context)
+        handle = handler.handle
+    else:
+        handle = entry
+        try:
+            handle(None, context)
+        except Exception as error:
+            error.add_note(_HINT)
+            raise
+    return BatchStages(handle, context, isolate=isolate == "true", limit=load.max_response_size)
+
+
+def find_entry(handler: str, directory: Path) -> Any:
+    """The class or function that `module:Name`, `module.py:name` or (as MMS has it) `module` names."""
+    module_name, _, name = handler.partition(":")
+    module = _import(module_name.removesuffix(".py"), directory)
+    if name:
+        if not hasattr(module, name):
+            raise ModelLoadError(f"{module_name} defines no {name}; it defines: {', '.join(_defined(module))}")
+        return getattr(module, name)
+    if callable(getattr(module, "handle", None)):
+        return module.handle
+    classes = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__]
+    if len(classes) != 1:
+        raise ModelLoadError(
+            f"{module_name} has no function handle and {len(classes)} classes; name the entry in the manifest as module:Name"
+        )
+    return classes[0]
+
+
+def limit_threads(threads: int) -> None:
+    """Let the libraries that are already imported use `threads` CPU threads; others read the environment."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    if "numpy" in sys.modules and importlib.util.find_spec("threadpoolctl"):
+        importlib.import_module("threadpoolctl").threadpool_limits(threads)
+
+
+def _import(name: str, directory: Path) -> ModuleType:
+    """The archive's own file comes before anything of that name that is installed or imported already."""
+    path = directory / f"{name.replace('.', '/')}.py"
+    if not path.is_file():
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _defined(module: ModuleType) -> list[str]:
+    return sorted(
+        name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__
+    ) or ["nothing"]

@@ -1,0 +1,292 @@
+"""The `mms` command. Options are made from the fields of Config; heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+import mms
+from mms.config import Config, load_config, show_setting
+from mms.errors import MMSError
+from mms.rundir import RunDirectory, Running
+
+NOT_READY = 3
+_READY_FD = "_MMS_READY_FD"
+
+_Command = Callable[..., Any]
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    click.echo(f"mms: error: {message}", err=True)
+    sys.exit(code)
+
+
+def _settings(command: _Command) -> _Command:
+    """An option for each setting, and --config."""
+    for setting in reversed(fields(Config)):
+        flag = "--" + setting.name.replace("_", "-")
+        multiple = setting.name in ("models", "worker_env")
+        command = click.option(
+            flag, setting.name, multiple=multiple, default=None, metavar="…", help=setting.metadata["help"]
+        )(command)
+    return click.option("--config", "file", type=click.Path(path_type=Path), help="settings file (YAML)")(command)
+
+
+def _load(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    try:
+        return load_config(file=file, environ=_environment(), command_line=given)
+    except MMSError as error:
+        _fail(error.message)
+
+
+def _environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(mms.__version__, prog_name="mms")
+def main() -> None:
+    """Serve model archives: batching, versions, worker pools and metrics behind nginx."""
+
+
+class _ManyModels(click.Command):
+    """Lets `--models a.mar b.mar` take several values, as MMS users type it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        in_models = False
+        for word in args:
+            if in_models and not word.startswith("-") and spread[-1] != "--models":
+                spread.append("--models")
+            in_models = (in_models and not word.startswith("-")) or word == "--models"
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+@main.command(cls=_ManyModels)
+@click.option("--daemon", is_flag=True, help="return when the server is ready, and leave it running")
+@click.option("--foreground", is_flag=True, help="stay in the foreground (the default)")
+@_settings
+def start(daemon: bool, foreground: bool, file: Path | None, **options: Any) -> None:
+    """Start a server and stay in the foreground until Ctrl-C or SIGTERM.
+
+    \b
+    mms start --model-store store --models cat.mar
+    mms start --model-store store --models ALL --daemon
+    """
+    config, _ = _load(file, options)
+    if daemon and not foreground:
+        _start_daemon(config)
+    import uvloop
+
+    from mms import logs
+    from mms.server import serve
+
+    try:
+        logs.setup(config.log_level, config.log_file)
+    except OSError as error:
+        _fail(f"cannot write the log {config.log_file}: {error.strerror}")
+    try:
+        code = uvloop.run(serve(config, _announce))
+    except MMSError as error:
+        _tell_parent(f"mms: error: {error.message}")
+        _fail(error.message)
+    sys.exit(code)
+
+
+def _announce(text: str) -> None:
+    click.echo(text)
+    if text.startswith("ready"):
+        _tell_parent(text)
+
+
+def _tell_parent(text: str) -> None:
+    """The waiting `mms start --daemon`, if that is how this process was started."""
+    descriptor = os.environ.pop(_READY_FD, None)
+    if descriptor is not None:
+        os.write(int(descriptor), text.encode())
+        os.close(int(descriptor))
+
+
+def _start_daemon(config: Config) -> NoReturn:
+    """Start the same command in a session of its own, and pass on its ready line or its error."""
+    log_file = config.log_file or config.run_dir / "logs" / "mms.log"
+    log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    read_end, write_end = os.pipe()
+    words = [word for word in sys.argv[1:] if word != "--daemon"]
+    with log_file.open("ab") as output:
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "mms.cli", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=(write_end,),
+            start_new_session=True,
+            env={**os.environ, _READY_FD: str(write_end)},
+        )
+    os.close(write_end)
+    text = b"".join(iter(lambda: os.read(read_end, 4096), b"")).decode()
+    if not text.startswith("ready"):
+        click.echo(text or f"mms: error: the server ended before it was ready; see {log_file}", err=True)
+        sys.exit(1)
+    click.echo(f"{text}; log {log_file}")
+    sys.exit(0)
+
+
+_run_dir_option = click.option("--run-dir", type=click.Path(path_type=Path), default=None, help="the server's run directory")
+
+
+def _running(run_dir: Path | None) -> tuple[RunDirectory, Running | None]:
+    config, _ = _load(None, {"run_dir": str(run_dir) if run_dir else None})
+    directory = RunDirectory(config.run_dir)
+    return directory, directory.running()
+
+
+@main.command()
+@_run_dir_option
+@click.option("--timeout", default=60.0, show_default=True, help="seconds to wait; then the server is killed")
+def stop(run_dir: Path | None, timeout: float) -> None:
+    """Stop the server: requests in hand are answered first."""
+    directory, running = _running(run_dir)
+    if running is None:
+        click.echo(f"no server is running in {directory.path}")
+        return
+    try:
+        pidfd = os.pidfd_open(running.pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+    except (ProcessLookupError, PermissionError) as error:
+        _fail(f"cannot stop pid {running.pid}: {error.strerror}")
+    if not select.select([pidfd], [], [], timeout)[0]:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        _fail(f"the server (pid {running.pid}) did not stop within {timeout:g} s and was killed")
+    click.echo(f"stopped the server (pid {running.pid})")
+
+
+@main.command()
+@_run_dir_option
+@click.option("--json", "as_json", is_flag=True, help="one JSON document")
+@click.option("--quiet", is_flag=True, help="no output, only the exit code")
+def status(run_dir: Path | None, as_json: bool, quiet: bool) -> None:
+    """Show the server's models and workers. Exit code 0: all ready, 3: not running or not ready."""
+    from mms.client import describe_models
+
+    directory, running = _running(run_dir)
+    if running is None:
+        if not quiet:
+            click.echo('{"running": false}' if as_json else f"no server is running in {directory.path}")
+        sys.exit(NOT_READY)
+    try:
+        models = describe_models(running.management_address)
+    except OSError as error:
+        _fail(f"the server (pid {running.pid}) does not answer on {running.management_address}: {error}", NOT_READY)
+    ready = all(_is_ready(model) for model in models)
+    if as_json and not quiet:
+        click.echo(json.dumps({"running": True, "ready": ready, "pid": running.pid, "models": models}, indent=2))
+    elif not quiet:
+        _print_models(running, models)
+    sys.exit(0 if ready else NOT_READY)
+
+
+def _is_ready(model: dict[str, Any]) -> bool:
+    up = sum(worker["status"] == "READY" for worker in model["workers"])
+    return bool(model["state"] == "READY" and up >= model["minWorkers"])
+
+
+def _print_models(running: Running, models: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"pid {running.pid}, inference {running.inference_address}", title_justify="left")
+    for column in ("model", "version", "default", "state", "workers", "queue", "batch"):
+        table.add_column(column)
+    for model in models:
+        up = sum(worker["status"] == "READY" for worker in model["workers"])
+        table.add_row(
+            model["modelName"],
+            model["modelVersion"],
+            "yes" if model["defaultVersion"] else "",
+            model["state"],
+            f"{up} of {model['minWorkers']}",
+            f"{model['jobQueueStatus']['pendingRequests']} of {model['queueSize']}",
+            str(model["batchSize"]),
+        )
+    Console().print(table)
+
+
+@main.command("config")
+@click.option("--json", "as_json", is_flag=True, help="one JSON document")
+@_settings
+def show_config(as_json: bool, file: Path | None, **options: Any) -> None:
+    """Show every setting: its value, where that comes from, and what it means."""
+    from rich.console import Console
+    from rich.table import Table
+
+    config, origins = _load(file, options)
+    rows = [
+        (setting.name, show_setting(Config, setting.name, getattr(config, setting.name)), setting.metadata["help"])
+        for setting in fields(Config)
+    ]
+    if as_json:
+        document = {
+            name: {"value": value, "origin": origins[name], "help": text} for name, value, text in rows
+        }
+        click.echo(json.dumps(document, indent=2))
+        return
+    table = Table("setting", "value", "from", "meaning")
+    for name, value, text in rows:
+        table.add_row(name, value, origins[name], text)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@main.command()
+@click.argument("archive", type=click.Path(path_type=Path))
+@click.argument("request", type=click.Path(path_type=Path), required=False)
+@click.option("--content-type", default="", help="of the request (default: from the file's name)")
+def check(archive: Path, request: Path | None, content_type: str) -> None:
+    """Load ARCHIVE in one worker process, without a server, and run it on the file REQUEST if one is given."""
+    from mms.trial import run_trial
+
+    try:
+        answer = run_trial(archive, request, content_type)
+    except MMSError as error:
+        click.echo(getattr(error, "traceback", ""), err=True)
+        _fail(error.message)
+    click.echo(answer)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("request", type=click.Path(exists=True, path_type=Path))
+@click.option("--content-type", default="", help="of the request (default: from the file's name)")
+@click.option("--version", "number", default="", help="a version (default: the default one)")
+@_run_dir_option
+def predict(model: str, request: Path, content_type: str, number: str, run_dir: Path | None) -> None:
+    """Send the file REQUEST to MODEL on the running server and print the answer."""
+    from mms.client import guess_type, send
+
+    directory, running = _running(run_dir)
+    if running is None:
+        _fail(f"no server is running in {directory.path}", NOT_READY)
+    path = f"/predictions/{model}" + (f"/{number}" if number else "")
+    try:
+        code, body = send(running.inference_address, "POST", path, request.read_bytes(), content_type or guess_type(request))
+    except OSError as error:
+        _fail(f"no answer from {running.inference_address}: {error}")
+    sys.stdout.buffer.write(body)
+    sys.stdout.flush()
+    sys.exit(0 if code < 400 else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The command line's requests to a running server, over TCP or a Unix socket. stdlib only."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import mimetypes
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+TIMEOUT = 300.0
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(TIMEOUT)
+        self.sock.connect(self._path)
+
+
+def send(address: str, method: str, path: str, body: bytes = b"", content_type: str = "") -> tuple[int, bytes]:
+    """One request to host:port or unix:/path; status and body. Raises OSError."""
+    if address.startswith("unix:"):
+        connection: http.client.HTTPConnection = _UnixConnection(address.removeprefix("unix:"))
+    else:
+        connection = http.client.HTTPConnection(address, timeout=TIMEOUT)
+    try:
+        connection.request(method, path, body or None, {"Content-Type": content_type} if content_type else {})
+        response = connection.getresponse()
+        return response.status, response.read()
+    except http.client.HTTPException as error:
+        raise OSError(f"not an HTTP answer: {error!r}") from None
+    finally:
+        connection.close()
+
+
+def describe_models(address: str) -> list[dict[str, Any]]:
+    """The description of every version of every model. Raises OSError."""
+    described = []
+    token = "0"
+    while token:
+        status, body = send(address, "GET", f"/models?next_page_token={token}")
+        page = json.loads(body)
+        if status != 200:
+            raise OSError(page.get("message", body.decode()))
+        for entry in page["models"]:
+            name = quote(entry["modelName"], safe="")
+            default = json.loads(send(address, "GET", f"/models/{name}")[1])
+            for version in default.get("versions", ()):
+                described.append(json.loads(send(address, "GET", f"/models/{name}/{quote(version, safe='')}")[1]))
+        token = page.get("nextPageToken", "")
+    return described
+
+
+def guess_type(path: Path) -> str:
+    return mimetypes.guess_type(path.name)[0] or "application/octet-stream"

@@ -1,0 +1,219 @@
+"""The control plane: register, scale, configure, describe, set default, unregister. No HTTP in it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mms import wire
+from mms.archive import ModelArchive
+from mms.config import MODEL_NAME, Config, ModelSettings, merge_settings, read_yaml
+from mms.errors import BadRequestError, ConfigError, ConflictError, ModelLoadError
+from mms.logs import open_model_log
+from mms.models.registry import ModelRegistry
+from mms.models.store import ModelStore
+from mms.models.version import ModelVersion, VersionState
+from mms.workers import environment
+from mms.workers.forkserver import ForkServers
+from mms.workers.pool import PoolSettings, WorkerPool
+from mms.workers.process import Launch
+
+log = logging.getLogger("mms.controlplane")
+
+
+class ControlPlane:
+    """Changes what is served; the data plane only ever sees the result in the registry."""
+
+    def __init__(self, config: Config, registry: ModelRegistry, store: ModelStore) -> None:
+        self.registry = registry
+        self.store = store
+        self.forkservers = ForkServers()
+        self.on_change: Callable[[], None] = lambda: None  # called when any version's state may have changed
+        self._config = config
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._loads = asyncio.Semaphore(config.parallel_loads)
+        self._numbers = itertools.count(1)
+        self._gpus = environment.find_gpus()
+
+    async def register(
+        self,
+        url: str,
+        *,
+        name: str = "",
+        handler: str = "",
+        changes: Mapping[str, Any] | None = None,
+        synchronous: bool = True,
+        at_start: bool = False,
+    ) -> ModelVersion:
+        """Serve the archive `url` of the store; with `synchronous`, return when its workers are ready.
+
+        Raises BadRequestError, ModelNotFoundError, ArchiveError, ConfigError, ConflictError (nothing is registered then)
+        and ModelLoadError (the version stays registered as FAILED; registering it again replaces it).
+        """
+        archive = await asyncio.to_thread(self.store.open, url)
+        name = name or archive.manifest.model_name
+        if not MODEL_NAME.fullmatch(name):
+            raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")
+        async with self._locks[name]:
+            version = await self._add(archive, name, handler, changes or {}, at_start)
+        if version.pool is not None:
+            version.pool.set_target(version.settings.min_workers)
+            if synchronous:
+                await version.pool.settled()
+        return version
+
+    async def scale(self, name: str, version: str, workers: int, *, synchronous: bool) -> ModelVersion:
+        """Run `workers` workers. Raises ModelLoadError when synchronous and they cannot be started."""
+        found = self.registry.version(name, version)
+        if workers < 0:
+            raise BadRequestError(f"min_worker = {workers}: must be at least 0")
+        if found.pool is None:
+            raise ConflictError(f"model {found.label} is still being registered; try again soon")
+        found.apply(merge_settings(found.settings, {"min_workers": workers, "max_workers": workers}, "scale", strict=True))
+        found.pool.set_target(workers)
+        if synchronous:
+            await found.pool.settled()
+        return found
+
+    def configure(self, name: str, version: str, changes: Mapping[str, Any]) -> ModelVersion:
+        """Change batching and queue limits while the version is served. Raises ConfigError."""
+        found = self.registry.version(name, version)
+        found.apply(merge_settings(found.settings, changes, "request", strict=True))
+        return found
+
+    def set_default(self, name: str, version: str) -> None:
+        found = self.registry.version(name, version)
+        if found.state is VersionState.FAILED:
+            raise ConflictError(f"model {found.label} is FAILED and cannot become the default")
+        self.registry.set_default(name, version)
+
+    async def unregister(self, name: str, version: str = "") -> None:
+        """Stop serving a version (default: all of the model's), after its requests in hand are answered."""
+        model = self.registry.model(name)
+        versions = [model.version(version)] if version else list(model.versions.values())
+        for found in versions:
+            self.registry.remove(found)
+        await asyncio.gather(*(found.unload(self._config.drain_timeout) for found in versions))
+
+    async def close(self, drain: float) -> None:
+        """Unload everything and end the fork servers."""
+        await asyncio.gather(*(version.unload(drain) for version in self.registry.versions()))
+        self.forkservers.close()
+
+    async def _add(
+        self, archive: ModelArchive, name: str, handler: str, changes: Mapping[str, Any], at_start: bool
+    ) -> ModelVersion:
+        """Extract, configure and register; the pool exists afterwards but runs nothing yet."""
+        number = archive.manifest.version
+        await self._make_room(name, number)
+        target = self._config.run_dir / "models" / f"{name}-{next(self._numbers)}"
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        folder = await asyncio.to_thread(archive.extract, target, verify=self._config.verify_archives)
+        owned = folder if folder == target else None
+        try:
+            open_model_log(self._config.run_dir / "logs", name)
+            model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
+            settings = self._settings(archive, model_config, changes)
+            version = ModelVersion(name, number, archive, settings)
+            version.directory = owned
+            version.at_start = at_start
+            version.pool = await self._pool(version, folder, handler or archive.manifest.handler, model_config)
+            self.registry.add(version)
+        except BaseException:
+            if owned is not None:
+                shutil.rmtree(owned, ignore_errors=True)
+            raise
+        return version
+
+    async def _make_room(self, name: str, number: str) -> None:
+        """A FAILED version gives way to a new registration; any other is a conflict."""
+        try:
+            existing = self.registry.version(name, number)
+        except Exception:
+            return
+        if existing.state is not VersionState.FAILED:
+            raise ConflictError(f"Model version {number} is already registered for model {name}")
+        self.registry.remove(existing)
+        await existing.unload(0)
+
+    def _settings(
+        self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any]
+    ) -> ModelSettings:
+        settings = merge_settings(
+            self._config.model_defaults(), model_config, f"{archive.path.name}: {archive.manifest.config_file}", strict=False
+        )
+        settings = merge_settings(settings, changes, "request", strict=True)
+        fixed: dict[str, Any] = {}
+        gpus = self._gpus_for(settings)
+        if settings.min_workers == -1:
+            fixed["min_workers"] = len(gpus) or environment.cores()
+        if not settings.threads:
+            workers = max(1, fixed.get("min_workers", settings.min_workers))
+            fixed["threads"] = max(1, environment.cores() // workers)
+        return merge_settings(settings, {**fixed, "gpus": gpus}, "request", strict=True)
+
+    def _gpus_for(self, settings: ModelSettings) -> list[int]:
+        if settings.device == "cpu":
+            return []
+        if settings.device == "gpu" and not self._gpus:
+            raise ConfigError("device = gpu: this machine has no GPU that the server can see")
+        missing = set(settings.gpus) - set(self._gpus)
+        if missing:
+            there = ", ".join(map(str, self._gpus)) or "none"
+            raise ConfigError(f"gpus: {', '.join(map(str, sorted(missing)))} do not exist; this machine has: {there}")
+        return list(settings.gpus or self._gpus)
+
+    async def _pool(
+        self, version: ModelVersion, folder: Path, handler: str, model_config: dict[str, Any]
+    ) -> WorkerPool:
+        settings, manifest = version.settings, version.archive.manifest
+        load = wire.Load(
+            model_name=version.name,
+            version=version.version,
+            directory=str(folder.absolute()),
+            handler=handler,
+            manifest=dict(manifest.raw),
+            model_config=model_config,
+            batch_size=settings.batch_size,
+            isolate_errors=settings.isolate_errors,
+            gpu=0 if settings.gpus else None,
+            threads=settings.threads,
+            max_request_size=self._config.max_request_size,
+            max_response_size=self._config.max_response_size,
+        )
+        how = Launch(
+            name=f"mms-{version.name}",
+            directory=load.directory,
+            environ=environment.worker_environment(settings.threads, self._config.worker_env),
+            preload=tuple(sorted({*manifest.preload, *settings.preload})),
+            interpreter=await self._interpreter(version, folder),
+        )
+        pool = PoolSettings(
+            label=version.label,
+            load=load,
+            launch=how,
+            gpus=settings.gpus,
+            response_timeout=settings.response_timeout,
+            startup_timeout=settings.startup_timeout,
+            stop_grace=self._config.stop_grace,
+        )
+        return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, lambda: self.on_change())
+
+    async def _interpreter(self, version: ModelVersion, folder: Path) -> str | None:
+        """The archive's own Python, if it brings requirements and may install them."""
+        file = version.archive.manifest.requirements_file
+        if not file:
+            return None
+        if not self._config.install_requirements:
+            log.warning("%s brings %s, which is not installed: install_requirements is off", version.label, file)
+            return None
+        try:
+            return await environment.own_interpreter(folder / file, self._config.run_dir / "venvs")
+        except OSError as error:
+            raise ModelLoadError(f"the archive's requirements cannot be installed: {error}") from None

@@ -1,0 +1,389 @@
+"""One client's connection: bytes in, exchanges out, answers back in the order of the requests. Data plane, front end.
+
+No task, no future and no logging per request: the parser calls back, a finished request goes to the application, and
+whoever answers calls the exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections import deque
+from typing import Protocol, cast
+
+import httptools
+
+from mms.errors import BadRequestError, DeadlineError, MMSError, RequestTooLargeError, ServiceUnavailableError
+from mms.http import request as verdicts
+from mms.http.limits import (
+    CHUNK_FRAMING,
+    LINGER_BYTES,
+    LINGER_SECONDS,
+    MAX_BACKLOG,
+    MAX_CHUNK_EXTRA,
+    MAX_HEAD,
+    MAX_LEADING,
+    MAX_LINE,
+    MAX_PIPELINED,
+    Limits,
+)
+from mms.http.request import Head
+from mms.http.response import CONTINUE, JOIN_BELOW, StatusLines, error_response
+
+Buffer = bytes | bytearray | memoryview
+
+_id_prefix = os.urandom(6).hex()
+_id_counter = itertools.count(1)
+
+
+class Application(Protocol):
+    """What the requests are handed to. `handle` must not block and must not raise anything but MMSError."""
+
+    def handle(self, exchange: Exchange) -> None: ...
+
+
+class Cancellable(Protocol):
+    """The work behind an exchange, told when the client leaves."""
+
+    def cancel(self) -> None: ...
+
+
+class Exchange:
+    """One request and the place of its answer."""
+
+    __slots__ = ("arrived", "connection", "head", "parts", "request_id", "response", "size", "work")
+
+    def __init__(self, connection: Connection, head: Head, parts: list[bytes], size: int, arrived: float) -> None:
+        self.connection = connection
+        self.head = head
+        self.parts = parts
+        self.size = size
+        self.arrived = arrived
+        self.request_id = head.request_id.decode() if head.request_id else f"{_id_prefix}-{next(_id_counter):x}"
+        self.response: tuple[bytes, Buffer] | None = None
+        self.work: Cancellable | None = None
+
+    def answer(self, status: int, head: bytes, body: Buffer) -> None:
+        """Answer with `head` (complete header lines) and `body`; length, date and id are added here."""
+        connection = self.connection
+        size = len(body)
+        self.response = (
+            b"%b%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n"
+            % (
+                connection.lines[status],
+                head,
+                self.request_id.encode(),
+                b"" if self.head.keep_alive else b"connection: close\r\n",
+                size,
+            )
+            if status != 204
+            else b"%b%bx-request-id: %b\r\n\r\n" % (connection.lines[status], head, self.request_id.encode()),
+            b"" if self.head.method == b"HEAD" else body,
+        )
+        connection.answered(self)
+
+    def fail(self, error: MMSError) -> None:
+        self.answer(*error_response(error))
+
+
+class Connection(asyncio.Protocol):
+    """The front end's end of one connection."""
+
+    def __init__(self, application: Application, limits: Limits, lines: StatusLines, peers: set[Connection], *, edge: bool):
+        self.lines = lines
+        self.last_activity = 0.0
+        self._application = application
+        self._limits = limits
+        self._peers = peers
+        self._edge = edge  # nginx is on the other side: it closes idle connections, and its end of stream is a goodbye
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._parser = httptools.HttpRequestParser(self)
+        self._held = b""  # the beginning of a request line
+        self._between = True  # the parser stands between two requests
+        self._head = Head()
+        self._in_head = True
+        self._raw_head = 0
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._chunked_raw = 0
+        self._refusal: MMSError | None = None
+        self._pending: deque[Exchange] = deque()
+        self._backlog: deque[Exchange] = deque()
+        self._draining = False
+        self._last = False  # no further request is read from this connection
+        self._lingering = -1  # bytes that may still be read and dropped
+        self._write_paused = False
+        self._read_paused = False
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.last_activity = self._loop.time()
+        self._peers.add(self)
+        if len(self._peers) > self._limits.max_connections:
+            self._refuse(ServiceUnavailableError(f"more than {self._limits.max_connections} connections"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._peers.discard(self)
+        self._last = True
+        for exchange in self._pending:
+            if exchange.work is not None and exchange.response is None:
+                exchange.work.cancel()
+        self._pending.clear()
+        self._backlog.clear()
+
+    def eof_received(self) -> bool:
+        self._last = True
+        return bool(self._pending) and not self._edge  # a client may close its half and still read its answers
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+        self._steer_reading()
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        self._steer_reading()
+
+    def data_received(self, data: bytes) -> None:
+        self.last_activity = self._loop.time()
+        if self._last:
+            self._drop(len(data))
+            return
+        if self._between:
+            data = self._begin(data)
+            if not data:
+                return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refusal = self._refusal or BadRequestError("this server does not change protocols")
+        except httptools.HttpParserError as error:
+            cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
+            if cause is not None and not isinstance(cause, MMSError):
+                self._loop.call_exception_handler({"message": "parser callback failed", "exception": cause})
+            self._refusal = self._refusal or BadRequestError(f"not HTTP/1.1: {str(error) or 'malformed request'}")
+        if self._in_head and not self._between:
+            self._raw_head += len(data)
+            if self._raw_head > MAX_HEAD:
+                self._refusal = self._refusal or verdicts.too_large()
+        elif self._head.transfer_encoding and not self._between:
+            self._count_chunked(len(data))
+        if self._refusal is not None:
+            self._refuse(self._refusal)
+        elif self._backlog:
+            self._admit()
+
+    # httptools callbacks: they never raise
+
+    def on_message_begin(self) -> None:
+        self._between = False
+        if len(self._backlog) >= MAX_BACKLOG:
+            self._refusal = self._refusal or BadRequestError(f"more than {MAX_BACKLOG} requests are pipelined")
+
+    def on_url(self, url: bytes) -> None:
+        self._head.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:
+            self._head.add(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        head, parser = self._head, self._parser
+        head.method = parser.get_method()
+        head.version = parser.get_http_version()
+        head.keep_alive = parser.should_keep_alive()
+        head.upgrade = parser.should_upgrade()
+        if self._refusal is not None:
+            return
+        self._refusal = verdicts.judge_head(head)
+        if self._refusal is None and head.length > self._limits.max_request_size:
+            self._refusal = self._too_large()
+        if self._refusal is None and head.expect and not self._pending and not self._backlog:
+            self._transport.write(CONTINUE)
+
+    def on_body(self, body: bytes) -> None:
+        if self._refusal is None:
+            self._size += len(body)
+            if self._size > self._limits.max_request_size:
+                self._refusal = self._too_large()
+                self._parts = []
+            else:
+                self._parts.append(body)
+
+    def on_chunk_header(self) -> None:
+        self._chunked_raw -= CHUNK_FRAMING
+
+    def on_message_complete(self) -> None:
+        self._between = True
+        if self._refusal is None:
+            self._backlog.append(Exchange(self, self._head, self._parts, self._size, self.last_activity))
+            if self._draining:
+                self._head.keep_alive = False
+            if not self._head.keep_alive:
+                self._last = True
+            self._head = Head()
+            self._in_head = True
+            self._raw_head = 0
+            self._chunked_raw = 0
+            self._parts = []
+            self._size = 0
+
+    # answering
+
+    def answered(self, exchange: Exchange) -> None:
+        """An exchange has its answer: send it, and those behind it that waited for their turn."""
+        pending = self._pending
+        if not pending or self._transport.is_closing():
+            return
+        while pending and (response := pending[0].response) is not None:
+            done = pending.popleft()
+            head, body = response
+            if len(body) < JOIN_BELOW:
+                self._transport.write(head + body)
+            else:
+                self._transport.writelines([head, body])
+            if not done.head.keep_alive:
+                self._finish()
+                return
+        if self._backlog:
+            self._admit()
+        elif self._last and not pending:
+            self._finish()
+
+    def sweep(self, now: float) -> None:
+        """Called about once a second: close the connection if its client has been silent for too long."""
+        silent = now - self.last_activity
+        limits = self._limits
+        if self._lingering >= 0:
+            if silent > LINGER_SECONDS:
+                self._transport.abort()
+        elif self._pending:
+            if self._write_paused and silent > limits.body_timeout:
+                self._transport.abort()
+        elif self._write_paused:
+            if silent > limits.body_timeout:
+                self._transport.abort()
+        elif not self._between or self._held:
+            limit = limits.header_timeout if self._in_head else limits.body_timeout
+            if silent > limit:
+                self._refuse(DeadlineError(f"the request did not arrive within {limit:g} s", status=408))
+        elif not self._edge and silent > limits.keepalive_timeout:
+            self._transport.close()
+
+    def drain(self) -> None:
+        """The server stops: close when the requests in hand are answered."""
+        self._draining = True
+        if not self._between or self._held:
+            return
+        self._last = True
+        if self.busy:
+            (self._backlog or self._pending)[-1].head.keep_alive = False
+        else:
+            self._transport.close()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._pending or self._backlog)
+
+    def _begin(self, data: bytes) -> bytes:
+        """The bytes to parse next, once the request line is whole and right; nothing while it is not."""
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        if data[0] in b"\r\n":
+            stripped = data.lstrip(b"\r\n")
+            leading = len(data) - len(stripped)
+            if leading > MAX_LEADING or b"\r\n" * (leading // 2) != data[: leading // 2 * 2]:
+                self._refuse(BadRequestError("empty lines before the request line"))
+                return b""
+            if not stripped:
+                self._held = data
+                return b""
+            data = stripped
+        end = data.find(b"\r\n")
+        if end < 0:
+            if b"\n" in data or data.startswith(b"PRI "):
+                self._refuse(BadRequestError("the request line does not end with CR LF"))
+            elif len(data) > MAX_LINE:
+                self._refuse(verdicts.too_long())
+            else:
+                self._held = data
+            return b""
+        refusal = verdicts.judge_line(data[:end])
+        if refusal is not None:
+            self._refuse(refusal)
+            return b""
+        return data
+
+    def _admit(self) -> None:
+        """Hand requests to the application, a bounded number at a time."""
+        backlog, pending = self._backlog, self._pending
+        while backlog and len(pending) < MAX_PIPELINED:
+            exchange = backlog.popleft()
+            pending.append(exchange)
+            try:
+                self._application.handle(exchange)
+            except MMSError as error:
+                exchange.fail(error)
+        self._steer_reading()
+
+    def _refuse(self, error: MMSError) -> None:
+        """Answer what came before, then this error, then close without resetting the answer."""
+        self._refusal = None
+        head = self._head
+        head.keep_alive = False
+        exchange = Exchange(self, head, [], 0, self.last_activity)
+        if self._backlog:
+            self._admit()
+        self._last = True
+        self._between = True
+        self._held = b""
+        self._parts = []
+        self._pending.append(exchange)
+        exchange.fail(error)
+
+    def _finish(self) -> None:
+        """The last answer is written: close, but read a little first if the client may still be sending."""
+        self._last = True
+        if self._transport.is_closing() or self._lingering >= 0:
+            return
+        if self._transport.can_write_eof():
+            self._lingering = LINGER_BYTES
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def _drop(self, size: int) -> None:
+        if self._lingering >= 0:
+            self._lingering -= size
+            if self._lingering < 0:
+                self._transport.abort()
+
+    def _count_chunked(self, size: int) -> None:
+        self._chunked_raw += size
+        if self._chunked_raw - self._size > MAX_CHUNK_EXTRA + MAX_HEAD:
+            self._refusal = self._refusal or BadRequestError("the chunked body has too many extensions or trailers")
+
+    def _too_large(self) -> MMSError:
+        return RequestTooLargeError(f"the request body is over max_request_size ({self._limits.max_request_size} bytes)")
+
+    def _steer_reading(self) -> None:
+        """Read only while there is room for what is read."""
+        pause = self._write_paused or len(self._backlog) > 0
+        if pause != self._read_paused and not self._transport.is_closing():
+            self._read_paused = pause
+            if pause:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
+

@@ -1,0 +1,27 @@
+"""What one client may cost the front end. All of it is checked before or while bytes arrive, never after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_LINE = 8 << 10  # request line
+MAX_HEAD = 32 << 10  # request line and headers
+MAX_FIELDS = 100
+MAX_CHUNK_EXTRA = 16 << 10  # chunk extensions and trailers of one body, beyond plain framing
+CHUNK_FRAMING = 20  # a 16-digit size and two CRLFs
+MAX_LEADING = 4  # CRLFs before a request line, in bytes
+MAX_PIPELINED = 16  # requests of one connection that are served at a time
+MAX_BACKLOG = 4096  # requests of one connection that wait for these
+LINGER_BYTES = 64 << 10  # read and dropped after an early error, so that the answer is not reset (RFC 9112, 9.6)
+LINGER_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The limits that are settings; sizes in bytes, durations in seconds."""
+
+    max_request_size: int
+    max_connections: int
+    header_timeout: float
+    body_timeout: float
+    keepalive_timeout: float

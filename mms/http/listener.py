@@ -1,0 +1,116 @@
+"""Listening sockets, and the data plane's server on one of them: its connections, their clock, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+import psutil
+
+from mms.errors import StartError
+from mms.http.connection import Application, Connection
+from mms.http.limits import Limits
+from mms.http.response import StatusLines
+
+BACKLOG = 4096
+MAX_UNIX_PATH = 107  # unix(7): sun_path without its final zero
+
+
+def bind(address: str, *, group: int | None = None) -> socket.socket:
+    """A listening socket on host:port or unix:/path, the latter for owner and `group`. Raises StartError."""
+    if address.startswith("unix:"):
+        return _bind_unix(Path(address.removeprefix("unix:")), group)
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        family, _, _, _, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartError(f"cannot listen on {address}: {error.strerror}") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(target)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise StartError(f"cannot listen on {address}: {error.strerror}{_owner(int(port))}") from None
+    return sock
+
+
+def _bind_unix(path: Path, group: int | None) -> socket.socket:
+    if len(os.fsencode(path)) > MAX_UNIX_PATH:
+        raise StartError(f"the socket path {path} is longer than {MAX_UNIX_PATH} bytes; choose a shorter run_dir")
+    temporary = path.with_name(path.name[:8] + ".new")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        temporary.unlink(missing_ok=True)
+        sock.bind(str(temporary))
+        temporary.chmod(0o660)
+        if group is not None:
+            os.chown(temporary, -1, group)
+        sock.listen(BACKLOG)
+        temporary.rename(path)
+    except OSError as error:
+        sock.close()
+        raise StartError(f"cannot listen on unix:{path}: {error.strerror}") from None
+    return sock
+
+
+def _owner(port: int) -> str:
+    """`, held by NAME (pid N)` where that can be seen."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f", held by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    return ""
+
+
+class HttpServer:
+    """Accepts the data plane's connections on one socket until it is drained."""
+
+    def __init__(self, application: Application, limits: Limits, *, edge: bool) -> None:
+        self._application = application
+        self._limits = limits
+        self._edge = edge
+        self._lines = StatusLines()
+        self.connections: set[Connection] = set()
+        self._server: asyncio.Server | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def start(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        create = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
+        self._server = await create(self._connect, sock=sock, backlog=BACKLOG)
+        self._tick()
+
+    async def drain(self, timeout: float) -> int:
+        """Accept nothing more, let requests in hand finish; returns how many connections had to be cut."""
+        loop = asyncio.get_running_loop()
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self.connections):
+            connection.drain()
+        until = loop.time() + timeout
+        while any(connection.busy for connection in self.connections) and loop.time() < until:
+            await asyncio.sleep(0.01)
+        cut = sum(connection.busy for connection in self.connections)
+        await asyncio.sleep(0)  # what was written in this turn leaves in the next
+        for connection in list(self.connections):
+            connection.abort() if connection.busy else connection.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        return cut
+
+    def _connect(self) -> Connection:
+        return Connection(self._application, self._limits, self._lines, self.connections, edge=self._edge)
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._lines.tick()
+        now = loop.time()
+        for connection in list(self.connections):
+            connection.sweep(now)
+        self._timer = loop.call_later(1.0, self._tick)

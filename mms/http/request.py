@@ -1,0 +1,143 @@
+"""Verdicts on a request's head, where the parser is more tolerant than a server may be (RFC 9110, RFC 9112)."""
+
+from __future__ import annotations
+
+from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, RequestTooLargeError
+from mms.http.limits import MAX_FIELDS, MAX_HEAD, MAX_LINE
+
+_VERSIONS = (b" HTTP/1.1", b" HTTP/1.0")
+_HOST_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:[]%~!$&'()*+,;=")
+_ID_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def judge_line(line: bytes) -> MMSError | None:
+    """The request line, without its CRLF."""
+    if line[-9:] in _VERSIONS and line.count(b" ") == 2 and b"#" not in line:
+        return None
+    if len(line) > MAX_LINE:
+        return too_long()
+    if line[-9:-1] == b" HTTP/2." or line[-7:] == b" HTTP/2":
+        return BadRequestError("HTTP/2 is not spoken here; use HTTP/1.1", status=505)
+    return BadRequestError("the request line is not 'METHOD target HTTP/1.1'")
+
+
+def judge_head(head: Head) -> MMSError | None:
+    """The head as a whole, once the parser has seen it all."""
+    target = head.target
+    if len(target) > MAX_LINE:
+        return too_long()
+    if head.size > MAX_HEAD or len(head.headers) > 2 * MAX_FIELDS:
+        return too_large()
+    if head.hosts != 1 and (head.hosts or head.version != "1.0"):
+        return BadRequestError(f"the request has {head.hosts} Host headers; exactly one is needed")
+    if head.bad_host:
+        return BadRequestError("the Host header is not a host name")
+    if head.method == b"CONNECT" or head.upgrade:
+        return MethodNotAllowedError("this server is no proxy and does not change protocols", status=400)
+    if target[:1] != b"/" and not target[:7].lower() == b"http://" and not (target == b"*" and head.method == b"OPTIONS"):
+        return BadRequestError("the request target must begin with /")
+    if head.transfer_encoding:
+        if head.version == "1.0":
+            return BadRequestError("Transfer-Encoding does not exist in HTTP/1.0")
+        if head.transfer_encoding != b"chunked":
+            return BadRequestError("of Transfer-Encodings only chunked is supported", status=501)
+    if head.expect and head.expect != b"100-continue":
+        return BadRequestError("of Expect only 100-continue is supported", status=417)
+    return None
+
+
+def too_long() -> MMSError:
+    return RequestTooLargeError(f"the request line is longer than {MAX_LINE} bytes", status=414)
+
+
+def too_large() -> MMSError:
+    return RequestTooLargeError(f"the headers are more than {MAX_FIELDS} or longer than {MAX_HEAD} bytes", status=431)
+
+
+def valid_id(value: bytes) -> bool:
+    """Whether a client's x-request-id is taken over: 1 to 128 letters, digits, dots, underscores, dashes."""
+    return 0 < len(value) <= 128 and _ID_BYTES.issuperset(value)
+
+
+class Head:
+    """What the parser has told of the request so far."""
+
+    __slots__ = (
+        "bad_host",
+        "content_type",
+        "encoding",
+        "expect",
+        "headers",
+        "hosts",
+        "keep_alive",
+        "length",
+        "method",
+        "request_id",
+        "size",
+        "target",
+        "transfer_encoding",
+        "upgrade",
+        "version",
+    )
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.headers: list[bytes] = []
+        self.size = 0
+        self.hosts = 0
+        self.bad_host = False
+        self.content_type = ""
+        self.encoding = ""
+        self.expect = b""
+        self.length = 0
+        self.transfer_encoding = b""
+        self.request_id = b""
+        self.method = b""
+        self.version = ""
+        self.keep_alive = True
+        self.upgrade = False
+
+    def add(self, name: bytes, value: bytes) -> None:
+        """One header field. Names with an underscore are dropped, as nginx does: CGI cannot tell them from dashes."""
+        self.size += len(name) + len(value) + 4
+        key = name.lower()
+        note = _NOTES.get(key)
+        if note is not None:
+            note(self, value)
+        elif b"_" in key:
+            return
+        self.headers += (name, value)
+
+    def note_host(self, value: bytes) -> None:
+        self.hosts += 1
+        self.bad_host = not _HOST_BYTES.issuperset(value)
+
+    def note_type(self, value: bytes) -> None:
+        self.content_type = value.decode("latin-1")
+
+    def note_encoding(self, value: bytes) -> None:
+        encoding = value.decode("latin-1").lower()
+        self.encoding = "" if encoding == "identity" else encoding
+
+    def note_expect(self, value: bytes) -> None:
+        self.expect = value.lower()
+
+    def note_length(self, value: bytes) -> None:
+        self.length = int(value) if value.isdigit() else 0  # the parser refuses anything but digits
+
+    def note_transfer_encoding(self, value: bytes) -> None:
+        self.transfer_encoding = (self.transfer_encoding + b"," + value if self.transfer_encoding else value).lower()
+
+    def note_request_id(self, value: bytes) -> None:
+        self.request_id = value if valid_id(value) else b""
+
+
+_NOTES = {
+    b"host": Head.note_host,
+    b"content-type": Head.note_type,
+    b"content-encoding": Head.note_encoding,
+    b"expect": Head.note_expect,
+    b"content-length": Head.note_length,
+    b"transfer-encoding": Head.note_transfer_encoding,
+    b"x-request-id": Head.note_request_id,
+}

@@ -1,0 +1,51 @@
+"""Responses as bytes."""
+
+from __future__ import annotations
+
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+
+from mms.errors import MMSError, QueueFullError
+
+JSON = b"content-type: application/json\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+JOIN_BELOW = 64 << 10  # a larger body goes to the transport as it is, not joined to its head
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+class StatusLines:
+    """Status line and Date header, made once per status and second."""
+
+    def __init__(self) -> None:
+        self._lines: dict[int, bytes] = {}
+        self._date = b""
+        self.tick()
+
+    def tick(self) -> None:
+        """Called once a second."""
+        self._date = f"date: {formatdate(usegmt=True)}\r\n".encode()
+        self._lines.clear()
+
+    def __getitem__(self, status: int) -> bytes:
+        line = self._lines.get(status)
+        if line is None:
+            text = f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n"
+            line = self._lines[status] = text.encode() + self._date
+        return line
+
+
+def json_body(value: Any) -> bytes:
+    return msgspec.json.encode(value) + b"\n"
+
+
+def error_response(error: MMSError) -> tuple[int, bytes, bytes]:
+    """Status, header block and JSON body of an error, in the native form."""
+    body = json_body({"code": error.status, "type": error.type, "message": error.message})
+    head = JSON
+    if isinstance(error, QueueFullError):
+        head += b"retry-after: %d\r\n" % error.retry_after
+    return error.status, head, body

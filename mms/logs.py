@@ -1,0 +1,55 @@
+"""Logging of the server process: one format, to standard error or a file, and a file per model for what its workers print."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import time
+from pathlib import Path
+
+MAX_BYTES = 100 << 20
+_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+class _Formatter(logging.Formatter):
+    converter = time.gmtime
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+
+def setup(level: str, file: Path | None) -> None:
+    """Configure the `mms` loggers. Raises OSError when the file cannot be written."""
+    handler: logging.Handler = logging.StreamHandler()
+    if file is not None:
+        handler = logging.handlers.RotatingFileHandler(file, maxBytes=MAX_BYTES, backupCount=1)
+    handler.setFormatter(_Formatter(_FORMAT))
+    logger = logging.getLogger("mms")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level.upper())
+    logging.getLogger("asyncio").handlers[:] = [handler]
+    logging.raiseExceptions = False  # a full disk must not turn log calls into noise
+
+
+def model_logger(name: str) -> logging.Logger:
+    """The log of one model's workers; dots in the name would make it another model's child."""
+    return logging.getLogger(f"mms.model.{name.replace('.', '%2E')}")
+
+
+def open_model_log(folder: Path, name: str) -> None:
+    """Write the model's log to `folder`/NAME.log as well. Raises OSError."""
+    logger = model_logger(name)
+    if logger.handlers:
+        return
+    folder.mkdir(mode=0o700, exist_ok=True)
+    handler = logging.handlers.RotatingFileHandler(folder / f"{name}.log", maxBytes=MAX_BYTES, backupCount=1, delay=True)
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+
+
+def close_model_logs() -> None:
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("mms.model."):
+            logger = logging.getLogger(name)
+            for handler in logger.handlers[:]:
+                logger.removeHandler(handler)
+                handler.close()

@@ -1,0 +1,221 @@
+"""What is counted on the hot path (plain integers in preallocated slots), and its Prometheus form, made at scrape time."""
+
+from __future__ import annotations
+
+import platform
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
+
+import mms
+
+SECONDS = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0,
+)  # fmt: skip
+BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+
+
+class Histogram:
+    """Counts per bucket; not cumulative until it is shown."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative counts by upper bound, as Prometheus wants them."""
+        shown, running = [], 0
+        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            running += count
+            shown.append((floatToGoString(bound), float(running)))
+        return shown
+
+
+class VersionMetrics:
+    """The counters of one model version. The front end's event loop is the only writer."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[int] = Counter()  # by status
+        self.errors: Counter[str] = Counter()  # by cause: the error's type
+        self.cancelled = 0
+        self.retries = 0
+        self.restarts: Counter[str] = Counter()  # by cause
+        self.duration = Histogram(SECONDS)
+        self.queued = Histogram(SECONDS)
+        self.handler = Histogram(SECONDS)
+        self.preprocess = Histogram(SECONDS)
+        self.inference = Histogram(SECONDS)
+        self.postprocess = Histogram(SECONDS)
+        self.batch_size = Histogram(BATCH_SIZES)
+        self.load_seconds = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """One worker at scrape time; `slot` is its number in the pool, stable over restarts."""
+
+    slot: int
+    state: str
+    cpu_seconds: float
+    resident_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class VersionFacts:
+    """One model version at scrape time."""
+
+    model: str
+    version: str
+    metrics: VersionMetrics
+    queue_depth: int
+    queue_capacity: int
+    in_flight: int
+    workers: list[WorkerFacts]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """One GPU at scrape time: index, ratio 0 to 1, bytes."""
+
+    index: int
+    utilization: float
+    memory_used: int
+
+
+WORKER_STATES = ("STARTING", "READY", "STOPPING", "FAILED")
+
+_HISTOGRAMS = (
+    ("mms_request_duration_seconds", "From the request's last byte to its answer.", "duration"),
+    ("mms_queue_duration_seconds", "From the request's last byte to the start of its batch.", "queued"),
+    ("mms_handler_duration_seconds", "One batch in the handler, all stages.", "handler"),
+    ("mms_preprocess_duration_seconds", "Preprocess of one batch (request-style handlers).", "preprocess"),
+    ("mms_inference_duration_seconds", "Inference of one batch (request-style handlers).", "inference"),
+    ("mms_postprocess_duration_seconds", "Postprocess of one batch (request-style handlers).", "postprocess"),
+    ("mms_batch_size", "Requests per batch.", "batch_size"),
+)
+
+
+class Collector:
+    """Turns the facts of the moment into Prometheus families."""
+
+    def __init__(
+        self,
+        versions: Callable[[], Iterable[VersionFacts]],
+        gpus: Callable[[], Iterable[GpuFacts]],
+        connections: Callable[[], int],
+        unknown: Counter[int],
+    ) -> None:
+        self._versions = versions
+        self._gpus = gpus
+        self._connections = connections
+        self._unknown = unknown
+
+    def collect(self) -> Iterator[Metric]:
+        versions = list(self._versions())
+        yield from self._counters(versions)
+        for name, text, attribute in _HISTOGRAMS:
+            family = HistogramMetricFamily(name, text, labels=["model", "version"])
+            for facts in versions:
+                histogram: Histogram = getattr(facts.metrics, attribute)
+                family.add_metric([facts.model, facts.version], histogram.buckets(), histogram.total)
+            yield family
+        yield from self._gauges(versions)
+        yield from self._worker_families(versions)
+        yield from self._host()
+
+    def _counters(self, versions: list[VersionFacts]) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "mms_requests", "Requests answered, by HTTP status.", labels=["model", "version", "code"]
+        )
+        errors = CounterMetricFamily(
+            "mms_errors", "Requests that failed, by cause.", labels=["model", "version", "cause"]
+        )
+        restarts = CounterMetricFamily(
+            "mms_worker_restarts", "Workers that died and were replaced, by cause.", labels=["model", "version", "reason"]
+        )
+        cancelled = CounterMetricFamily(
+            "mms_requests_cancelled", "Requests whose client left before the answer.", labels=["model", "version"]
+        )
+        retries = CounterMetricFamily(
+            "mms_retries", "Requests run again because their worker died.", labels=["model", "version"]
+        )
+        for facts in versions:
+            labels = [facts.model, facts.version]
+            for status, count in sorted(facts.metrics.requests.items()):
+                requests.add_metric([*labels, str(status)], count)
+            for cause, count in sorted(facts.metrics.errors.items()):
+                errors.add_metric([*labels, cause], count)
+            for reason, count in sorted(facts.metrics.restarts.items()):
+                restarts.add_metric([*labels, reason], count)
+            cancelled.add_metric(labels, facts.metrics.cancelled)
+            retries.add_metric(labels, facts.metrics.retries)
+        for status, count in sorted(self._unknown.items()):
+            requests.add_metric(["unknown", "", str(status)], count)
+        yield from (requests, errors, restarts, cancelled, retries)
+
+    def _gauges(self, versions: list[VersionFacts]) -> Iterator[Metric]:
+        gauges = (
+            ("mms_queue_depth", "Requests that wait for a worker.", lambda facts: facts.queue_depth),
+            ("mms_queue_capacity", "Requests that may wait; one more is refused.", lambda facts: facts.queue_capacity),
+            ("mms_requests_in_flight", "Requests at a worker.", lambda facts: facts.in_flight),
+            (
+                "mms_model_load_duration_seconds",
+                "Load time of the version's latest worker.",
+                lambda facts: facts.metrics.load_seconds,
+            ),
+        )
+        for name, text, value in gauges:
+            family = GaugeMetricFamily(name, text, labels=["model", "version"])
+            for facts in versions:
+                family.add_metric([facts.model, facts.version], value(facts))
+            yield family
+
+    def _worker_families(self, versions: list[VersionFacts]) -> Iterator[Metric]:
+        labels = ["model", "version", "worker"]
+        states = GaugeMetricFamily("mms_workers", "Worker processes, by state.", labels=["model", "version", "state"])
+        cpu = CounterMetricFamily("mms_worker_cpu_seconds", "CPU time of a worker process.", labels=labels)
+        memory = GaugeMetricFamily(
+            "mms_worker_resident_memory_bytes", "Resident memory of a worker process.", labels=labels
+        )
+        for facts in versions:
+            for state in WORKER_STATES:
+                count = sum(worker.state == state for worker in facts.workers)
+                states.add_metric([facts.model, facts.version, state], count)
+            for worker in facts.workers:
+                cpu.add_metric([facts.model, facts.version, str(worker.slot)], worker.cpu_seconds)
+                memory.add_metric([facts.model, facts.version, str(worker.slot)], worker.resident_bytes)
+        yield from (states, cpu, memory)
+
+    def _host(self) -> Iterator[Metric]:
+        connections = GaugeMetricFamily("mms_connections", "Open connections on the inference port.")
+        connections.add_metric([], self._connections())
+        build = GaugeMetricFamily("mms_build_info", "Always 1.", labels=["version", "python"])
+        build.add_metric([mms.__version__, platform.python_version()], 1)
+        utilization = GaugeMetricFamily("mms_gpu_utilization_ratio", "GPU utilisation, 0 to 1.", labels=["gpu"])
+        used = GaugeMetricFamily("mms_gpu_memory_used_bytes", "GPU memory in use.", labels=["gpu"])
+        for gpu in self._gpus():
+            utilization.add_metric([str(gpu.index)], gpu.utilization)
+            used.add_metric([str(gpu.index)], gpu.memory_used)
+        yield from (connections, build, utilization, used)
+
+
+def registry(collector: Collector) -> CollectorRegistry:
+    """The server's families and those of its own process."""
+    known = CollectorRegistry(auto_describe=False)
+    known.register(collector)  # type: ignore[arg-type]  # a collector is anything with collect(), by the library's docs
+    ProcessCollector(registry=known)
+    PlatformCollector(registry=known)
+    GCCollector(registry=known)
+    return known

@@ -1,0 +1,49 @@
+"""The model store: the folder of archives, and the only place they come from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mms.archive import ModelArchive
+from mms.errors import BadRequestError, ConfigError, ModelNotFoundError
+
+_SUFFIXES = (".mar", ".tar.gz", ".tgz")
+_PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")
+
+
+class ModelStore:
+    """Finds archives by file name; nothing outside its folder can be named."""
+
+    def __init__(self, folder: Path | None) -> None:
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"the model store {folder} is not a folder; create it or name another with --model-store")
+        self._folder = folder
+
+    def names(self) -> list[str]:
+        """The archives in the store, sorted."""
+        if self._folder is None:
+            return []
+        return sorted(
+            path.name
+            for path in self._folder.iterdir()
+            if path.name.endswith(_SUFFIXES) or (path / "MAR-INF" / "MANIFEST.json").is_file()
+        )
+
+    def path(self, url: str) -> Path:
+        """The file that `url` names. Raises BadRequestError for anything but a plain file name, else ModelNotFoundError."""
+        if self._folder is None:
+            raise ModelNotFoundError(f"cannot load {url}: the server was started without --model-store")
+        if "://" in url:
+            raise BadRequestError(f"cannot load {url}: archives are taken from the model store only, name a file in it")
+        if not _PLAIN.fullmatch(url) or url in (".", ".."):
+            raise BadRequestError(f"cannot load {url!r}: give the name of a file in the model store, without a path")
+        path = self._folder / url
+        if not path.exists():
+            there = ", ".join(self.names()) or "no archives"
+            raise ModelNotFoundError(f"{url} is not in the model store; it holds {there}")
+        return path
+
+    def open(self, url: str) -> ModelArchive:
+        """The archive, structurally checked. Raises ArchiveError as well."""
+        return ModelArchive.open(self.path(url))

@@ -1,0 +1,173 @@
+"""One version of one model: its archive, its settings, its queue, its pool, its state."""
+
+from __future__ import annotations
+
+import enum
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mms.archive import ModelArchive
+from mms.config import ModelSettings
+from mms.errors import MMSError, ServiceUnavailableError
+from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
+from mms.workers.batching import BatchQueue, Job
+from mms.workers.pool import WorkerPool
+from mms.workers.worker import describe_worker
+
+
+class VersionState(enum.StrEnum):
+    LOADING = "LOADING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    UNLOADED = "UNLOADED"
+    FAILED = "FAILED"
+
+
+class ModelVersion:
+    """What a request is answered by."""
+
+    def __init__(self, name: str, version: str, archive: ModelArchive, settings: ModelSettings) -> None:
+        self.name = name
+        self.version = version
+        self.archive = archive
+        self.settings = settings
+        self.at_start = False
+        self.loaded_at = time.time()
+        self.directory: Path | None = None  # a folder of ours with the extracted archive, removed at the end
+        self.metrics = VersionMetrics()
+        self.queue = BatchQueue(
+            batch_size=settings.batch_size,
+            max_batch_delay=settings.max_batch_delay,
+            capacity=settings.queue_size,
+            timeout=settings.queue_timeout,
+            retry=settings.retry,
+        )
+        self.pool: WorkerPool | None = None
+        self._leaving = VersionState.READY
+        self._was_ready = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.version}"
+
+    @property
+    def state(self) -> VersionState:
+        if self._leaving is not VersionState.READY:
+            return self._leaving
+        pool = self.pool
+        if pool is None:
+            return VersionState.LOADING
+        if pool.failure is not None:
+            return VersionState.FAILED
+        if pool.ready or not pool.target:
+            self._was_ready = True
+        return VersionState.READY if self._was_ready else VersionState.LOADING
+
+    def submit(self, job: Job) -> None:
+        """Queue the job. Raises QueueFullError, or ServiceUnavailableError that says why nobody can take it; both are counted."""
+        pool = self.pool
+        try:
+            if pool is None or not (pool.ready or self._can_wait()):
+                raise ServiceUnavailableError(self._reason())
+            pool.submit(job)
+        except MMSError as error:
+            self.metrics.requests[error.status] += 1
+            self.metrics.errors[error.type] += 1
+            raise
+
+    def apply(self, settings: ModelSettings) -> None:
+        """Take over what can change while the version is served: batching and queue limits."""
+        self.settings = settings
+        self.queue.batch_size = settings.batch_size
+        self.queue.max_batch_delay = settings.max_batch_delay
+        self.queue.capacity = settings.queue_size
+        self.queue.timeout = settings.queue_timeout
+
+    async def unload(self, drain: float) -> None:
+        """Answer what is in hand, for up to `drain` seconds, then end the workers and remove the extracted files."""
+        self._leaving = VersionState.DRAINING
+        self.queue.close(f"model {self.label} is being unloaded")
+        if self.pool is not None:
+            await self.pool.close(drain)
+            for job, error in self.queue.abandon(ServiceUnavailableError(f"model {self.label} was unloaded")):
+                self.pool.fail(job, error)
+        self._leaving = VersionState.UNLOADED
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def describe(self) -> dict[str, Any]:
+        """The version as MMS describes it, and what users of MMS missed."""
+        settings, pool, archive = self.settings, self.pool, self.archive
+        failure = pool.failure if pool is not None else None
+        return {
+            "modelName": self.name,
+            "modelVersion": self.version,
+            "modelUrl": archive.path.name,
+            "runtime": archive.manifest.runtime,
+            "handler": archive.manifest.handler,
+            "state": str(self.state),
+            "minWorkers": settings.min_workers,
+            "maxWorkers": settings.worker_limit,
+            "batchSize": settings.batch_size,
+            "maxBatchDelay": round(settings.max_batch_delay * 1000, 3),
+            "responseTimeout": settings.response_timeout,
+            "startupTimeout": settings.startup_timeout,
+            "queueSize": settings.queue_size,
+            "loadedAtStartup": self.at_start,
+            "loadedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.loaded_at)),
+            "workers": [describe_worker(worker, _memory(worker.pid)) for worker in (pool.workers if pool else ())],
+            "jobQueueStatus": {
+                "remainingCapacity": max(0, self.queue.capacity - self.queue.depth),
+                "pendingRequests": self.queue.depth,
+            },
+            **({"failure": {"message": failure.message, "traceback": failure.traceback}} if failure else {}),
+        }
+
+    def facts(self) -> VersionFacts:
+        """For the metrics collector."""
+        pool = self.pool
+        return VersionFacts(
+            model=self.name,
+            version=self.version,
+            metrics=self.metrics,
+            queue_depth=self.queue.depth,
+            queue_capacity=self.queue.capacity,
+            in_flight=pool.in_flight if pool else 0,
+            workers=[
+                WorkerFacts(worker.slot, str(worker.state), _cpu(worker.pid), _memory(worker.pid))
+                for worker in (pool.workers if pool else ())
+            ],
+        )
+
+    def _can_wait(self) -> bool:
+        """No worker is ready at the moment, but one that was is being replaced: its requests may wait."""
+        return self.state is VersionState.READY and self.pool is not None and self.pool.target > 0
+
+    def _reason(self) -> str:
+        state = self.state
+        if state is VersionState.FAILED and self.pool is not None and self.pool.failure is not None:
+            return f"model {self.label} failed to load; its description on the management port has the traceback"
+        if state is VersionState.LOADING:
+            return f"model {self.label} is still loading; try again soon"
+        if state is VersionState.READY:
+            return f"model {self.label} has no workers; scale it up on the management port"
+        return f"model {self.label} is {state.lower()}"
+
+
+def _memory(pid: int | None) -> int:
+    try:
+        return int(psutil.Process(pid).memory_info().rss) if pid else 0
+    except psutil.Error:
+        return 0
+
+
+def _cpu(pid: int | None) -> float:
+    try:
+        times = psutil.Process(pid).cpu_times() if pid else None
+        return times.user + times.system if times else 0.0
+    except psutil.Error:
+        return 0.0

@@ -1,0 +1,344 @@
+"""ModelServer: build, start, stop. The only place where the parts are wired together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mms import logs
+from mms.api.predictions import InferenceApi
+from mms.config import Config
+from mms.controlplane import ControlPlane
+from mms.dataplane import DataPlane
+from mms.errors import ConfigError, ModelLoadError, StartError
+from mms.http.limits import Limits
+from mms.http.listener import HttpServer, bind
+from mms.metrics import Collector, GpuFacts, registry
+from mms.models.registry import ModelRegistry
+from mms.models.store import ModelStore
+from mms.rundir import RunDirectory, Running
+from mms.workers.environment import GpuMonitor
+from mms_nginx.find import edge_user, find_nginx
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from mms_nginx.run import Nginx
+
+log = logging.getLogger("mms.server")
+
+_PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+EDGE_DEATHS = 5
+EDGE_WINDOW = 60.0
+EDGE_READ_TIMEOUT = 86_400.0  # the front end answers within its own limits; nginx must not be quicker
+HEARTBEAT = 2.0
+LISTENERS = ("inference", "management", "metrics")
+
+
+class ModelServer:
+    """One server: front end, edge, models. `start`, then `run_until_stopped`, then `stop`."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        self._config = config
+        self._say = say
+        self._store = ModelStore(config.model_store)
+        self._startup = self._archives()
+        self._run_dir = RunDirectory(config.run_dir)
+        self._registry = ModelRegistry()
+        self._control = ControlPlane(config, self._registry, self._store)
+        self._inference = InferenceApi(DataPlane(self._registry))
+        self._nginx_program = self._find_edge()
+        self._http = HttpServer(self._inference, self._limits(), edge=self._nginx_program is not None)
+        self._runners: list[web.AppRunner] = []
+        self._nginx: Nginx | None = None
+        self._edge_deaths: deque[float] = deque()
+        self._stop_asked = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._exit_code = 0
+        self._gpus: list[GpuFacts] = []
+
+    # start
+
+    async def start(self) -> None:
+        """Listen, load, and return when every model is ready or FAILED. Raises MMSError with nothing left running."""
+        begun = time.monotonic()
+        prepare_process()
+        user = edge_user() if self._nginx_program else None
+        self._run_dir.acquire(user[1] if user else None)
+        try:
+            sockets = self._listen(user[1] if user else None)
+            self._catch_signals()
+            loads = [asyncio.create_task(self._load(url, name)) for name, url in self._startup]
+            await self._serve(sockets)
+            self._start_edge()
+            self._run_dir.record(Running(os.getpid(), *self._addresses()))
+            await self._await_loads(loads)
+        except BaseException:
+            await self.stop()
+            raise
+        gc.collect()
+        gc.freeze()
+        self._say(self._ready_line(time.monotonic() - begun))
+
+    async def run_until_stopped(self) -> int:
+        """Wait for SIGTERM, SIGINT or the loss of the edge; returns the exit code."""
+        await self._stop_asked.wait()
+        return self._exit_code
+
+    def _archives(self) -> list[tuple[str, str]]:
+        """(name, file) of the models to load at start; each archive is checked before anything else happens."""
+        startup: list[tuple[str, str]] = []
+        for entry in self._config.models:
+            if entry.upper() == "ALL":
+                startup += [("", name) for name in self._store.names()]
+            else:
+                name, equals, url = entry.partition("=")
+                startup.append((name, url) if equals else ("", entry))
+        seen: dict[tuple[str, str], str] = {}
+        for name, url in startup:
+            archive = self._store.open(url)
+            key = (name or archive.manifest.model_name, archive.manifest.version)
+            if key in seen:
+                raise ConfigError(f"{url} and {seen[key]} both hold model {key[0]} {key[1]}; start only one of them")
+            seen[key] = url
+        return startup
+
+    def _find_edge(self) -> str | None:
+        if self._config.edge == "none":
+            return None
+        program = find_nginx(self._config.nginx)
+        if program is None and self._config.edge == "nginx":
+            raise StartError(f"the program {self._config.nginx} is not found; install nginx or start with --edge none")
+        if program is None:
+            self._say("nginx is not installed: the front end listens by itself (no TLS, no request spooling)")
+        return program
+
+    def _limits(self) -> Limits:
+        config = self._config
+        return Limits(
+            max_request_size=config.max_request_size,
+            max_connections=config.max_connections,
+            header_timeout=config.header_timeout,
+            body_timeout=config.body_timeout,
+            keepalive_timeout=config.keepalive_timeout,
+        )
+
+    def _addresses(self) -> tuple[str, str, str]:
+        return self._config.inference_address, self._config.management_address, self._config.metrics_address
+
+    def _listen(self, group: int | None) -> list[socket.socket]:
+        """The front end's sockets: behind nginx Unix ones, else the public ones."""
+        addresses: list[str] = list(self._addresses())
+        if self._nginx_program is not None:
+            addresses = [f"unix:{self._run_dir.sockets / name}.sock" for name in LISTENERS]
+        bound: list[socket.socket] = []
+        try:
+            for address in addresses:
+                bound.append(bind(address, group=group))
+        except StartError:
+            for sock in bound:
+                sock.close()
+            raise
+        return bound
+
+    async def _serve(self, sockets: list[socket.socket]) -> None:
+        # aiohttp takes 0.3 s to import: by now the workers are starting beside it
+        from aiohttp import web
+
+        from mms.api import management, metrics
+
+        inference, control, scrape = sockets
+        await self._http.start(inference)
+        monitor = GpuMonitor()
+        collector = Collector(
+            lambda: (version.facts() for version in self._registry.versions()),
+            lambda: self._gpus,
+            lambda: len(self._http.connections),
+            self._inference.unknown,
+        )
+
+        def refresh() -> None:
+            self._gpus = list(monitor.facts())
+
+        apps = ((management.application(self._control), control), (metrics.application(registry(collector), refresh), scrape))
+        for app, sock in apps:
+            runner = web.AppRunner(app, access_log=None, handle_signals=False)
+            await runner.setup()
+            self._runners.append(runner)
+            await web.SockSite(runner, sock).start()
+
+    def _start_edge(self) -> None:
+        if self._nginx_program is None:
+            return
+        # jinja2 is needed behind nginx only
+        from mms_nginx.render import Listener, render
+        from mms_nginx.run import Nginx
+
+        config = self._config
+        listeners = [
+            Listener(name, address, (self._run_dir.sockets / f"{name}.sock",))
+            for name, address in zip(LISTENERS, self._addresses(), strict=True)
+        ]
+        user = edge_user()
+        text = render(
+            listeners,
+            directory=self._run_dir.nginx,
+            max_request_size=config.max_request_size,
+            user=user[0] if user else None,
+            response_timeout=EDGE_READ_TIMEOUT,
+            body_timeout=config.body_timeout,
+            header_timeout=config.header_timeout,
+            log_level=config.log_level,
+        )
+        self._nginx = Nginx(self._nginx_program, self._run_dir.nginx, text)
+        self._nginx.start()
+        asyncio.get_running_loop().add_reader(self._nginx.pidfd, self._edge_ended)
+
+    async def _load(self, url: str, name: str) -> None:
+        version = await self._control.register(url, name=name, at_start=True, synchronous=False)
+        if version.pool is not None:
+            with contextlib.suppress(ModelLoadError):  # described and retried; the log has named it
+                await version.pool.settled()
+
+    async def _await_loads(self, loads: list[asyncio.Task[None]]) -> None:
+        """Until all are done or one is impossible, with a word every two seconds; a stop signal ends it."""
+        begun = time.monotonic()
+        stop = asyncio.create_task(self._stop_asked.wait())
+        pending: set[asyncio.Task[None]] = set(loads)
+        try:
+            while pending and not self._stop_asked.is_set():
+                done, _ = await asyncio.wait({*pending, stop}, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
+                pending -= done
+                for task in done - {stop}:
+                    task.result()
+                if not done:
+                    self._say(f"loading for {time.monotonic() - begun:.0f} s: {self._loading()}")
+        finally:
+            stop.cancel()
+            for task in pending:
+                task.cancel()
+
+    def _loading(self) -> str:
+        waiting = [
+            f"{version.label} ({version.pool.ready if version.pool else 0} of {version.settings.min_workers} workers)"
+            for version in self._registry.versions()
+            if version.pool is None or version.pool.ready < version.pool.target
+        ]
+        return ", ".join(waiting) or "archives are being extracted"
+
+    def _ready_line(self, seconds: float) -> str:
+        versions = self._registry.versions()
+        failed = [version.label for version in versions if version.pool is not None and version.pool.failure is not None]
+        inference, management, metrics = map(_url, self._addresses())
+        edge = "behind nginx" if self._nginx is not None else "without nginx"
+        count = len(versions) - len(failed)
+        text = (
+            f"ready in {seconds:.1f} s: {count} model{'s' * (count != 1)} at {inference} {edge}, "
+            f"management {management}, metrics {metrics}/metrics"
+        )
+        return f"{text}; FAILED: {', '.join(failed)}" if failed else text
+
+    # signals and the edge's life
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+    def _signalled(self) -> None:
+        if self._stop_asked.is_set():
+            self._stop_now.set()
+        self._stop_asked.set()
+
+    def _edge_ended(self) -> None:
+        """nginx has died: start it again, but not for ever."""
+        nginx, loop = self._nginx, asyncio.get_running_loop()
+        if nginx is None:
+            return
+        loop.remove_reader(nginx.pidfd)
+        code = nginx.exit_code()
+        now = time.monotonic()
+        self._edge_deaths.append(now)
+        while self._edge_deaths[0] < now - EDGE_WINDOW:
+            self._edge_deaths.popleft()
+        if len(self._edge_deaths) <= EDGE_DEATHS:
+            log.error("nginx ended (%s); starting it again", code)
+            nginx.stop(0)
+            try:
+                nginx.start()
+                loop.add_reader(nginx.pidfd, self._edge_ended)
+                return
+            except StartError as error:
+                log.error("nginx cannot be started again: %s", error.message)
+        log.critical("nginx cannot be kept running; stopping")
+        self._exit_code = 1
+        self._stop_asked.set()
+
+    # stop
+
+    async def stop(self) -> None:
+        """Edge first, then connections, then workers; requests in hand get drain_timeout. A second signal ends it now."""
+        drain = asyncio.create_task(self._drain())
+        now = asyncio.create_task(self._stop_now.wait())
+        await asyncio.wait({drain, now}, return_when=asyncio.FIRST_COMPLETED)
+        now.cancel()
+        if not drain.done():
+            drain.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await drain
+            await self._stop_edge(0)
+            await self._control.close(0)
+        for runner in self._runners:
+            await runner.cleanup()
+        logs.close_model_logs()
+        self._run_dir.release()
+
+    async def _drain(self) -> None:
+        timeout = self._config.drain_timeout
+        await self._stop_edge(timeout)
+        cut = await self._http.drain(timeout)
+        if cut:
+            log.warning("%d connections were cut: their requests took longer than drain_timeout (%g s)", cut, timeout)
+        await self._control.close(timeout)
+
+    async def _stop_edge(self, timeout: float) -> None:
+        nginx, self._nginx = self._nginx, None
+        if nginx is not None:
+            if nginx.pidfd != -1:
+                asyncio.get_running_loop().remove_reader(nginx.pidfd)
+            await asyncio.to_thread(nginx.stop, timeout)
+
+
+def prepare_process() -> None:
+    """Orphans of a fork server become ours, and as many descriptors as the system allows."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _url(address: str) -> str:
+    return address if address.startswith("unix:") else f"http://{address}"
+
+
+async def serve(config: Config, say: Callable[[str], None]) -> int:
+    """The whole life of a server; returns its exit code. Raises MMSError when it cannot start."""
+    server = ModelServer(config, say)
+    await server.start()
+    try:
+        return await server.run_until_stopped()
+    finally:
+        say("stopping")
+        await server.stop()
+

@@ -1,0 +1,285 @@
+"""The dispatcher of one model version: which job goes to which worker, when, and what becomes of it when that worker dies.
+
+A pure state machine in the front end's process: events in, decisions out, the clock (`now`, monotonic seconds) passed in,
+no I/O. A job is owned by exactly one of the queue, a worker's InFlight or nobody (settled), and is settled once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from typing import Protocol
+
+from mms.errors import DeadlineError, MMSError, QueueFullError, ServiceUnavailableError, WorkerDiedError
+from mms.wire import JobHead
+
+AHEAD_SECONDS = 0.002  # work that may lie at a worker beyond what it needs now: bounds how long one job can hold others
+MAX_FRAME_JOBS = 256
+MAX_FRAME_BYTES = 1 << 20  # beyond the first batch
+RETRY_SHARE = 0.1
+RETRY_MINIMUM = 3
+RETRY_WINDOW = 10.0
+
+
+class Caller(Protocol):
+    """Who waits for a job: told exactly once, by one of these two."""
+
+    def answer(self, status: int, head: bytes, body: memoryview) -> None: ...
+
+    def fail(self, error: MMSError) -> None: ...
+
+
+class Job:
+    """One request on its way through the queue and a worker; `parts` are the pieces in which its body arrived."""
+
+    __slots__ = ("arrived", "attempts", "caller", "head", "id", "parts", "queue", "settled", "taken")
+
+    def __init__(self, head: JobHead, parts: list[bytes], caller: Caller, arrived: float) -> None:
+        self.head = head
+        self.id = head.id
+        self.parts = parts
+        self.caller = caller
+        self.arrived = arrived
+        self.queue: BatchQueue | None = None
+        self.taken = 0.0
+        self.attempts = 0
+        self.settled = False
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more: if the job still waits it never runs, else its answer is dropped."""
+        if not self.settled:
+            self.settled = True
+            if self.queue is not None and not self.taken:
+                self.queue.depth -= 1
+                self.parts = []
+
+    def fail(self, error: MMSError) -> None:
+        if not self.settled:
+            self.settled = True
+            self.caller.fail(error)
+
+
+class InFlight:
+    """What one worker has in hand: its jobs in the order in which they were sent, and what it may be sent ahead."""
+
+    __slots__ = ("batch_seconds", "exclusive", "finished", "frame_ends", "jobs")
+
+    def __init__(self) -> None:
+        self.jobs: dict[int, Job] = {}
+        self.finished = 0  # results received since the worker started
+        self.frame_ends: deque[int] = deque()  # the last job of each frame that is not yet answered in full
+        self.exclusive = False  # the one job in hand is a retry: nothing else may share its fate
+        self.batch_seconds: float | None = None  # time of a batch: follows rises at once, falls slowly
+
+    def observe(self, batches: int, seconds: float) -> None:
+        """A RESULT frame reports that `batches` batches took `seconds` in the handler."""
+        mean = seconds / batches
+        known = self.batch_seconds
+        self.batch_seconds = mean if known is None or mean > known else 0.8 * known + 0.2 * mean
+
+    def batches_ahead(self) -> int:
+        """How many batches fit into AHEAD_SECONDS; 0 while nothing is known."""
+        if self.batch_seconds is None:
+            return 0
+        return int(AHEAD_SECONDS / self.batch_seconds) if self.batch_seconds > 1e-6 else MAX_FRAME_JOBS
+
+    def begun(self, started: int) -> int:
+        """How many of the jobs in hand had begun when the worker had begun `started` jobs since its start."""
+        return max(0, min(started - self.finished, len(self.jobs)))
+
+
+class BatchQueue:
+    """The waiting jobs of one model version, and the rules by which its workers pull them."""
+
+    def __init__(self, *, batch_size: int, max_batch_delay: float, capacity: int, timeout: float, retry: int) -> None:
+        self.batch_size = batch_size
+        self.max_batch_delay = max_batch_delay
+        self.capacity = capacity
+        self.timeout = timeout
+        self.retry = retry
+        self.closed = ""  # why nothing is taken any more; empty while open
+        self.depth = 0  # waiting jobs that somebody still waits for
+        self.submitted = 0
+        self.retries = 0
+        self._waiting: deque[Job] = deque()
+        self._alone: deque[Job] = deque()  # retries: each runs in a frame of its own, before anything else
+        self._retried: deque[float] = deque()
+        self._window: deque[tuple[float, int]] = deque()
+
+    def submit(self, job: Job) -> None:
+        """Take the job in. Raises QueueFullError, or ServiceUnavailableError while closed."""
+        if self.depth >= self.capacity:
+            raise QueueFullError(f"the queue is full: {self.depth} requests wait; try again later")
+        if self.closed:
+            raise ServiceUnavailableError(self.closed)
+        self.submitted += 1
+        self.depth += 1
+        job.queue = self
+        self._waiting.append(job)
+
+    def take(self, worker: InFlight, now: float) -> tuple[int, list[Job]] | None:
+        """The next frame for `worker`, as (batch size, jobs), or None when it should get nothing now."""
+        if worker.exclusive:
+            return None
+        idle = not worker.jobs
+        if self._alone:
+            if not idle:
+                return None
+            job = self._next_alone()
+            if job is not None:
+                worker.exclusive = True
+                return self._hand_over(worker, [job], 1, now)
+        limit = self._limit(worker, now) if self.depth else 0
+        if not limit:
+            return None
+        jobs: list[Job] = []
+        size, batch_size, waiting = 0, self.batch_size, self._waiting
+        while waiting and len(jobs) < limit:
+            if size > MAX_FRAME_BYTES and len(jobs) >= batch_size:
+                break
+            job = waiting.popleft()
+            if not job.settled:
+                jobs.append(job)
+                size += job.head.size
+        self.depth -= len(jobs)
+        return self._hand_over(worker, jobs, batch_size, now)
+
+    def wake_at(self) -> float | None:
+        """When an idle worker should look again, if it waits for a fuller batch."""
+        if not self.max_batch_delay or not self.depth or self.depth >= self.batch_size:
+            return None
+        return self._oldest().arrived + self.max_batch_delay
+
+    def finish(self, worker: InFlight, job_id: int) -> Job | None:
+        """The job of an answer, no longer in flight. None if the worker does not have it (the channel cannot be trusted)."""
+        job = worker.jobs.pop(job_id, None)
+        if job is not None:
+            worker.finished += 1
+            if job_id == worker.frame_ends[0]:
+                worker.frame_ends.popleft()
+                worker.exclusive = False
+        return job
+
+    def lose(self, worker: InFlight, started: int, cause: str, now: float) -> list[tuple[Job, MMSError]]:
+        """The worker died after it had begun `started` jobs: requeue what can be run again, return what cannot.
+
+        Jobs that had begun are retried once, each alone, within the budget; jobs sent ahead go back to the front.
+        """
+        unsettled = self._part(worker, started)
+        if not unsettled:
+            return []
+        affordable = self._spend_retry(now) if self.retry else False
+        failed: list[tuple[Job, MMSError]] = []
+        for job in unsettled:
+            job.attempts += 1
+            if job.attempts > self.retry or not affordable or self.closed:
+                failed.append((job, _death(job, cause, self.retry)))
+            else:
+                self.retries += 1
+                job.taken = 0.0
+                self._alone.append(job)
+                self.depth += 1
+        return failed
+
+    def timed_out(self, worker: InFlight, started: int, limit: float) -> list[tuple[Job, MMSError]]:
+        """The batch in hand ran longer than `limit`: its jobs fail with 504, those sent ahead go back to the front."""
+        error = f"the handler did not answer within response_timeout ({limit:g} s)"
+        return [(job, DeadlineError(error)) for job in self._part(worker, started)]
+
+    def expire(self, now: float) -> list[tuple[Job, MMSError]]:
+        """The jobs that have waited longer than the queue's timeout."""
+        expired: list[tuple[Job, MMSError]] = []
+        for queue in (self._alone, self._waiting):
+            while queue and (queue[0].settled or queue[0].arrived + self.timeout <= now):
+                job = queue.popleft()
+                if not job.settled:
+                    self.depth -= 1
+                    expired.append((job, DeadlineError(f"no worker was free within queue_timeout ({self.timeout:g} s)")))
+        return expired
+
+    def close(self, reason: str) -> None:
+        """Refuse new jobs with `reason`; those that wait are still served."""
+        self.closed = reason
+
+    def abandon(self, error: MMSError) -> list[tuple[Job, MMSError]]:
+        """Every waiting job, to be failed with `error`."""
+        jobs = [job for job in itertools.chain(self._alone, self._waiting) if not job.settled]
+        self._alone.clear()
+        self._waiting.clear()
+        self.depth = 0
+        return [(job, error) for job in jobs]
+
+    def _part(self, worker: InFlight, started: int) -> list[Job]:
+        """Take everything from a worker: jobs sent ahead go back to the queue's front, those it had begun are returned."""
+        begun = worker.begun(started)
+        jobs = list(worker.jobs.values())
+        worker.jobs.clear()
+        worker.frame_ends.clear()
+        worker.exclusive = False
+        ahead = [job for job in jobs[begun:] if not job.settled]
+        for job in ahead:
+            job.taken = 0.0
+        self._waiting.extendleft(reversed(ahead))
+        self.depth += len(ahead)
+        return [job for job in jobs[:begun] if not job.settled]
+
+    def _limit(self, worker: InFlight, now: float) -> int:
+        """How many jobs may go to `worker` now: whole batches, more than one only if they are short."""
+        batch_size = self.batch_size
+        ahead = worker.batches_ahead()
+        if not worker.jobs:
+            if self.max_batch_delay and self.depth < batch_size and self._oldest().arrived + self.max_batch_delay > now:
+                return 0
+            return min(max(1, ahead) * batch_size, max(MAX_FRAME_JOBS, batch_size))
+        if len(worker.frame_ends) > 1 or self.depth < batch_size:
+            return 0
+        room = ahead * batch_size - len(worker.jobs)
+        return min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
+
+    def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int, now: float) -> tuple[int, list[Job]]:
+        in_hand = worker.jobs
+        for job in jobs:
+            job.taken = now
+            in_hand[job.id] = job
+        worker.frame_ends.append(jobs[-1].id)
+        return batch_size, jobs
+
+    def _next_alone(self) -> Job | None:
+        while self._alone:
+            job = self._alone.popleft()
+            if not job.settled:
+                self.depth -= 1
+                return job
+        return None
+
+    def _oldest(self) -> Job:
+        """The longest waiting job; only while `depth` is positive."""
+        return next(job for job in itertools.chain(self._alone, self._waiting) if not job.settled)
+
+    def _spend_retry(self, now: float) -> bool:
+        """Whether one more lost batch may be run again: at most RETRY_SHARE of the requests of the last RETRY_WINDOW."""
+        for record in (self._retried, self._window):
+            _drop_before(record, now - RETRY_WINDOW)
+        recent = self.submitted - (self._window[0][1] if self._window else 0)
+        if len(self._retried) >= max(RETRY_MINIMUM, RETRY_SHARE * recent):
+            return False
+        self._retried.append(now)
+        return True
+
+    def tick(self, now: float) -> None:
+        """Called about once a second: remembers how many requests there were, for the retry budget."""
+        self._window.append((now, self.submitted))
+        _drop_before(self._window, now - RETRY_WINDOW)
+
+
+def _drop_before(record: deque[float] | deque[tuple[float, int]], limit: float) -> None:
+    while record and (record[0] if isinstance(record[0], float) else record[0][0]) < limit:
+        record.popleft()
+
+
+def _death(job: Job, cause: str, retry: int) -> WorkerDiedError:
+    if job.attempts > 1:
+        return WorkerDiedError(f"the worker process died twice running this request ({cause})", status=500)
+    why = "retry is off for this model" if not retry else "too many requests were retried lately"
+    return WorkerDiedError(f"the worker process died running this request ({cause}); {why}")
+

@@ -1,0 +1,411 @@
+"""The workers of one model version: as many as wanted, each dead one replaced, jobs handed to those with room.
+
+Desired state and reconcile: `target` says how many, `_reconcile` starts or stops the difference, every event ends in it.
+Front end's process, event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mms import wire
+from mms.errors import MMSError, ModelLoadError
+from mms.logs import model_logger
+from mms.metrics import VersionMetrics
+from mms.workers.batching import BatchQueue, Job
+from mms.workers.forkserver import ForkServerDied, ForkServers
+from mms.workers.output import OutputReader
+from mms.workers.process import Launch, launch
+from mms.workers.worker import Worker, WorkerState
+
+log = logging.getLogger("mms.pool")
+
+MAX_BOOT_FAILURES = 3
+BOOT_PAUSES = (0.1, 0.3)  # between the tries before a version is FAILED
+FAILED_PAUSE = 5.0  # doubles up to FAILED_PAUSE_LIMIT
+FAILED_PAUSE_LIMIT = 300.0
+DEATH_WINDOW = 10.0  # the first death in it is replaced at once, further ones with back-off
+DEATH_PAUSE = 0.1
+DEATH_PAUSE_LIMIT = 10.0
+TICK = 0.25
+ASLEEP = 1.0  # a tick this late means that this process itself stood still
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSettings:
+    """What a pool needs to know of its version; durations in seconds."""
+
+    label: str
+    load: wire.Load
+    launch: Launch
+    gpus: Sequence[int]
+    response_timeout: float
+    startup_timeout: float
+    stop_grace: float
+
+
+class WorkerPool:
+    """The worker processes of one model version."""
+
+    def __init__(
+        self,
+        settings: PoolSettings,
+        queue: BatchQueue,
+        metrics: VersionMetrics,
+        forkservers: ForkServers,
+        loads: asyncio.Semaphore,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.target = 0
+        self.workers: list[Worker] = []
+        self.failure: ModelLoadError | None = None  # set while the version is FAILED
+        self._settings = settings
+        self._queue = queue
+        self._metrics = metrics
+        self._forkservers = forkservers
+        self._loads = loads
+        self._on_change = on_change
+        self._ready: list[Worker] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._boot_failures = 0
+        self._failed_pause = FAILED_PAUSE
+        self._deaths: deque[float] = deque()
+        self._hold_until = 0.0
+        self._wake: asyncio.Handle | None = None
+        self._delay: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._last_tick = 0.0
+        self._changed = asyncio.Event()
+        self._draining = False
+        self._loop = asyncio.get_running_loop()
+        self._log = model_logger(settings.load.model_name)
+
+    @property
+    def ready(self) -> int:
+        return len(self._ready)
+
+    @property
+    def in_flight(self) -> int:
+        return sum(len(worker.in_flight.jobs) for worker in self.workers)
+
+    # jobs
+
+    def submit(self, job: Job) -> None:
+        """Queue the job. Raises QueueFullError or ServiceUnavailableError."""
+        self._queue.submit(job)
+        if self._wake is None:
+            self._wake = self._loop.call_soon(self._dispatch)  # what else arrives in this turn goes along
+
+    def fail(self, job: Job, error: MMSError) -> None:
+        """The job's outcome is `error`; counted."""
+        if not job.settled:
+            self.count_failure(error)
+            job.fail(error)
+
+    def count_failure(self, error: MMSError) -> None:
+        self._metrics.requests[error.status] += 1
+        self._metrics.errors[error.type] += 1
+
+    def _dispatch(self) -> None:
+        self._wake = None
+        queue = self._queue
+        if not queue.depth:
+            return
+        now = self._loop.time()
+        if len(self._ready) == 1:
+            self._feed(self._ready[0], now)
+        else:
+            idle = [worker for worker in self._ready if not worker.in_flight.jobs]
+            for worker in idle:
+                self._feed(worker, now)
+            if len(idle) < len(self._ready) and queue.depth:
+                for worker in self._ready:
+                    self._feed(worker, now)
+        if queue.depth and queue.max_batch_delay:
+            self._wake_later(now)
+
+    def _feed(self, worker: Worker, now: float) -> None:
+        frame = self._queue.take(worker.in_flight, now)
+        if frame is not None:
+            worker.send(*frame)
+
+    def _wake_later(self, now: float) -> None:
+        wake_at = self._queue.wake_at()
+        if wake_at is not None and (self._delay is None or self._delay.cancelled() or self._delay.when() <= now):
+            self._delay = self._loop.call_at(max(wake_at, now), self._dispatch)
+
+    # desired state
+
+    async def scale(self, count: int) -> None:
+        """Run `count` workers; returns when that many are ready. Raises ModelLoadError when they cannot be."""
+        self.set_target(count)
+        await self.settled()
+
+    def set_target(self, count: int) -> None:
+        """Begin to run `count` workers; a FAILED pool tries again now."""
+        self.target = count
+        self._boot_failures = 0
+        self._failed_pause = FAILED_PAUSE
+        self.failure = None
+        self._hold_until = 0.0
+        self._reconcile()
+
+    async def settled(self) -> None:
+        """Wait until as many workers are ready as wanted and no more. Raises ModelLoadError."""
+        while True:
+            if self.failure is not None:
+                raise self.failure
+            if len(self._ready) == self.target == len(self.workers):
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def close(self, drain: float) -> None:
+        """Let the jobs in hand and in the queue finish for up to `drain` seconds, then end every worker."""
+        self._draining = True
+        if drain > 0 and self._ready:
+            until = self._loop.time() + drain
+            while (self._queue.depth or self.in_flight) and self._ready and self._loop.time() < until:
+                await self._change(until - self._loop.time())
+        self.target = 0
+        self._reconcile()
+        for worker in list(self.workers):
+            if worker.state is WorkerState.STARTING or worker.in_flight.jobs:
+                worker.kill("stopped")
+        while self.workers or self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await self._change(TICK)
+        for handle in (self._wake, self._delay, self._timer):
+            if handle is not None:
+                handle.cancel()
+
+    async def _change(self, timeout: float) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(max(timeout, 0.0)):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    def _reconcile(self) -> None:
+        """Start what is missing, stop what is too many."""
+        active = [worker for worker in self.workers if worker.state in (WorkerState.STARTING, WorkerState.READY)]
+        if self.failure is None and self._loop.time() >= self._hold_until:
+            for _ in range(self.target - len(active)):
+                self._start_worker()
+        surplus = sorted(active, key=lambda worker: (worker.state is WorkerState.READY, -len(worker.in_flight.jobs)))
+        for worker in surplus[: max(0, len(active) - self.target)]:
+            self._stop_worker(worker)
+        if self._timer is None and (self.workers or self.target):
+            self._last_tick = self._loop.time()
+            self._timer = self._loop.call_later(TICK, self._tick)
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._on_change()
+
+    def _start_worker(self) -> None:
+        used = {worker.slot for worker in self.workers}
+        slot = next(number for number in range(len(used) + 1) if number not in used)
+        gpus = self._settings.gpus
+        worker = Worker(slot, gpus[slot % len(gpus)] if gpus else None, self, self._queue, self._metrics)
+        self.workers.append(worker)
+        task = self._loop.create_task(self._boot(worker))
+        self._tasks.add(task)
+        task.add_done_callback(self._booted)
+
+    def _booted(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._changed.set()
+        if not task.cancelled() and task.exception() is not None:
+            self._loop.call_exception_handler({"message": "a worker could not be started", "exception": task.exception()})
+
+    async def _boot(self, worker: Worker) -> None:
+        """Launch the process and hold one of the server's load places until it is ready or dead."""
+        async with self._loads:
+            if worker.state is not WorkerState.STARTING:
+                self._forget(worker)
+                return
+            worker.launched = self._loop.time()
+            try:
+                process = await launch(self._launch_of(worker), self._forkservers)
+            except (ForkServerDied, OSError) as error:
+                worker.cause = f"could not be started: {error}"
+                self._forget(worker)
+                self._boot_failed(worker)
+                return
+            except asyncio.CancelledError:
+                self._forget(worker)
+                raise
+            label = f"{self._settings.label} pid {process.pid}"
+            await worker.attach(process, OutputReader(self._log, label), self._settings.load)
+            if worker.state is not WorkerState.STARTING:
+                worker.kill("stopped")
+            while worker.state is WorkerState.STARTING and worker in self.workers:
+                await self._change(TICK)
+
+    def _launch_of(self, worker: Worker) -> Launch:
+        how = self._settings.launch
+        if worker.gpu is None:
+            return how
+        environ = {**how.environ, "CUDA_VISIBLE_DEVICES": str(worker.gpu)}
+        return Launch(
+            name=how.name, directory=how.directory, environ=environ, preload=how.preload, interpreter=how.interpreter
+        )
+
+    def _stop_worker(self, worker: Worker) -> None:
+        starting = worker.state is WorkerState.STARTING
+        worker.state = WorkerState.STOPPING
+        if worker in self._ready:
+            self._ready.remove(worker)
+        if starting:
+            worker.kill("stopped")
+        else:
+            self._stop_when_idle(worker)
+
+    def _stop_when_idle(self, worker: Worker) -> None:
+        if not worker.in_flight.jobs:
+            worker.stop()
+            self._loop.call_later(self._settings.stop_grace, worker.kill, "did not stop in time")
+
+    # Owner
+
+    def worker_ready(self, worker: Worker, ready: wire.Ready) -> None:
+        self._boot_failures = 0
+        self._failed_pause = FAILED_PAUSE
+        self.failure = None
+        self._ready.append(worker)
+        self._metrics.load_seconds = ready.load_seconds
+        seconds = self._loop.time() - worker.launched
+        log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
+        self._notify()
+        self._dispatch()
+
+    def worker_free(self, worker: Worker) -> None:
+        if self._queue.depth:
+            self._dispatch()
+        if worker.state is WorkerState.STOPPING:
+            self._stop_when_idle(worker)
+        if self._draining:
+            self._changed.set()
+
+    def worker_gone(self, worker: Worker) -> None:
+        """The process has ended, and all it has said has been read."""
+        state = worker.state
+        self._forget(worker)
+        if worker.in_flight.jobs:
+            self._take_back(worker)
+        if state is WorkerState.STARTING:
+            self._boot_failed(worker)
+        elif state is WorkerState.READY:
+            self._died(worker)
+        else:
+            worker.state = WorkerState.STOPPED
+            self._reconcile()
+
+    def _forget(self, worker: Worker) -> None:
+        if worker in self.workers:
+            self.workers.remove(worker)
+        if worker in self._ready:
+            self._ready.remove(worker)
+        self._changed.set()
+
+    def _take_back(self, worker: Worker) -> None:
+        started, _ = worker.process.progress()
+        for job, error in self._queue.lose(worker.in_flight, started, worker.cause, self._loop.time()):
+            self.fail(job, error)
+        self._metrics.retries = self._queue.retries
+        if self._wake is None:
+            self._wake = self._loop.call_soon(self._dispatch)
+
+    def _died(self, worker: Worker) -> None:
+        worker.state = WorkerState.FAILED
+        now = self._loop.time()
+        self._metrics.restarts[worker.cause] += 1
+        self._deaths.append(now)
+        while self._deaths and self._deaths[0] < now - DEATH_WINDOW:
+            self._deaths.popleft()
+        recent = len(self._deaths)
+        pause = 0.0 if recent <= len(self.workers) + 1 else min(DEATH_PAUSE * 2 ** (recent - 2), DEATH_PAUSE_LIMIT)
+        log.error("%s: worker %d (pid %s) died: %s; replacing it%s", self._settings.label, worker.slot, worker.pid,
+                  worker.cause, f" in {pause:.1f} s" if pause else "")  # fmt: skip
+        self._hold(pause)
+
+    def _boot_failed(self, worker: Worker) -> None:
+        if worker.state is not WorkerState.STARTING:
+            self._reconcile()
+            return
+        worker.state = WorkerState.FAILED
+        self._boot_failures += 1
+        if self.failure is not None:
+            return
+        if self._boot_failures < MAX_BOOT_FAILURES:
+            self._hold(BOOT_PAUSES[self._boot_failures - 1])
+            return
+        self.failure = self._describe_failure(worker)
+        log.error("%s: FAILED after %d tries: %s; next try in %g s", self._settings.label, self._boot_failures,
+                  self.failure.message, self._failed_pause)  # fmt: skip
+        self._loop.call_later(self._failed_pause, self._retry_failed)
+        self._failed_pause = min(self._failed_pause * 2, FAILED_PAUSE_LIMIT)
+        self._notify()
+
+    def _retry_failed(self) -> None:
+        if self.failure is not None and self.target:
+            self.failure = None
+            self._boot_failures = MAX_BOOT_FAILURES - 1
+            self._reconcile()
+
+    def _describe_failure(self, worker: Worker) -> ModelLoadError:
+        if worker.failure is not None:
+            return ModelLoadError(
+                f"the handler of {self._settings.label} failed to load: {worker.failure.message}",
+                traceback=worker.failure.traceback,
+            )
+        output = "\n".join(worker.output.last_lines) if worker.output else ""
+        return ModelLoadError(f"a worker of {self._settings.label} ended before it was ready: {worker.cause}", traceback=output)
+
+    def _hold(self, pause: float) -> None:
+        """Reconcile after `pause` seconds."""
+        if pause:
+            self._hold_until = self._loop.time() + pause
+            self._loop.call_later(pause + 0.001, self._reconcile)
+        self._reconcile()
+
+    # time
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        asleep = now - self._last_tick > TICK + ASLEEP
+        self._last_tick = now
+        self._queue.tick(now)
+        for job, error in self._queue.expire(now):
+            self.fail(job, error)
+        if not asleep:  # answers may lie unread in the sockets: nobody is late yet
+            for worker in list(self.workers):
+                self._check(worker, now)
+        alive = self.workers or self.target or self._queue.depth
+        self._timer = self._loop.call_later(TICK, self._tick) if alive else None
+
+    def _check(self, worker: Worker, now: float) -> None:
+        """Kill a worker whose batch or whose start takes too long."""
+        settings = self._settings
+        if worker.process is None:
+            return
+        if worker.state is WorkerState.STARTING:
+            if now - worker.launched > settings.startup_timeout:
+                worker.kill(f"not ready within startup_timeout ({settings.startup_timeout:g} s)")
+        elif worker.in_flight.jobs:
+            started, begun_at = worker.process.progress()
+            if begun_at and now - begun_at > settings.response_timeout and worker in self._ready:
+                for job, error in self._queue.timed_out(worker.in_flight, started, settings.response_timeout):
+                    self.fail(job, error)
+                worker.kill("response_timeout")
+                self._ready.remove(worker)
+                self._dispatch()

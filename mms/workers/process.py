@@ -1,0 +1,127 @@
+"""A worker's process as the server knows it: pid, pidfd, channel, progress page, output. Front end's process.
+
+The pidfd is the truth about life and death: it cannot be reused, and it works whoever the parent is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mms import wire
+from mms.workers.forkserver import ForkServers, UnsafeFork
+
+CHANNEL_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a worker is started. With an `interpreter` it is that program's fresh process, else a fork."""
+
+    name: str
+    directory: str
+    environ: Mapping[str, str]
+    preload: tuple[str, ...]
+    interpreter: str | None = None
+
+
+class WorkerProcess:
+    """One worker process; owns its descriptors."""
+
+    def __init__(self, pid: int, pidfd: int, channel: socket.socket, progress: mmap.mmap, output: int) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.channel = channel
+        self.output = output
+        self._progress = progress
+
+    def progress(self) -> tuple[int, float]:
+        """Jobs begun since the start, and when the batch in hand began (monotonic seconds; 0 while idle)."""
+        started, begun_at = wire.PROGRESS.unpack_from(self._progress)
+        return started, begun_at
+
+    def kill(self) -> None:
+        """SIGKILL the worker and everything in its process group. Safe until it is reaped."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def reap(self) -> str | None:
+        """How the process ended, or None while it runs. Its helpers are killed with it."""
+        try:
+            status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # it ended before it became our child: the process that forked it is about to end
+            return None
+        if status is None:
+            return None
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # the pid is still ours: nobody has reaped it
+        os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        if status.si_code == os.CLD_EXITED:
+            return f"exit code {status.si_status}"
+        return f"signal {status.si_status} ({signal.Signals(status.si_status).name})"
+
+    def close(self) -> None:
+        """Release the descriptors; after the transports that use channel and output are closed."""
+        os.close(self.pidfd)
+        self._progress.close()
+
+
+async def launch(how: Launch, forkservers: ForkServers) -> WorkerProcess:
+    """Start a worker. Raises ForkServerDied or OSError, with nothing left behind."""
+    ours, theirs = socket.socketpair()
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    page = os.memfd_create("mms-progress")
+    try:
+        os.ftruncate(page, wire.PROGRESS.size)
+        progress = mmap.mmap(page, wire.PROGRESS.size)
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
+        if how.interpreter is None:
+            pid, pidfd = await _fork_or_spawn(how, forkservers, theirs, page, write_end)
+        else:
+            pid, pidfd = _spawn(how, how.interpreter, theirs, page, write_end)
+    except BaseException:
+        ours.close()
+        os.close(read_end)
+        raise
+    finally:
+        theirs.close()
+        os.close(write_end)
+        os.close(page)
+    return WorkerProcess(pid, pidfd, ours, progress, read_end)
+
+
+async def _fork_or_spawn(
+    how: Launch, forkservers: ForkServers, channel: socket.socket, page: int, output: int
+) -> tuple[int, int]:
+    request = wire.ForkRequest(dict(how.environ), how.name, how.directory, os.getpid())
+    try:
+        return await forkservers.fork(how.preload, request, (channel.fileno(), page, output))
+    except UnsafeFork:
+        return _spawn(how, sys.executable, channel, page, output)
+
+
+def _spawn(how: Launch, interpreter: str, channel: socket.socket, page: int, output: int) -> tuple[int, int]:
+    arguments = ["--channel", str(channel.fileno()), "--page", str(page), "--server", str(os.getpid()), "--name", how.name]
+    process = subprocess.Popen(
+        [interpreter, "-P", "-m", "mms.backend", *arguments],
+        pass_fds=(channel.fileno(), page),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        cwd=how.directory,
+        env=dict(how.environ),
+        start_new_session=True,
+    )
+    pidfd = os.pidfd_open(process.pid)
+    process.returncode = 0  # the pidfd is waited for, not this object: keeps its destructor from reaping or warning
+    return process.pid, pidfd

@@ -1,0 +1,229 @@
+"""A live worker as the front end sees it: its channel, its state, the jobs it has in hand."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from typing import Any, Protocol, cast
+
+from mms import wire
+from mms.errors import FrameError, HandlerError
+from mms.metrics import VersionMetrics
+from mms.workers.batching import BatchQueue, InFlight, Job
+from mms.workers.output import OutputReader
+from mms.workers.process import WorkerProcess
+
+log = logging.getLogger("mms.worker")
+
+JOIN_BELOW = 256 << 10  # a larger frame goes to the transport in pieces, without being joined
+LAST_WORDS = 0.05  # seconds between a process's end and its channel's end, in either order
+
+
+class WorkerState(enum.StrEnum):
+    STARTING = "STARTING"
+    READY = "READY"
+    STOPPING = "STOPPING"
+    STOPPED = "STOPPED"
+    FAILED = "FAILED"
+
+
+class Owner(Protocol):
+    """The pool, as its workers know it."""
+
+    def worker_ready(self, worker: Worker, ready: wire.Ready) -> None: ...
+
+    def worker_free(self, worker: Worker) -> None: ...
+
+    def worker_gone(self, worker: Worker) -> None: ...
+
+
+class Worker(asyncio.Protocol):
+    """Speaks with one worker process from LOAD to the end of its channel."""
+
+    def __init__(self, slot: int, gpu: int | None, owner: Owner, queue: BatchQueue, metrics: VersionMetrics) -> None:
+        self.slot = slot
+        self.gpu = gpu
+        self.state = WorkerState.STARTING
+        self.in_flight = InFlight()
+        self.started_at = time.time()
+        self.launched = time.monotonic()
+        self.failure: wire.Failed | None = None
+        self.cause = ""  # how it ended, or why it is being killed
+        self.output: OutputReader | None = None
+        self.process: WorkerProcess = cast(WorkerProcess, None)
+        self._owner = owner
+        self._queue = queue
+        self._metrics = metrics
+        self._reader = wire.FrameReader()
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._output_transport: asyncio.BaseTransport | None = None
+        self._exit: str | None = None
+        self._channel_ended = False
+        self._gone = False
+
+    async def attach(self, process: WorkerProcess, output: OutputReader, load: wire.Load) -> None:
+        """Take over a process that was just started, and tell it what to load."""
+        loop = asyncio.get_running_loop()
+        self.process = process
+        self.output = output
+        loop.add_reader(process.pidfd, self._process_ended)
+        await loop.create_connection(lambda: self, sock=process.channel)
+        pipe = open(process.output, "rb", buffering=0)  # noqa: SIM115, ASYNC230  # the transport owns and closes it
+        self._output_transport, _ = await loop.connect_read_pipe(lambda: output, pipe)
+        self._transport.write(wire.pack(wire.LOAD, load))
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process is not None else None
+
+    def send(self, batch_size: int, jobs: list[Job]) -> None:
+        """One PREDICT frame with all of `jobs`."""
+        size = 0
+        parts: list[bytes] = [b""]
+        heads = []
+        for job in jobs:
+            heads.append(job.head)
+            size += job.head.size
+            parts += job.parts
+        parts[0] = wire.pack(wire.PREDICT, wire.Predict(batch_size, heads), size)
+        if size < JOIN_BELOW:
+            self._transport.write(b"".join(parts))
+        else:
+            self._transport.writelines(parts)
+
+    def stop(self) -> None:
+        """Take no more jobs, leave when those in hand are answered."""
+        if self.state in (WorkerState.STARTING, WorkerState.READY):
+            self.state = WorkerState.STOPPING
+        if not self.in_flight.jobs and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(wire.pack(wire.STOP, None))
+
+    def kill(self, cause: str) -> None:
+        """End the process now; `cause` is what is reported."""
+        self.cause = self.cause or cause
+        if self.process is not None and self._exit is None:
+            self.process.kill()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for kind, head, payload in self._reader.feed(data):
+                if kind == wire.RESULT:
+                    self._results(wire.decode(wire.Result, head), payload)
+                elif kind == wire.READY:
+                    self._ready(wire.decode(wire.Ready, head))
+                elif kind == wire.FAILED:
+                    self.failure = wire.decode(wire.Failed, head)
+                else:
+                    raise FrameError(f"a worker sent a frame of kind {kind}")
+        except FrameError as error:
+            log.error("worker %s: %s; killing it", self.pid, error.message)
+            self.kill("sent garbage on its channel")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._channel_ended = True
+        if self._exit is not None:
+            self._finish()
+        else:
+            asyncio.get_running_loop().call_later(LAST_WORDS, self._kill_silent)
+
+    def _ready(self, ready: wire.Ready) -> None:
+        if self.state is WorkerState.STARTING:
+            self.state = WorkerState.READY
+            self._owner.worker_ready(self, ready)
+
+    def _results(self, result: wire.Result, payload: memoryview) -> None:
+        now = time.monotonic()
+        metrics, queue, in_flight = self._metrics, self._queue, self.in_flight
+        self._note_batches(result.batches)
+        duration, requests = metrics.duration, metrics.requests
+        at = 0
+        for outcome in result.jobs:
+            job = queue.finish(in_flight, outcome.id)
+            if job is None:
+                raise FrameError(f"an answer to job {outcome.id}, which this worker does not have")
+            end = at + outcome.size
+            if not job.settled:
+                job.settled = True
+                status = outcome.status
+                requests[status] += 1
+                duration.observe(now - job.arrived)
+                if outcome.error:
+                    metrics.errors[outcome.error] += 1
+                    job.caller.fail(_remote_error(outcome, payload[at:end]))
+                else:
+                    job.caller.answer(status, outcome.head, payload[at:end])
+            at = end
+        self._owner.worker_free(self)
+
+    def _note_batches(self, batches: list[wire.BatchTimes]) -> None:
+        metrics = self._metrics
+        seconds = 0.0
+        for batch in batches:
+            seconds += batch.handler
+            metrics.handler.observe(batch.handler)
+            metrics.batch_size.observe(batch.jobs)
+            if batch.inference:
+                metrics.preprocess.observe(batch.preprocess)
+                metrics.inference.observe(batch.inference)
+                metrics.postprocess.observe(batch.postprocess)
+        jobs = iter(self.in_flight.jobs.values())
+        observe = metrics.queued.observe
+        for batch in batches:
+            for _ in range(batch.jobs):
+                job = next(jobs, None)
+                if job is not None:
+                    observe(job.taken - job.arrived + batch.waited)
+        if batches:
+            self.in_flight.observe(len(batches), seconds)
+
+    def _process_ended(self) -> None:
+        exit_status = self.process.reap()
+        if exit_status is None:
+            return
+        asyncio.get_running_loop().remove_reader(self.process.pidfd)
+        self._exit = exit_status
+        if self._channel_ended:
+            self._finish()
+        else:
+            asyncio.get_running_loop().call_later(LAST_WORDS, self._finish)
+
+    def _kill_silent(self) -> None:
+        if self._exit is None:
+            self.kill("closed its channel")
+
+    def _finish(self) -> None:
+        if self._gone:
+            return
+        self._gone = True
+        self.cause = self.cause or self._exit or "unknown"
+        self._transport.close()
+        if self._output_transport is not None:
+            asyncio.get_running_loop().call_later(LAST_WORDS, self._output_transport.close)
+        self._owner.worker_gone(self)
+        self.process.close()
+
+
+def _remote_error(outcome: wire.JobResult, message: memoryview) -> HandlerError:
+    error = HandlerError(str(message, "utf-8", "replace"), status=outcome.status)
+    error.type = outcome.error
+    return error
+
+
+def describe_worker(worker: Worker, memory: int) -> dict[str, Any]:
+    """One entry of `workers` in a model's description."""
+    return {
+        "id": str(worker.slot),
+        "startTime": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(worker.started_at)) + ".000Z",
+        "status": str(worker.state),
+        "gpu": worker.gpu is not None,
+        **({"gpuId": worker.gpu} if worker.gpu is not None else {}),
+        "memoryUsage": memory,
+        "pid": worker.pid,
+    }
