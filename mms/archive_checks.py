@@ -65,14 +65,19 @@ def check_names(members: Iterable[Member]) -> None:
     """Refuses names that could leave the folder, collide (also by case or Unicode form), or cannot be stored."""
     seen: dict[str, tuple[str, bool]] = {}
     listed: set[str] = set()
+    folders: set[str] = set()
     for member in members:
         name = member.name
         reason = _name_fault(name)
         if reason:
             raise ArchiveError(f"{name!r}: {reason}")
         parts = name.split("/")
-        for depth in range(1, len(parts)):
-            _claim(seen, "/".join(parts[:depth]), name, is_dir=True)
+        for depth in range(len(parts) - 1, 0, -1):
+            folder = "/".join(parts[:depth])
+            if folder in folders:
+                break
+            folders.add(folder)
+            _claim(seen, folder, name, is_dir=True)
         _claim(seen, name, name, is_dir=member.is_dir)
         if name in listed:
             raise ArchiveError(f"{name!r}: the name stands twice")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import stat
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mms.archive import FORMATS, MANIFEST, Manifest, ModelArchive, archive_name, write_archive
+from mms.archive_tar import TarContainer
 from mms.errors import ArchiveError
 
 PLAIN: dict[str, Any] = {"runtime": "python", "model": {"modelName": "cat", "handler": "service:handle"}}
@@ -119,7 +121,7 @@ def refused(path: Path, reason: str) -> None:
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 4  # 2 s without the tracing
     assert caught.value.message.startswith(path.name)
     assert "\n" not in caught.value.message
     assert sorted(path.parent.iterdir()) == before
@@ -514,7 +516,7 @@ BAD_ENTRIES = {
     "zip64 without need": (entry("a", extra=EXTRA64), "zip64 field contradicts"),
     "zip64 missing": (entry("a", size=FULL, packed=FULL), "zip64 field contradicts"),
     "zip64 too short": (entry("a", size=FULL, packed=FULL, extra=EXTRA64[:12]), "zip64 field contradicts"),
-    "zip64 twice": (entry("a", size=FULL, packed=FULL, extra=EXTRA64[:2] + b"\x08\0" + bytes(8) + EXTRA64), "zip64"),
+    "zip64 twice": (entry("a", size=FULL, packed=FULL, extra=struct.pack("<HHQ", 1, 8, 1) * 2), "zip64 field"),
     "zip64 of 2^63": (
         entry("a", method=8, size=FULL, extra=struct.pack("<HHQ", 1, 8, 1 << 63)),
         "a bomb",
@@ -569,6 +571,14 @@ def test_a_zip64_archive_is_read_and_its_lies_are_refused(tmp_path: Path) -> Non
     refused(write(tmp_path, zip64(count64=1_000_000)), "more than 10000 entries")
     refused(write(tmp_path, zip64(at=0)), "locator")
     refused(write(tmp_path, zip64()[:-22] + plain[-22:-10] + struct.pack("<LLH", size, 7, 0)), "contradicts")
+
+
+@pytest.mark.parametrize("change", [{4: 1}, {6: 1}, {8: 1}])
+def test_a_part_of_a_zip_in_several_files_is_refused(tmp_path: Path, change: dict[int, int]) -> None:
+    data = bytearray(zip_bytes(entry("a")))
+    for at, value in change.items():
+        data[len(data) - 22 + at] = value
+    refused(write(tmp_path, bytes(data)), "several files")
 
 
 def test_overlapping_entries_are_refused(tmp_path: Path) -> None:
@@ -685,6 +695,16 @@ def test_a_broken_tgz_is_refused(tmp_path: Path, data: bytes, reason: str) -> No
     refused(write(tmp_path, data), reason)
 
 
+def test_a_tgz_rewritten_between_check_and_use_is_refused() -> None:
+    file = io.BytesIO(tgz_bytes(tar_entry("cat/a", b"x")))
+    container = TarContainer(file)
+    file.seek(0)
+    file.write(tgz_bytes(tar_entry("cat/b", b"x")))
+    with pytest.raises(ArchiveError, match="changed while it was read"):
+        for _ in container.contents():
+            pass
+
+
 def folder_archive(tmp_path: Path) -> Path:
     path = tmp_path / "cat.mar"
     (path / "MAR-INF").mkdir(parents=True)
@@ -709,6 +729,12 @@ def test_a_folder_with_a_fifo_is_refused(tmp_path: Path) -> None:
     path = folder_archive(tmp_path)
     os.mkfifo(path / "fifo")
     refused(path, "a FIFO")
+
+
+def test_a_folder_deeper_than_the_limit_is_refused(tmp_path: Path) -> None:
+    path = folder_archive(tmp_path)
+    (path / ("d/" * 33)).mkdir(parents=True)
+    refused(path, "levels")
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -295,7 +296,23 @@ def test_verify_names_a_changed_file(folder: Path) -> None:
     fails(call("verify", "store/cat"), 1, "cat: 'handler.py'")
 
 
-def test_verify_leaves_a_folder_archive_as_it_was(folder: Path) -> None:
+def test_verify_ends_what_the_handler_started(folder: Path) -> None:
+    """The handler's child holds the write end of a FIFO; reading it ends when the child has gone."""
+    os.mkfifo(folder / "fifo")
+    start = (
+        f"import subprocess\nsubprocess.Popen(['sleep', '1000'], stdout=open({str(folder / 'fifo')!r}, 'w')).wait()\n"
+    )
+    (folder / "handler.py").write_text(SERVICE + start)
+    packed("--handler", "handler.py")
+    reader = threading.Thread(target=(folder / "fifo").read_bytes, daemon=True)
+    reader.start()
+    fails(call("verify", "store/cat.mar", "--timeout", "2"), 1, "more than 2 s")
+    reader.join(10)
+    assert not reader.is_alive()
+
+
+def test_verify_leaves_a_folder_archive_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     packed("--handler", "handler.py", "--archive-format", "no-archive", path="store/cat")
     assert call("verify", "store/cat").exit_code == 0
     assert sorted(path.name for path in Path("store/cat").iterdir()) == ["MAR-INF", "handler.py"]
