@@ -1,4 +1,4 @@
-"""The `mms` command. Options are made from the fields of Config; heavy modules are imported by the command that needs them."""
+"""The `mms` command. Options are made from the fields of Config; a command imports the heavy modules that it needs."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ def _start_daemon(config: Config) -> NoReturn:
     sys.exit(0)
 
 
-_run_dir_option = click.option("--run-dir", type=click.Path(path_type=Path), default=None, help="the server's run directory")
+_run_dir_option = click.option(
+    "--run-dir", type=click.Path(path_type=Path), default=None, help="the server's run directory"
+)
 
 
 def _running(run_dir: Path | None) -> tuple[RunDirectory, Running | None]:
@@ -238,9 +240,7 @@ def show_config(as_json: bool, file: Path | None, **options: Any) -> None:
         for setting in fields(Config)
     ]
     if as_json:
-        document = {
-            name: {"value": value, "origin": origins[name], "help": text} for name, value, text in rows
-        }
+        document = {name: {"value": value, "origin": origins[name], "help": text} for name, value, text in rows}
         click.echo(json.dumps(document, indent=2))
         return
     table = Table("setting", "value", "from", "meaning")
@@ -280,7 +280,9 @@ def predict(model: str, request: Path, content_type: str, number: str, run_dir: 
         _fail(f"no server is running in {directory.path}", NOT_READY)
     path = f"/predictions/{model}" + (f"/{number}" if number else "")
     try:
-        code, body = send(running.inference_address, "POST", path, request.read_bytes(), content_type or guess_type(request))
+        code, body = send(
+            running.inference_address, "POST", path, request.read_bytes(), content_type or guess_type(request)
+        )
     except OSError as error:
         _fail(f"no answer from {running.inference_address}: {error}")
     sys.stdout.buffer.write(body)

@@ -1,4 +1,4 @@
-"""All settings of a server and of a model: one frozen Config, made of defaults < file < MMS_* environment < command line.
+"""All settings of a server and of a model: one frozen Config of defaults < file < MMS_* environment < command line.
 
 Each setting is documented where it is defined; the command line, the environment and `mms config` are derived from it.
 """
@@ -125,7 +125,9 @@ class ModelSettings:
     )
     min_workers: int = _setting(-1, _integer, "workers to run (-1: one per GPU, without GPUs one per core)", low=-1)
     max_workers: int = _setting(-1, _integer, "upper bound of workers (-1: as min_workers)", low=-1)
-    response_timeout: float = _setting(120.0, _number, "seconds one batch may run before its worker is killed", low=0.001)
+    response_timeout: float = _setting(
+        120.0, _number, "seconds one batch may run before its worker is killed", low=0.001
+    )
     startup_timeout: float = _setting(300.0, _number, "seconds a worker may take to load", low=0.001)
     queue_size: int = _setting(100, _integer, "requests that may wait; one more is refused with 429", low=1)
     queue_timeout: float = _setting(60.0, _number, "seconds a request may wait for a worker; then 504", low=0.001)
@@ -135,10 +137,14 @@ class ModelSettings:
         _one_of("auto", "true", "false"),
         "when a whole batch fails, run its halves to find the guilty request (auto: for request-style handlers)",
     )
-    device: str = _setting("auto", _one_of("auto", "cpu", "gpu"), "where the workers run (auto: GPUs where there are any)")
+    device: str = _setting(
+        "auto", _one_of("auto", "cpu", "gpu"), "where the workers run (auto: GPUs where there are any)"
+    )
     gpus: tuple[int, ...] = _setting((), _integers, "the GPUs to spread the workers over (empty: all)")
     threads: int = _setting(0, _integer, "CPU threads per worker (0: cores / workers)", low=0)
-    preload: tuple[str, ...] = _setting((), _words, "modules that the fork server imports before the workers are forked")
+    preload: tuple[str, ...] = _setting(
+        (), _words, "modules that the fork server imports before the workers are forked"
+    )
 
     @property
     def worker_limit(self) -> int:
@@ -149,37 +155,53 @@ class ModelSettings:
 class Config:
     """The settings of one server."""
 
-    model_store: Path | None = _setting(None, _path, "folder of the archives")
+    model_store: Path | None = _setting(None, _path, "folder of the archives")  # noqa: RUF009  # makes a field
     models: tuple[str, ...] = _setting((), _words, "what to serve at start: a.mar, name=b.mar, or ALL")
-    inference_address: str = _setting("127.0.0.1:8080", _address, "where clients send predictions: host:port or unix:/path")
-    management_address: str = _setting("127.0.0.1:8081", _address, "where models are registered and scaled; keep it private")
+    inference_address: str = _setting(
+        "127.0.0.1:8080", _address, "where clients send predictions: host:port or unix:/path"
+    )
+    management_address: str = _setting(
+        "127.0.0.1:8081", _address, "where models are registered and scaled; keep it private"
+    )
     metrics_address: str = _setting("127.0.0.1:8082", _address, "where Prometheus scrapes /metrics")
     edge: str = _setting(
-        "auto", _one_of("auto", "nginx", "none"), "nginx in front, or the front end alone (auto: nginx where it is installed)"
+        "auto",
+        _one_of("auto", "nginx", "none"),
+        "nginx in front, or the front end alone (auto: nginx where it is installed)",
     )
     nginx: str = _setting("nginx", _text, "the nginx program")
-    run_dir: Path = _setting(None, _path, "folder for sockets, pid file, extracted archives and logs")
+    run_dir: Path = _setting(None, _path, "folder for sockets, pid file, extracted archives and logs")  # noqa: RUF009
     log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "how much is logged")
-    log_file: Path | None = _setting(None, _path, "log to this file instead of standard error (rotated at 100 MB)")
+    log_file: Path | None = _setting(  # noqa: RUF009
+        None, _path, "log to this file instead of standard error (rotated at 100 MB)"
+    )
     max_request_size: int = _setting(100 << 20, _size, "largest request body, before and after unpacking", low=1)
     max_response_size: int = _setting(100 << 20, _size, "largest answer of a handler", low=1)
     max_connections: int = _setting(10_000, _integer, "connections the front end holds open", low=1)
     header_timeout: float = _setting(10.0, _number, "seconds a client may take to send a request's headers", low=0.001)
-    body_timeout: float = _setting(60.0, _number, "seconds a client may pause while it sends a body or reads an answer", low=0.001)
+    body_timeout: float = _setting(
+        60.0, _number, "seconds a client may pause while it sends a body or reads an answer", low=0.001
+    )
     keepalive_timeout: float = _setting(
         75.0, _number, "seconds an idle connection stays open (behind nginx, nginx decides)", low=0.001
     )
-    drain_timeout: float = _setting(30.0, _number, "seconds that requests in hand get to finish at stop and unload", low=0)
+    drain_timeout: float = _setting(
+        30.0, _number, "seconds that requests in hand get to finish at stop and unload", low=0
+    )
     stop_grace: float = _setting(5.0, _number, "seconds a worker gets to leave by itself before it is killed", low=0)
     parallel_loads: int = _setting(4, _integer, "workers that may load at the same time", low=1)
     verify_archives: bool = _setting(True, _boolean, "compare every file with the manifest's SHA-256 before it is used")
     install_requirements: bool = _setting(
         False, _boolean, "install an archive's requirements.txt into a virtual environment of its own"
     )
-    worker_env: tuple[str, ...] = _setting((), _words, "names of environment variables that workers get beside the usual ones")
+    worker_env: tuple[str, ...] = _setting(
+        (), _words, "names of environment variables that workers get beside the usual ones"
+    )
     batch_size: int = _setting(1, _integer, "default for models: see batch_size of a model", low=1)
     max_batch_delay: float = _setting(0.0, _milliseconds, "default for models, milliseconds", low=0)
-    workers: int = _setting(-1, _integer, "default number of workers per model (-1: one per GPU, else one per core)", low=-1)
+    workers: int = _setting(
+        -1, _integer, "default number of workers per model (-1: one per GPU, else one per core)", low=-1
+    )
     response_timeout: float = _setting(120.0, _number, "default for models, seconds", low=0.001)
     startup_timeout: float = _setting(300.0, _number, "default for models, seconds", low=0.001)
     queue_size: int = _setting(100, _integer, "default for models: requests that may wait", low=1)

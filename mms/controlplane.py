@@ -53,7 +53,7 @@ class ControlPlane:
     ) -> ModelVersion:
         """Serve the archive `url` of the store; with `synchronous`, return when its workers are ready.
 
-        Raises BadRequestError, ModelNotFoundError, ArchiveError, ConfigError, ConflictError (nothing is registered then)
+        Raises BadRequestError, ModelNotFoundError, ArchiveError, ConfigError or ConflictError (nothing is registered),
         and ModelLoadError (the version stays registered as FAILED; registering it again replaces it).
         """
         archive = await asyncio.to_thread(self.store.open, url)
@@ -75,7 +75,9 @@ class ControlPlane:
             raise BadRequestError(f"min_worker = {workers}: must be at least 0")
         if found.pool is None:
             raise ConflictError(f"model {found.label} is still being registered; try again soon")
-        found.apply(merge_settings(found.settings, {"min_workers": workers, "max_workers": workers}, "scale", strict=True))
+        found.apply(
+            merge_settings(found.settings, {"min_workers": workers, "max_workers": workers}, "scale", strict=True)
+        )
         found.pool.set_target(workers)
         if synchronous:
             await found.pool.settled()
@@ -146,7 +148,10 @@ class ControlPlane:
         self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any]
     ) -> ModelSettings:
         settings = merge_settings(
-            self._config.model_defaults(), model_config, f"{archive.path.name}: {archive.manifest.config_file}", strict=False
+            self._config.model_defaults(),
+            model_config,
+            f"{archive.path.name}: {archive.manifest.config_file}",
+            strict=False,
         )
         settings = merge_settings(settings, changes, "request", strict=True)
         fixed: dict[str, Any] = {}
@@ -176,7 +181,7 @@ class ControlPlane:
         load = wire.Load(
             model_name=version.name,
             version=version.version,
-            directory=str(folder.absolute()),
+            directory=str(folder.absolute()),  # noqa: ASYNC240  # looks at names only
             handler=handler,
             manifest=dict(manifest.raw),
             model_config=model_config,

@@ -1,7 +1,8 @@
 """What a handler's author sees: Handler, Request, Response, Context, PredictionError. Runs in the worker process.
 
 Two styles. Batch style (MMS, TorchServe): `handle(data, context)`, where data is a list with one dict per request and
-the result a list of the same length. Request style: a subclass of Handler with `preprocess`, `inference`, `postprocess`.
+the result a list of the same length. Request style: a subclass of Handler with `preprocess`, `inference` and
+`postprocess`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["Context", "Handler", "Headers", "PredictionError", "Request", "Respo
 
 
 class PredictionError(Exception):
-    """Raise it, or return it for one request of a batch: that client gets `status` and `message` as the error's text."""
+    """Raise it, or return it for one request of a batch: that client gets `status` and `message`, the error's text."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -113,7 +114,7 @@ class Request:
         return payload.decode_text(self.body)
 
     def data(self) -> bytearray:
-        """The uploaded bytes: the field `data`, `body` or `file` of a form, else its first field, else the body itself."""
+        """The uploaded bytes: the field `data`, `body` or `file` of a form, else its first field, else the body."""
         if not self.form:
             return self.body
         fields = {part.name: part.data for part in reversed(self.form)}
@@ -250,7 +251,10 @@ class Handler:
         raise TypeError(f"{type(self).__name__} must define inference(batch)")
 
     def postprocess(self, output: Any) -> Any:
-        """Per request: the answer (bytes, str, anything JSON can hold, or a Response). An exception fails this request only."""
+        """Per request: the answer (bytes, str, anything JSON can hold, or a Response).
+
+        An exception fails this request only.
+        """
         return output
 
 

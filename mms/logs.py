@@ -1,4 +1,4 @@
-"""Logging of the server process: one format, to standard error or a file, and a file per model for what its workers print."""
+"""Logging of the server process: one format, to standard error or a file; a file per model for its workers' output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 class _Formatter(logging.Formatter):
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
@@ -41,7 +41,9 @@ def open_model_log(folder: Path, name: str) -> None:
     if logger.handlers:
         return
     folder.mkdir(mode=0o700, exist_ok=True)
-    handler = logging.handlers.RotatingFileHandler(folder / f"{name}.log", maxBytes=MAX_BYTES, backupCount=1, delay=True)
+    handler = logging.handlers.RotatingFileHandler(
+        folder / f"{name}.log", maxBytes=MAX_BYTES, backupCount=1, delay=True
+    )
     handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
 

@@ -1,4 +1,4 @@
-"""What is counted on the hot path (plain integers in preallocated slots), and its Prometheus form, made at scrape time."""
+"""What is counted on the hot path (plain integers in preallocated slots), and its Prometheus form, made at a scrape."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Histogram:
         shown, running = [], 0
         for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
             running += count
-            shown.append((floatToGoString(bound), float(running)))
+            shown.append((str(floatToGoString(bound)), float(running)))  # type: ignore[no-untyped-call]
         return shown
 
 
@@ -143,7 +143,9 @@ class Collector:
             "mms_errors", "Requests that failed, by cause.", labels=["model", "version", "cause"]
         )
         restarts = CounterMetricFamily(
-            "mms_worker_restarts", "Workers that died and were replaced, by cause.", labels=["model", "version", "reason"]
+            "mms_worker_restarts",
+            "Workers that died and were replaced, by cause.",
+            labels=["model", "version", "reason"],
         )
         cancelled = CounterMetricFamily(
             "mms_requests_cancelled", "Requests whose client left before the answer.", labels=["model", "version"]
@@ -166,7 +168,7 @@ class Collector:
         yield from (requests, errors, restarts, cancelled, retries)
 
     def _gauges(self, versions: list[VersionFacts]) -> Iterator[Metric]:
-        gauges = (
+        gauges: tuple[tuple[str, str, Callable[[VersionFacts], float]], ...] = (
             ("mms_queue_depth", "Requests that wait for a worker.", lambda facts: facts.queue_depth),
             ("mms_queue_capacity", "Requests that may wait; one more is refused.", lambda facts: facts.queue_capacity),
             ("mms_requests_in_flight", "Requests at a worker.", lambda facts: facts.in_flight),
@@ -214,7 +216,7 @@ class Collector:
 def registry(collector: Collector) -> CollectorRegistry:
     """The server's families and those of its own process."""
     known = CollectorRegistry(auto_describe=False)
-    known.register(collector)  # type: ignore[arg-type]  # a collector is anything with collect(), by the library's docs
+    known.register(collector)
     ProcessCollector(registry=known)
     PlatformCollector(registry=known)
     GCCollector(registry=known)

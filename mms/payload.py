@@ -87,7 +87,9 @@ def unpack(data: bytes | bytearray | memoryview, encoding: str, limit: int) -> b
     if len(result) > allowed:
         raise RequestTooLargeError(f"the unpacked body is larger than {allowed} bytes")
     if not inflate.eof or inflate.unused_data:
-        raise BadRequestError(f"the body is not valid {encoding}: it {'ends early' if not inflate.eof else 'goes on after its end'}")
+        raise BadRequestError(
+            f"the body is not valid {encoding}: it {'ends early' if not inflate.eof else 'goes on after its end'}"
+        )
     return result
 
 

@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mms_nginx.find import edge_user, find_nginx
+
 from mms import logs
 from mms.api.predictions import InferenceApi
 from mms.config import Config
@@ -29,11 +31,9 @@ from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.rundir import RunDirectory, Running
 from mms.workers.environment import GpuMonitor
-from mms_nginx.find import edge_user, find_nginx
 
 if TYPE_CHECKING:
     from aiohttp import web
-
     from mms_nginx.run import Nginx
 
 log = logging.getLogger("mms.server")
@@ -171,7 +171,10 @@ class ModelServer:
         def refresh() -> None:
             self._gpus = list(monitor.facts())
 
-        apps = ((management.application(self._control), control), (metrics.application(registry(collector), refresh), scrape))
+        apps = (
+            (management.application(self._control), control),
+            (metrics.application(registry(collector), refresh), scrape),
+        )
         for app, sock in apps:
             runner = web.AppRunner(app, access_log=None, handle_signals=False)
             await runner.setup()
@@ -239,7 +242,9 @@ class ModelServer:
 
     def _ready_line(self, seconds: float) -> str:
         versions = self._registry.versions()
-        failed = [version.label for version in versions if version.pool is not None and version.pool.failure is not None]
+        failed = [
+            version.label for version in versions if version.pool is not None and version.pool.failure is not None
+        ]
         inference, management, metrics = map(_url, self._addresses())
         edge = "behind nginx" if self._nginx is not None else "without nginx"
         count = len(versions) - len(failed)
@@ -289,7 +294,7 @@ class ModelServer:
     # stop
 
     async def stop(self) -> None:
-        """Edge first, then connections, then workers; requests in hand get drain_timeout. A second signal ends it now."""
+        """Edge first, then connections, then workers; requests in hand get drain_timeout, less after a second signal."""
         drain = asyncio.create_task(self._drain())
         now = asyncio.create_task(self._stop_now.wait())
         await asyncio.wait({drain, now}, return_when=asyncio.FIRST_COMPLETED)
@@ -313,12 +318,12 @@ class ModelServer:
             log.warning("%d connections were cut: their requests took longer than drain_timeout (%g s)", cut, timeout)
         await self._control.close(timeout)
 
-    async def _stop_edge(self, timeout: float) -> None:
+    async def _stop_edge(self, limit: float) -> None:
         nginx, self._nginx = self._nginx, None
         if nginx is not None:
             if nginx.pidfd != -1:
                 asyncio.get_running_loop().remove_reader(nginx.pidfd)
-            await asyncio.to_thread(nginx.stop, timeout)
+            await asyncio.to_thread(nginx.stop, limit)
 
 
 def prepare_process() -> None:
@@ -341,4 +346,3 @@ async def serve(config: Config, say: Callable[[str], None]) -> int:
     finally:
         say("stopping")
         await server.stop()
-

@@ -54,9 +54,12 @@ async def _try(archive: Path, request: Path | None, content_type: str, folder: P
         loaded = f"{version.label} loads in {time.monotonic() - begun:.2f} s"
         if request is None:
             return loaded
-        body = request.read_bytes()
+        body = request.read_bytes()  # noqa: ASYNC240  # nothing else runs here
         outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        facts: dict[str, Any] = {"request_id": f"check-{os.getpid()}", "content_type": content_type or guess_type(request)}
+        facts: dict[str, Any] = {
+            "request_id": f"check-{os.getpid()}",
+            "content_type": content_type or guess_type(request),
+        }
         DataPlane(control.registry).predict(
             version,
             _Caller(outcome),

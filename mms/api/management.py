@@ -43,7 +43,9 @@ def application(control: ControlPlane) -> web.Application:
 
 
 @web.middleware
-async def _errors(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     """Every failure as MMS's JSON. The one broad except of the control plane."""
     try:
         return await handler(request)
@@ -115,9 +117,7 @@ async def _register(request: web.Request, parameters: _Parameters) -> web.Respon
         return _status("Processing worker updates...", 202)
     workers = version.settings.min_workers
     hint = "" if workers else ". Use scale workers API to add workers for the model."
-    return _status(
-        f'Model "{version.name}" Version: {version.version} registered with {workers} initial workers{hint}'
-    )
+    return _status(f'Model "{version.name}" Version: {version.version} registered with {workers} initial workers{hint}')
 
 
 async def _list(request: web.Request, parameters: _Parameters) -> web.Response:
@@ -241,7 +241,9 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
         _describe,
     ),
     (
-        Operation("get", "/models/{model}/{version}", "Describe one version.", (200, 404), operation_id="describe_version"),
+        Operation(
+            "get", "/models/{model}/{version}", "Describe one version.", (200, 404), operation_id="describe_version"
+        ),
         _describe,
     ),
     (
@@ -266,7 +268,13 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
         _set_default,
     ),
     (
-        Operation("delete", "/models/{model}", "Unregister all versions, after draining.", (200, 404), operation_id="unregister"),
+        Operation(
+            "delete",
+            "/models/{model}",
+            "Unregister all versions, after draining.",
+            (200, 404),
+            operation_id="unregister",
+        ),
         _unregister,
     ),
     (

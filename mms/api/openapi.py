@@ -100,7 +100,9 @@ def setting_parameters(names: Iterable[str]) -> tuple[Parameter, ...]:
     """Query parameters for fields of ModelSettings, with the field's own help."""
     kinds = {"int": "integer", "float": "number", "str": "string"}
     known = {f.name: f for f in fields(ModelSettings)}
-    return tuple(Parameter(name, kinds.get(str(known[name].type), "string"), known[name].metadata["help"]) for name in names)
+    return tuple(
+        Parameter(name, kinds.get(str(known[name].type), "string"), known[name].metadata["help"]) for name in names
+    )
 
 
 def document(title: str, description: str, operations: Iterable[Operation]) -> dict[str, Any]:
@@ -123,9 +125,7 @@ def inference_document() -> dict[str, Any]:
 
 def _operation(operation: Operation) -> dict[str, Any]:
     names = [part[1:-1] for part in operation.path.split("/") if part.startswith("{")]
-    parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-    ] + [
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names] + [
         {
             "name": parameter.name,
             "in": "query",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,7 +13,9 @@ from mms.handler import PredictionError, Response
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
-_FRAMING = frozenset({b"content-length", b"transfer-encoding", b"connection", b"keep-alive", b"upgrade", b"trailer", b"te"})
+_FRAMING = frozenset(
+    {b"content-length", b"transfer-encoding", b"connection", b"keep-alive", b"upgrade", b"trailer", b"te"}
+)
 
 _BYTES = b"content-type: application/octet-stream\r\n"
 _TEXT = b"content-type: text/plain; charset=utf-8\r\n"
@@ -85,10 +87,12 @@ def _plain(value: Any) -> Any:
     return to_list()
 
 
-_encode_json = msgspec.json.Encoder(enc_hook=_plain).encode
+_encode_json: Callable[[Any], bytes] = msgspec.json.Encoder(enc_hook=_plain).encode
 
 
 def _header(name: Any, value: Any) -> bytes:
+    raw_name: bytes
+    raw_value: bytes
     try:
         raw_name, raw_value = name.encode("ascii"), value.encode("latin-1")
     except (AttributeError, UnicodeEncodeError):

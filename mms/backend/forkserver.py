@@ -1,4 +1,4 @@
-"""The fork server: a process that imports heavy modules once and forks workers on request. `python -m mms.backend.forkserver`.
+"""The fork server (`python -m mms.backend.forkserver`): it imports heavy modules once and forks workers on request.
 
 It has one thread, imports only, never computes and never touches a GPU. Its only channel is an inherited socket that
 keeps message borders; when that ends, so does it. Workers are forked twice, so that the server (a child subreaper)
@@ -92,9 +92,7 @@ def _become_worker(request: wire.ForkRequest, descriptors: list[int]) -> None:
         channel, page, output = descriptors
         process.redirect_output(output)
         process.replace_environment(request.environ)
-        process.settle_in(
-            server=request.server, name=request.name, directory=request.directory, keep=(channel, page)
-        )
+        process.settle_in(server=request.server, name=request.name, directory=request.directory, keep=(channel, page))
         time.tzset()
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed()

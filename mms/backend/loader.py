@@ -26,12 +26,14 @@ def load_handler(load: Load) -> Stages:
     entry = find_entry(load.handler, Path(load.directory))
     isolate = load.isolate_errors
     if inspect.isclass(entry):
-        handler = entry()
+        handler: Any = entry()
         if isinstance(handler, Handler):
             handler.initialize(context)
             return RequestStages(handler, context, isolate=isolate != "false", limit=load.max_response_size)
         if not callable(getattr(handler, "handle", None)):
-            raise ModelLoadError(f"{load.handler}: the class has neither handle(data, context) nor mms.handler.Handler as base")
+            raise ModelLoadError(
+                f"{load.handler}: the class has neither handle(data, context) nor mms.handler.Handler as base"
+            )
         if callable(getattr(handler, "initialize", None)):
             handler.initialize(context)
         handle = handler.handle
@@ -55,10 +57,13 @@ def find_entry(handler: str, directory: Path) -> Any:
         return getattr(module, name)
     if callable(getattr(module, "handle", None)):
         return module.handle
-    classes = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__]
+    classes = [
+        value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
+    ]
     if len(classes) != 1:
         raise ModelLoadError(
-            f"{module_name} has no function handle and {len(classes)} classes; name the entry in the manifest as module:Name"
+            f"{module_name} has no function handle and {len(classes)} classes; "
+            "name the entry in the manifest as module:Name"
         )
     return classes[0]
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from typing import TextIO
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _PR_SET_NAME = 15
@@ -40,8 +41,12 @@ def redirect_output(output: int) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     # new objects: the old ones remember whether their file could seek, and a pipe cannot
-    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stdout = _writer(1)
+    sys.stderr = _writer(2)
+
+
+def _writer(fd: int) -> TextIO:
+    return open(fd, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def replace_environment(environ: Mapping[str, str]) -> None:

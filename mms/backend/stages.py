@@ -1,4 +1,4 @@
-"""How a batch passes through a handler, in both styles, so that a bad request fails alone. Runs in the worker process."""
+"""How a batch passes through a handler, in both styles: a bad request fails alone. Runs in the worker process."""
 
 from __future__ import annotations
 
@@ -155,7 +155,9 @@ class _Outcomes(list[Answer | None]):
         return self  # type: ignore[return-value]  # every index is good or failed, so every place is filled
 
 
-def _outcome(result: Any, request: Request, limit: int, status: int = 200, content_type: str = "", headers: Any = ()) -> Answer:
+def _outcome(
+    result: Any, request: Request, limit: int, status: int = 200, content_type: str = "", headers: Any = ()
+) -> Answer:
     try:
         if isinstance(result, BaseException):
             return failure(_client_error(result, [request]))

@@ -31,7 +31,7 @@ class ModelStore:
         )
 
     def path(self, url: str) -> Path:
-        """The file that `url` names. Raises BadRequestError for anything but a plain file name, else ModelNotFoundError."""
+        """The file that `url` names. Raises BadRequestError for all but a plain file name, else ModelNotFoundError."""
         if self._folder is None:
             raise ModelNotFoundError(f"cannot load {url}: the server was started without --model-store")
         if "://" in url:

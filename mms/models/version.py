@@ -68,7 +68,7 @@ class ModelVersion:
         return VersionState.READY if self._was_ready else VersionState.LOADING
 
     def submit(self, job: Job) -> None:
-        """Queue the job. Raises QueueFullError, or ServiceUnavailableError that says why nobody can take it; both are counted."""
+        """Queue the job. Raises QueueFullError, or ServiceUnavailableError with the reason; both are counted."""
         pool = self.pool
         try:
             if pool is None or not (pool.ready or self._can_wait()):
