@@ -36,7 +36,6 @@ PORTS = {"inference": 8080, "management": 8081, "metrics": 8082}
 START_TIMEOUT = 180.0
 STOP_TIMEOUT = 60.0
 LEAVE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LONGEST_RUN_DIR = 70  # a Unix socket's path has room for 107 bytes, and the server puts names of its own after this
 
 console = Console(highlight=False)
 
@@ -95,9 +94,9 @@ def _free_port() -> int:
 @contextmanager
 def running_server() -> Iterator[Server]:
     """`mms start` with the archive, ready to answer; stopped at the end."""
-    with tempfile.TemporaryDirectory(prefix="mms-demo-") as short:
-        run_dir = RUN / "run" if len(str(RUN)) < LONGEST_RUN_DIR else Path(short)
-        server = _start(run_dir, choose_ports())
+    # Not in the clone: nginx's workers, who are another user, must get to the sockets, and their path must be short.
+    with tempfile.TemporaryDirectory(prefix="mms-demo-") as run_dir:
+        server = _start(Path(run_dir), choose_ports())
         try:
             _wait_until_ready(server)
             yield server
@@ -128,6 +127,8 @@ def _wait_until_ready(server: Server) -> None:
 
 
 def _is_healthy(server: Server) -> bool:
+    if "\nready in " not in f"\n{LOG.read_text()}":
+        return False  # it answers before its models are loaded
     try:
         return "Healthy" in fetch(f"{server.inference}/ping")
     except (DemoError, URLError, ConnectionError):

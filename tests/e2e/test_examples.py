@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -79,16 +80,22 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def examples(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examples]:
+def run_dir() -> Iterator[str]:
+    """Not in pytest's folder, which is closed to nginx's workers: they are another user."""
+    with tempfile.TemporaryDirectory(prefix="mms-test-") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def examples(store: Path, run_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examples]:
     """A server that is ready to answer; at the end it is stopped and no process of it is left."""
-    folder = tmp_path_factory.mktemp("server")
+    log = tmp_path_factory.mktemp("server") / "log"
     inference, management, metrics = (f"127.0.0.1:{port}" for port in free_ports(3))
     command = [
         *(f"{sysconfig.get_path('scripts')}/mms", "start"),
-        *("--model-store", str(store), "--models", "ALL", "--run-dir", str(folder / "run")),
+        *("--model-store", str(store), "--models", "ALL", "--run-dir", run_dir),
         *("--inference-address", inference, "--management-address", management, "--metrics-address", metrics),
     ]
-    log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     family: list[psutil.Process] = []
@@ -121,7 +128,7 @@ def free_ports(count: int) -> list[int]:
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT
-    while not is_healthy(url):
+    while not ("\nready in " in f"\n{log.read_text()}" and is_healthy(url)):
         assert time.monotonic() < deadline, log.read_text()
         try:
             process.wait(0.05)
