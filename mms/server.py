@@ -294,7 +294,7 @@ class ModelServer:
     # stop
 
     async def stop(self) -> None:
-        """Edge first, then connections, then workers; requests in hand get drain_timeout, less after a second signal."""
+        """Edge first, then connections, then workers; requests in hand get drain_timeout; a second signal ends it."""
         drain = asyncio.create_task(self._drain())
         now = asyncio.create_task(self._stop_now.wait())
         await asyncio.wait({drain, now}, return_when=asyncio.FIRST_COMPLETED)
