@@ -32,7 +32,7 @@ format: $(VENV)/.dev ## put the code into its house style
 	$(BIN)/ruff format
 
 bench: $(VENV)/.dev nginx wrk ## measure the server against the floor on this machine
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks.hotpath
 
 build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build
