@@ -9,39 +9,23 @@ from mms.models.version import ModelVersion
 from mms.wire import JobHead
 from mms.workers.batching import Caller, Job
 
-_job_ids = itertools.count(1)
-
-
 class DataPlane:
     """What every inference dialect calls."""
 
     def __init__(self, registry: ModelRegistry) -> None:
         self.registry = registry
+        self._next_id = itertools.count(1).__next__
 
     def resolve(self, name: str, version: str = "") -> ModelVersion:
         """Raises ModelNotFoundError or ModelVersionNotFoundError."""
         return self.registry.version(name, version)
 
-    def predict(
-        self,
-        version: ModelVersion,
-        caller: Caller,
-        *,
-        request_id: str,
-        content_type: str,
-        encoding: str,
-        query: bytes,
-        query_is_input: bool,
-        headers: list[bytes],
-        parts: list[bytes],
-        size: int,
-        arrived: float,
-    ) -> Job:
-        """Queue the request; `caller` is told its one outcome. Raises QueueFullError or ServiceUnavailableError instead.
+    def predict(self, version: ModelVersion, head: JobHead, parts: list[bytes], caller: Caller, arrived: float) -> Job:
+        """Queue a request; `caller` is told its one outcome. Raises QueueFullError or ServiceUnavailableError instead.
 
-        `parts` are the pieces of the body, `arrived` is the event loop's clock, `headers` as wire.JobHead has them.
+        `head` describes it (its id is set here), `parts` are the pieces of its body, `arrived` is the event loop's clock.
         """
-        head = JobHead(next(_job_ids), request_id, content_type, encoding, query, query_is_input, headers, size)
+        head.id = self._next_id()
         job = Job(head, parts, caller, arrived)
         version.submit(job)
         return job

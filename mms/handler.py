@@ -61,16 +61,15 @@ class Headers(Mapping[str, str]):
 class Request:
     """One request, as its handler sees it. Nothing is decoded before it is asked for."""
 
-    __slots__ = ("_body", "_form", "_head", "_headers", "_limit")
+    __slots__ = ("_body", "_form", "_head", "_headers", "_limit", "_packed")
 
     def __init__(self, head: wire.JobView, body: bytearray, limit: int) -> None:
         self._head = head
-        self._body: bytearray | None = None if head.encoding else body
+        self._body = body
+        self._packed = head.encoding
         self._form: list[payload.FormPart] | None = None
         self._headers: Headers | None = None
         self._limit = limit
-        if head.encoding:
-            self._body = payload.unpack(body, head.encoding, limit)
 
     @property
     def id(self) -> str:
@@ -94,8 +93,10 @@ class Request:
 
     @property
     def body(self) -> bytearray:
-        """The body, unpacked if it came with Content-Encoding gzip or deflate."""
-        assert self._body is not None
+        """The body, unpacked if it came with Content-Encoding gzip or deflate. Raises BadRequestError, RequestTooLargeError."""
+        if self._packed:
+            self._body = payload.unpack(self._body, self._packed, self._limit)
+            self._packed = ""
         return self._body
 
     @property
@@ -160,7 +161,7 @@ class Context:
             "server_version": load.manifest.get("modelServerVersion", ""),
         }
         self.requests: Sequence[Request] = ()
-        self._responses: dict[int, _ResponseHead] = {}
+        self.responses: dict[int, ResponseHead] = {}  # what the handler has set, by index in the batch
 
     @property
     def model_yaml_config(self) -> dict[str, Any]:
@@ -178,12 +179,8 @@ class Context:
     def begin_batch(self, requests: Sequence[Request]) -> None:
         """Called by the worker's loop before each batch."""
         self.requests = requests
-        if self._responses:
-            self._responses = {}
-
-    def response_head(self, idx: int) -> _ResponseHead | None:
-        """What the handler set for answer `idx`, if anything."""
-        return self._responses.get(idx)
+        if self.responses:
+            self.responses = {}
 
     @property
     def request_ids(self) -> dict[int, str]:
@@ -221,12 +218,14 @@ class Context:
     def get_response_status(self, idx: int) -> int:
         return self._head(idx).status
 
-    def _head(self, idx: int) -> _ResponseHead:
-        return self._responses.setdefault(idx, _ResponseHead())
+    def _head(self, idx: int) -> ResponseHead:
+        return self.responses.setdefault(idx, ResponseHead())
 
 
 @dataclass(slots=True)
-class _ResponseHead:
+class ResponseHead:
+    """What a batch-style handler has set for one answer."""
+
     status: int = 200
     content_type: str = ""
     headers: dict[str, str] = field(default_factory=dict)

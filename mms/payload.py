@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
@@ -36,6 +37,7 @@ class FormPart:
         return decode_value(self.data, self.content_type)
 
 
+@lru_cache(maxsize=1024)
 def media_type(content_type: str) -> str:
     """The content type without its parameters."""
     return content_type.partition(";")[0].strip()
@@ -93,6 +95,7 @@ def unpack(data: bytes | bytearray | memoryview, encoding: str, limit: int) -> b
     return result
 
 
+@lru_cache(maxsize=1024)
 def is_form(content_type: str) -> bool:
     kind = media_type(content_type).lower()
     return kind in ("multipart/form-data", "application/x-www-form-urlencoded")

@@ -7,8 +7,8 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+from mms import wire
 from mms.client import guess_type
 from mms.config import Config
 from mms.controlplane import ControlPlane
@@ -56,22 +56,10 @@ async def _try(archive: Path, request: Path | None, content_type: str, folder: P
             return loaded
         body = request.read_bytes()  # noqa: ASYNC240  # nothing else runs here
         outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        facts: dict[str, Any] = {
-            "request_id": f"check-{os.getpid()}",
-            "content_type": content_type or guess_type(request),
-        }
-        DataPlane(control.registry).predict(
-            version,
-            _Caller(outcome),
-            encoding="",
-            query=b"",
-            query_is_input=False,
-            headers=[],
-            parts=[body],
-            size=len(body),
-            arrived=asyncio.get_running_loop().time(),
-            **facts,
-        )
+        kind = content_type or guess_type(request)
+        head = wire.JobHead(0, f"check-{os.getpid()}", kind, "", b"", False, [], len(body))
+        now = asyncio.get_running_loop().time()
+        DataPlane(control.registry).predict(version, head, [body], _Caller(outcome), now)
         return f"{loaded}\n{await outcome}"
     finally:
         await control.close(GRACE)

@@ -13,6 +13,7 @@ from mms.http.connection import Exchange
 from mms.http.response import JSON, json_body
 from mms.models.version import ModelVersion, VersionState
 from mms.payload import parse_query
+from mms.wire import JobHead
 
 MAX_ROUTES = 4096
 _METHODS = frozenset((b"POST", b"PUT", b"GET"))
@@ -33,6 +34,7 @@ class InferenceApi:
     def __init__(self, dataplane: DataPlane) -> None:
         self.unknown: Counter[int] = Counter()  # answers that belong to no model, by status
         self._dataplane = dataplane
+        self._predict = dataplane.predict
         self._routes: dict[bytes, Route] = {}
         self._generation = -1
 
@@ -46,19 +48,17 @@ class InferenceApi:
             route = self._find(exchange)
             if route is None:
                 return
-        exchange.work = self._dataplane.predict(
-            route.version,
-            exchange,
-            request_id=exchange.request_id,
-            content_type=head.content_type,
-            encoding=head.encoding,
-            query=route.query,
-            query_is_input=route.query_is_input,
-            headers=head.headers,
-            parts=exchange.parts,
-            size=exchange.size,
-            arrived=exchange.arrived,
+        job_head = JobHead(
+            0,
+            exchange.request_id,
+            head.content_type,
+            head.encoding,
+            route.query,
+            route.query_is_input,
+            head.headers,
+            exchange.size,
         )
+        exchange.work = self._predict(route.version, job_head, exchange.parts, exchange, exchange.arrived)
 
     def _find(self, exchange: Exchange) -> Route | None:
         """The route of a target that is not known yet, or None when the request is answered here."""

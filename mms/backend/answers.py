@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -22,20 +22,25 @@ _TEXT = b"content-type: text/plain; charset=utf-8\r\n"
 _JSON = b"content-type: application/json\r\n"
 
 
-class Answer(NamedTuple):
-    """The outcome of one request; with `error` (a type of errors.py) the body is the error's message."""
+Body = bytes | bytearray | memoryview
 
-    status: int
-    head: bytes
-    body: bytes | bytearray | memoryview
-    error: str = ""
+# The outcome of one request: status, header block, body, error. With an error (a type of errors.py) the body is its
+# message. A plain tuple, because one is made per request.
+Answer = tuple[int, bytes, Body, str]
 
 
 def failure(error: MMSError | PredictionError) -> Answer:
     """The answer for a request that failed."""
     kind = "PredictionException" if isinstance(error, PredictionError) else error.type
     status = error.status if isinstance(error.status, int) and 400 <= error.status <= 599 else 500
-    return Answer(status, b"", str(error.message).encode("utf-8", "replace"), kind)
+    return status, b"", str(error.message).encode("utf-8", "replace"), kind
+
+
+def plain_answer(value: Any, limit: int) -> Answer:
+    """A handler's result for which it has set nothing. Raises HandlerError when it cannot be sent."""
+    if type(value) is bytes and len(value) <= limit:
+        return 200, _BYTES, value, ""
+    return answer(value, 200, "", {}, limit)
 
 
 def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str], limit: int) -> Answer:
@@ -57,10 +62,10 @@ def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str
         if name.lower() == "content-type":
             head = _header("content-type", text)
     extra = b"".join(_header(name, text) for name, text in headers.items() if name.lower() != "content-type")
-    return Answer(status, head + extra, body)
+    return status, head + extra, body, ""
 
 
-def _body(value: Any) -> tuple[bytes | bytearray | memoryview, bytes]:
+def _body(value: Any) -> tuple[Body, bytes]:
     if isinstance(value, bytes | bytearray):
         return value, _BYTES
     if isinstance(value, memoryview):

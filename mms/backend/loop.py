@@ -12,10 +12,10 @@ import traceback
 from collections.abc import Callable
 
 from mms import wire
-from mms.backend.answers import Answer, failure
+from mms.backend.answers import Answer
 from mms.backend.loader import load_handler
 from mms.backend.stages import Stages
-from mms.errors import FrameError, MMSError, ModelLoadError
+from mms.errors import FrameError, ModelLoadError
 from mms.handler import Request
 
 READ_SIZE = 256 << 10
@@ -33,26 +33,21 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._recv = sock.recv
         self._recv_into = sock.recv_into
         self._send = sock.sendmsg
+        self._buffer = memoryview(bytearray(READ_SIZE))  # kept: a fresh one per read costs three system calls
         self._rest = b""
 
     def read(self) -> tuple[int, memoryview, bytes | bytearray] | None:
         """(kind, head, payloads), or None when the server has closed the channel. Raises FrameError."""
-        data = self._rest
-        while len(data) < wire.HEADER.size:
-            chunk = self._recv(READ_SIZE)
-            if not chunk:
-                return None
-            data += chunk
+        data = self._at_least(self._rest, wire.HEADER.size)
+        if data is None:
+            return None
         kind, head_size, payload_size = wire.parse_header(data)
         start = wire.HEADER.size + head_size
-        while len(data) < start:
-            chunk = self._recv(READ_SIZE)
-            if not chunk:
-                return None
-            data += chunk
+        data = self._at_least(data, start)
+        if data is None:
+            return None
         stop = start + payload_size
         head = memoryview(data)[wire.HEADER.size : start]
         if len(data) >= stop:
@@ -69,6 +64,15 @@ class Channel:
             have += count
         self._rest = b""
         return kind, head, payload
+
+    def _at_least(self, data: bytes, size: int) -> bytes | None:
+        """`data` and what follows it on the channel, `size` bytes or more; None at its end."""
+        while len(data) < size:
+            count = self._recv_into(self._buffer)
+            if not count:
+                return None
+            data = data + self._buffer[:count] if data else bytes(self._buffer[:count])
+        return data
 
     def write(self, kind: int, head: object, payloads: list[bytes | bytearray | memoryview], size: int) -> None:
         frame = wire.pack(kind, head, size)
@@ -132,43 +136,30 @@ class Loop:
             self._predict(wire.decode(wire.PredictView, head), payload)
 
     def _predict(self, frame: wire.PredictView, payload: bytes | bytearray) -> None:
-        received = flushed = _monotonic()
+        received = flushed = begun = _monotonic()
         replies = Replies(self._channel)
+        stages, progress, limit = self._stages, self._progress, self._limit
         jobs, size, at = frame.jobs, frame.batch_size, 0
+        alone = len(jobs) == 1 and isinstance(payload, bytearray)
+        view = memoryview(payload)
         for first in range(0, len(jobs), size):
-            batch = jobs[first : first + size] if len(jobs) > size else jobs
-            begun = _monotonic()
+            batch = jobs[first : first + size]
             if begun - flushed > ANSWER_WITHIN:
                 replies.flush()
                 flushed = begun
             self._started += len(batch)
-            _pack_progress(self._progress, 0, self._started, begun)
-            whole = payload if isinstance(payload, bytearray) and len(jobs) == 1 else None
-            bodies = []
+            _pack_progress(progress, 0, self._started, begun)
+            requests = []
             for job in batch:
                 end = at + job.size
-                bodies.append(whole if whole is not None else bytearray(payload[at:end]))
+                requests.append(Request(job, payload if alone else bytearray(view[at:end]), limit))  # type: ignore[arg-type]
                 at = end
-            answers = self._run(batch, bodies)
-            handler = _monotonic() - begun
-            times = wire.BatchTimes(len(batch), begun - received, handler, *self._stages.take_times())
-            replies.add(batch, answers, times)
-        _pack_progress(self._progress, 0, self._started, 0.0)
+            answers = stages.run(requests)
+            ended = _monotonic()
+            replies.add(batch, answers, wire.BatchTimes(len(batch), begun - received, ended - begun, *stages.take_times()))
+            begun = ended
+        _pack_progress(progress, 0, self._started, 0.0)
         replies.flush()
-
-    def _run(self, jobs: list[wire.JobView], bodies: list[bytearray]) -> list[Answer]:
-        requests: list[Request] = []
-        refused: dict[int, Answer] = {}
-        for index, (job, body) in enumerate(zip(jobs, bodies, strict=True)):
-            try:
-                requests.append(Request(job, body, self._limit))
-            except MMSError as error:
-                refused[index] = failure(error)
-        answers = self._stages.run(requests) if requests else []
-        if refused:
-            rest = iter(answers)
-            return [refused[index] if index in refused else next(rest) for index in range(len(jobs))]
-        return answers
 
 
 def serve(sock: socket.socket, progress: mmap.mmap) -> int:

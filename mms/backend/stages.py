@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
-from mms.backend.answers import Answer, answer, failure
+from mms.backend.answers import Answer, answer, failure, plain_answer
 from mms.errors import HandlerError, MMSError
 from mms.handler import Context, Handler, PredictionError, Request
 
 _now = time.perf_counter
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Stages(Protocol):
@@ -41,45 +43,53 @@ class BatchStages:
         self._limit = limit
 
     def run(self, requests: list[Request]) -> list[Answer]:
-        rows, good, outcomes = [], [], _Outcomes(requests)
+        try:
+            rows = [request.row() for request in requests]
+        except MMSError:
+            return self._run_sound(requests)
+        return self._call(requests, rows)
+
+    def _run_sound(self, requests: list[Request]) -> list[Answer]:
+        """As run, when a request cannot be decoded: it fails alone, the others make up the batch."""
+        outcomes: dict[int, Answer] = {}
+        rows, good = [], []
         for index, request in enumerate(requests):
             try:
                 rows.append(request.row())
-                good.append(index)
+                good.append(request)
             except MMSError as error:
                 outcomes[index] = failure(error)
-        if good:
-            self._call(requests, rows, good, outcomes)
-        return outcomes.all()
+        answers = iter(self._call(good, rows) if good else ())
+        return [outcomes[index] if index in outcomes else next(answers) for index in range(len(requests))]
 
     def take_times(self) -> tuple[float, float, float]:
         return 0.0, 0.0, 0.0
 
-    def _call(self, requests: list[Request], rows: list[Any], good: list[int], outcomes: _Outcomes) -> None:
-        batch = [requests[index] for index in good] if len(good) < len(requests) else requests
-        self._context.begin_batch(batch)
+    def _call(self, requests: list[Request], rows: list[Any]) -> list[Answer]:
+        context = self._context
+        context.begin_batch(requests)
         try:
-            results = self._handle(rows, self._context)
+            results = self._handle(rows, context)
         except BaseException as error:
-            if self._isolate and len(good) > 1:
-                half = len(good) // 2
-                self._call(requests, rows[:half], good[:half], outcomes)
-                self._call(requests, rows[half:], good[half:], outcomes)
-            else:
-                _fail(outcomes, good, error, batch)
-            return
-        fault = _miscounted(results, len(good), "handle")
-        if fault:
-            _fail(outcomes, good, HandlerError(fault), batch)
-            return
-        for position, (index, result) in enumerate(zip(good, results, strict=True)):
-            head = self._context.response_head(position)
-            if head is None:
-                outcomes[index] = _outcome(result, requests[index], self._limit)
-            else:
-                outcomes[index] = _outcome(
-                    result, requests[index], self._limit, head.status, head.content_type, head.headers
-                )
+            if self._isolate and len(rows) > 1:
+                half = len(rows) // 2
+                return self._call(requests[:half], rows[:half]) + self._call(requests[half:], rows[half:])
+            return [failure(client_error(error, requests))] * len(rows)
+        if not isinstance(results, list) or len(results) != len(rows):
+            return [failure(client_error(HandlerError(miscount(results, len(rows), "handle")), requests))] * len(rows)
+        if context.responses:
+            return [self._answer(index, result, requests) for index, result in enumerate(results)]
+        limit = self._limit
+        try:
+            return [plain_answer(result, limit) for result in results]
+        except MMSError:
+            return [self._answer(index, result, requests) for index, result in enumerate(results)]
+
+    def _answer(self, index: int, result: Any, requests: list[Request]) -> Answer:
+        head = self._context.responses.get(index)
+        if head is None:
+            return one_answer(result, requests[index], self._limit)
+        return one_answer(result, requests[index], self._limit, head.status, head.content_type, head.headers)
 
 
 class RequestStages:
@@ -96,30 +106,28 @@ class RequestStages:
 
     def run(self, requests: list[Request]) -> list[Answer]:
         self._context.begin_batch(requests)
-        outcomes = _Outcomes(requests)
         begun = _now()
-        items, good = [], []
+        outcomes: dict[int, Answer] = {}
+        items: list[tuple[int, Any]] = []
         for index, request in enumerate(requests):
             try:
-                items.append(self._handler.preprocess(request))
-                good.append(index)
+                items.append((index, self._handler.preprocess(request)))
             except BaseException as error:
-                _fail(outcomes, [index], error, [request])
+                outcomes[index] = failure(client_error(error, [request]))
         prepared = _now()
-        outputs = self._infer(items, good, requests, outcomes) if good else []
+        outputs = self._infer(items, requests, outcomes) if items else []
         inferred = _now()
         for index, output in outputs:
             try:
                 result = self._handler.postprocess(output)
             except BaseException as error:
-                _fail(outcomes, [index], error, [requests[index]])
-            else:
-                outcomes[index] = _outcome(result, requests[index], self._limit)
+                result = error
+            outcomes[index] = one_answer(result, requests[index], self._limit)
         times = self._times
         times[0] += prepared - begun
         times[1] += inferred - prepared
         times[2] += _now() - inferred
-        return outcomes.all()
+        return [outcomes[index] for index in range(len(requests))]
 
     def take_times(self) -> tuple[float, float, float]:
         preprocess, inference, postprocess = self._times
@@ -127,72 +135,61 @@ class RequestStages:
         return preprocess, inference, postprocess
 
     def _infer(
-        self, items: list[Any], good: list[int], requests: list[Request], outcomes: _Outcomes
+        self, items: list[tuple[int, Any]], requests: list[Request], outcomes: dict[int, Answer]
     ) -> list[tuple[int, Any]]:
+        """(index, output) of each item; items that fail get their outcome instead."""
         try:
-            outputs = self._handler.inference(self._handler.collate(items))
-            fault = _miscounted(outputs, len(items), "inference")
+            outputs = self._handler.inference(self._handler.collate([item for _, item in items]))
+            fault = miscount(outputs, len(items), "inference")
             if fault:
                 raise HandlerError(fault)
-            return list(zip(good, outputs, strict=True))
+            return [(index, output) for (index, _), output in zip(items, outputs, strict=True)]
         except BaseException as error:
-            if self._isolate and len(good) > 1:
-                half = len(good) // 2
-                return self._infer(items[:half], good[:half], requests, outcomes) + self._infer(
-                    items[half:], good[half:], requests, outcomes
-                )
-            _fail(outcomes, good, error, [requests[index] for index in good])
+            if self._isolate and len(items) > 1:
+                half = len(items) // 2
+                return self._infer(items[:half], requests, outcomes) + self._infer(items[half:], requests, outcomes)
+            failed = failure(client_error(error, [requests[index] for index, _ in items]))
+            outcomes.update((index, failed) for index, _ in items)
             return []
 
 
-class _Outcomes(list[Answer | None]):
-    """One place per request, to be filled in any order."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        super().__init__([None] * len(requests))
-
-    def all(self) -> list[Answer]:
-        return self  # type: ignore[return-value]  # every index is good or failed, so every place is filled
-
-
-def _outcome(
-    result: Any, request: Request, limit: int, status: int = 200, content_type: str = "", headers: Any = ()
+def one_answer(
+    result: Any,
+    request: Request,
+    limit: int,
+    status: int = 200,
+    content_type: str = "",
+    headers: Mapping[str, str] = _NO_HEADERS,
 ) -> Answer:
+    """The outcome of one request whose result may be an exception. Never raises."""
     try:
         if isinstance(result, BaseException):
-            return failure(_client_error(result, [request]))
-        return answer(result, status, content_type, dict(headers), limit)
+            return failure(client_error(result, [request]))
+        return answer(result, status, content_type, headers, limit)
     except MMSError as error:
-        return failure(error)
+        return failure(client_error(error, [request]))
 
 
-def _miscounted(results: Any, wanted: int, function: str) -> str:
+def miscount(results: Any, wanted: int, function: str) -> str:
     """What is wrong with the shape of a batch's results, or nothing."""
-    if isinstance(results, list) or (function == "inference" and hasattr(results, "__len__") and not _is_text(results)):
-        if len(results) == wanted:
-            return ""
+    sized = isinstance(results, list) if function == "handle" else _is_sequence(results)
+    if not sized:
+        return f"{function} returned {type(results).__name__}; a list with one result per request ({wanted}) is needed"
+    if len(results) != wanted:
         return f"{function} returned {len(results)} results for {wanted} requests; one per request is needed"
-    return f"{function} returned {type(results).__name__}; a list with one result per request ({wanted}) is needed"
+    return ""
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str | bytes | bytearray | dict)
+def _is_sequence(value: Any) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, str | bytes | bytearray | dict | set)
 
 
-def _fail(outcomes: _Outcomes, indexes: list[int], error: BaseException, requests: Sequence[Request]) -> None:
-    answered = failure(_client_error(error, requests))
-    for index in indexes:
-        outcomes[index] = answered
-
-
-def _client_error(error: BaseException, requests: Sequence[Request]) -> MMSError | PredictionError:
+def client_error(error: BaseException, requests: Sequence[Request]) -> MMSError | PredictionError:
     """What clients may read of an exception: all of ours and of PredictionError, of others only the class.
 
     The traceback goes to standard error, which is the model's log.
     """
-    if isinstance(error, MMSError) and not isinstance(error, HandlerError):
-        return error
-    if isinstance(error, PredictionError):
+    if isinstance(error, PredictionError) or (isinstance(error, MMSError) and not isinstance(error, HandlerError)):
         return error
     ids = ", ".join(request.id for request in requests)
     if isinstance(error, HandlerError):

@@ -28,7 +28,7 @@ from mms.http.limits import (
     MAX_PIPELINED,
     Limits,
 )
-from mms.http.request import Head
+from mms.http.request import Head, KnownHeads
 from mms.http.response import CONTINUE, JOIN_BELOW, StatusLines, error_response
 
 Buffer = bytes | bytearray | memoryview
@@ -52,11 +52,12 @@ class Cancellable(Protocol):
 class Exchange:
     """One request and the place of its answer."""
 
-    __slots__ = ("arrived", "connection", "head", "parts", "request_id", "response", "size", "work")
+    __slots__ = ("arrived", "connection", "head", "keep_alive", "parts", "request_id", "response", "size", "work")
 
     def __init__(self, connection: Connection, head: Head, parts: list[bytes], size: int, arrived: float) -> None:
         self.connection = connection
         self.head = head
+        self.keep_alive = head.keep_alive
         self.parts = parts
         self.size = size
         self.arrived = arrived
@@ -66,22 +67,25 @@ class Exchange:
 
     def answer(self, status: int, head: bytes, body: Buffer) -> None:
         """Answer with `head` (complete header lines) and `body`; length, date and id are added here."""
+        self.work = None  # it refers back to this exchange: without the cycle, both are freed without the collector
         connection = self.connection
-        size = len(body)
-        self.response = (
-            b"%b%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n"
-            % (
+        if self.keep_alive and status != 204:
+            block = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
                 connection.lines[status],
                 head,
                 self.request_id.encode(),
-                b"" if self.head.keep_alive else b"connection: close\r\n",
-                size,
+                len(body),
             )
-            if status != 204
-            else b"%b%bx-request-id: %b\r\n\r\n" % (connection.lines[status], head, self.request_id.encode()),
-            b"" if self.head.method == b"HEAD" else body,
-        )
-        connection.answered(self)
+        else:
+            block = self._unusual(status, head, body)
+        connection.send(self, block, body if self.head.method != b"HEAD" else b"")
+
+    def _unusual(self, status: int, head: bytes, body: Buffer) -> bytes:
+        """The head of an answer that ends the connection or has no body (RFC 9110, 15.3.5)."""
+        close = b"" if self.keep_alive else b"connection: close\r\n"
+        length = b"content-length: %d\r\n" % len(body) if status != 204 else b""
+        name = self.request_id.encode()
+        return b"%b%bx-request-id: %b\r\n%b%b\r\n" % (self.connection.lines[status], head, name, close, length)
 
     def fail(self, error: MMSError) -> None:
         self.answer(*error_response(error))
@@ -90,11 +94,21 @@ class Exchange:
 class Connection(asyncio.Protocol):
     """The front end's end of one connection."""
 
-    def __init__(self, application: Application, limits: Limits, lines: StatusLines, peers: set[Connection], *, edge: bool):
+    def __init__(
+        self,
+        application: Application,
+        limits: Limits,
+        lines: StatusLines,
+        known: KnownHeads,
+        peers: set[Connection],
+        *,
+        edge: bool,
+    ) -> None:
         self.lines = lines
         self.last_activity = 0.0
         self._application = application
         self._limits = limits
+        self._known = known
         self._peers = peers
         self._edge = edge  # nginx is on the other side: it closes idle connections, and its end of stream is a goodbye
         self._loop = asyncio.get_running_loop()
@@ -152,10 +166,20 @@ class Connection(asyncio.Protocol):
         if self._last:
             self._drop(len(data))
             return
+        raw = b""
         if self._between:
+            if not self._held:
+                end = data.find(b"\r\n\r\n") + 4
+                raw = data[:end]
+                head = self._known.get(raw)
+                if head is not None and len(data) - end == head.length:
+                    self._backlog.append(Exchange(self, head, [data[end:]], head.length, self.last_activity))
+                    self._admit()
+                    return
             data = self._begin(data)
             if not data:
                 return
+        head = self._head
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -174,6 +198,8 @@ class Connection(asyncio.Protocol):
         if self._refusal is not None:
             self._refuse(self._refusal)
         elif self._backlog:
+            if raw and self._backlog[-1].head is head and len(data) - len(raw) == head.length:
+                self._known.remember(raw, head)
             self._admit()
 
     # httptools callbacks: they never raise
@@ -222,8 +248,8 @@ class Connection(asyncio.Protocol):
         if self._refusal is None:
             self._backlog.append(Exchange(self, self._head, self._parts, self._size, self.last_activity))
             if self._draining:
-                self._head.keep_alive = False
-            if not self._head.keep_alive:
+                self._backlog[-1].keep_alive = False
+            if not self._backlog[-1].keep_alive:
                 self._last = True
             self._head = Head()
             self._in_head = True
@@ -234,25 +260,33 @@ class Connection(asyncio.Protocol):
 
     # answering
 
-    def answered(self, exchange: Exchange) -> None:
-        """An exchange has its answer: send it, and those behind it that waited for their turn."""
+    def send(self, exchange: Exchange, head: bytes, body: Buffer) -> None:
+        """Send the exchange's answer, and those behind it that waited for their turn."""
         pending = self._pending
-        if not pending or self._transport.is_closing():
+        if not pending:
+            return  # the client has gone
+        if pending[0] is not exchange:
+            exchange.response = head, body
             return
-        while pending and (response := pending[0].response) is not None:
-            done = pending.popleft()
-            head, body = response
-            if len(body) < JOIN_BELOW:
-                self._transport.write(head + body)
-            else:
-                self._transport.writelines([head, body])
-            if not done.head.keep_alive:
-                self._finish()
-                return
-        if self._backlog:
+        pending.popleft()
+        self._write(head, body)
+        while exchange.keep_alive and pending and (response := pending[0].response) is not None:
+            exchange = pending.popleft()
+            self._write(*response)
+        if not exchange.keep_alive:
+            self._finish()
+        elif self._backlog:
             self._admit()
         elif self._last and not pending:
             self._finish()
+
+    def _write(self, head: bytes, body: Buffer) -> None:
+        if self._transport.is_closing():
+            return
+        if len(body) < JOIN_BELOW:
+            self._transport.write(head + body)
+        else:
+            self._transport.writelines([head, body])
 
     def sweep(self, now: float) -> None:
         """Called about once a second: close the connection if its client has been silent for too long."""
@@ -281,7 +315,7 @@ class Connection(asyncio.Protocol):
             return
         self._last = True
         if self.busy:
-            (self._backlog or self._pending)[-1].head.keep_alive = False
+            (self._backlog or self._pending)[-1].keep_alive = False
         else:
             self._transport.close()
 
@@ -340,9 +374,8 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: MMSError) -> None:
         """Answer what came before, then this error, then close without resetting the answer."""
         self._refusal = None
-        head = self._head
-        head.keep_alive = False
-        exchange = Exchange(self, head, [], 0, self.last_activity)
+        exchange = Exchange(self, self._head, [], 0, self.last_activity)
+        exchange.keep_alive = False
         if self._backlog:
             self._admit()
         self._last = True

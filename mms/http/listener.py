@@ -13,6 +13,7 @@ import psutil
 from mms.errors import StartError
 from mms.http.connection import Application, Connection
 from mms.http.limits import Limits
+from mms.http.request import KnownHeads
 from mms.http.response import StatusLines
 
 BACKLOG = 4096
@@ -76,6 +77,7 @@ class HttpServer:
         self._limits = limits
         self._edge = edge
         self._lines = StatusLines()
+        self._known = KnownHeads()
         self.connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -105,7 +107,9 @@ class HttpServer:
         return cut
 
     def _connect(self) -> Connection:
-        return Connection(self._application, self._limits, self._lines, self.connections, edge=self._edge)
+        return Connection(
+            self._application, self._limits, self._lines, self._known, self.connections, edge=self._edge
+        )
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, RequestTooLargeError
 from mms.http.limits import MAX_FIELDS, MAX_HEAD, MAX_LINE
 
+MAX_KNOWN = 1024
+MAX_KNOWN_SIZE = 2 << 10
+
 _VERSIONS = (b" HTTP/1.1", b" HTTP/1.0")
 _HOST_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:[]%~!$&'()*+,;=")
 _ID_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
@@ -60,7 +63,7 @@ def valid_id(value: bytes) -> bool:
 
 
 class Head:
-    """What the parser has told of the request so far."""
+    """What the parser has told of the request so far. Complete heads may be shared: they are not changed any more."""
 
     __slots__ = (
         "bad_host",
@@ -141,3 +144,19 @@ _NOTES = {
     b"transfer-encoding": Head.note_transfer_encoding,
     b"x-request-id": Head.note_request_id,
 }
+
+
+class KnownHeads(dict[bytes, Head]):
+    """Heads seen before, by their bytes: a client that keeps its connection sends the same head again and again.
+
+    The same bytes between two requests always mean the same, so they are parsed once, provided that they are plain: no
+    transfer coding, nothing to negotiate, no id that only occurs once.
+    """
+
+    def remember(self, raw: bytes, head: Head) -> None:
+        """Keep a head that was judged fit to serve, if it is plain."""
+        if head.transfer_encoding or head.expect or head.request_id or not head.keep_alive or len(raw) > MAX_KNOWN_SIZE:
+            return
+        if len(self) >= MAX_KNOWN:
+            self.clear()
+        self[raw] = head

@@ -17,24 +17,22 @@ JOIN_BELOW = 64 << 10  # a larger body goes to the transport as it is, not joine
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
-class StatusLines:
+class StatusLines(dict[int, bytes]):
     """Status line and Date header, made once per status and second."""
 
     def __init__(self) -> None:
-        self._lines: dict[int, bytes] = {}
+        super().__init__()
         self._date = b""
         self.tick()
 
     def tick(self) -> None:
         """Called once a second."""
         self._date = f"date: {formatdate(usegmt=True)}\r\n".encode()
-        self._lines.clear()
+        self.clear()
 
-    def __getitem__(self, status: int) -> bytes:
-        line = self._lines.get(status)
-        if line is None:
-            text = f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n"
-            line = self._lines[status] = text.encode() + self._date
+    def __missing__(self, status: int) -> bytes:
+        line = f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n".encode() + self._date
+        self[status] = line
         return line
 
 

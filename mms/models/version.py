@@ -71,7 +71,7 @@ class ModelVersion:
         """Queue the job. Raises QueueFullError, or ServiceUnavailableError with the reason; both are counted."""
         pool = self.pool
         try:
-            if pool is None or not (pool.ready or self._can_wait()):
+            if pool is None or not (pool.ready_workers or self._can_wait()):
                 raise ServiceUnavailableError(self._reason())
             pool.submit(job)
         except MMSError as error:

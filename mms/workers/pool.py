@@ -70,7 +70,7 @@ class WorkerPool:
         self._forkservers = forkservers
         self._loads = loads
         self._on_change = on_change
-        self._ready: list[Worker] = []
+        self.ready_workers: list[Worker] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._boot_failures = 0
         self._failed_pause = FAILED_PAUSE
@@ -87,7 +87,8 @@ class WorkerPool:
 
     @property
     def ready(self) -> int:
-        return len(self._ready)
+        """How many workers take jobs."""
+        return len(self.ready_workers)
 
     @property
     def in_flight(self) -> int:
@@ -117,14 +118,14 @@ class WorkerPool:
         if not queue.depth:
             return
         now = self._loop.time()
-        if len(self._ready) == 1:
-            self._feed(self._ready[0], now)
+        if len(self.ready_workers) == 1:
+            self._feed(self.ready_workers[0], now)
         else:
-            idle = [worker for worker in self._ready if not worker.in_flight.jobs]
+            idle = [worker for worker in self.ready_workers if not worker.in_flight.jobs]
             for worker in idle:
                 self._feed(worker, now)
-            if len(idle) < len(self._ready) and queue.depth:
-                for worker in self._ready:
+            if len(idle) < len(self.ready_workers) and queue.depth:
+                for worker in self.ready_workers:
                     self._feed(worker, now)
         if queue.depth and queue.max_batch_delay:
             self._wake_later(now)
@@ -160,7 +161,7 @@ class WorkerPool:
         while True:
             if self.failure is not None:
                 raise self.failure
-            if len(self._ready) == self.target == len(self.workers):
+            if len(self.ready_workers) == self.target == len(self.workers):
                 return
             self._changed.clear()
             await self._changed.wait()
@@ -168,9 +169,9 @@ class WorkerPool:
     async def close(self, drain: float) -> None:
         """Let the jobs in hand and in the queue finish for up to `drain` seconds, then end every worker."""
         self._draining = True
-        if drain > 0 and self._ready:
+        if drain > 0 and self.ready_workers:
             until = self._loop.time() + drain
-            while (self._queue.depth or self.in_flight) and self._ready and self._loop.time() < until:
+            while (self._queue.depth or self.in_flight) and self.ready_workers and self._loop.time() < until:
                 await self._change(until - self._loop.time())
         self.target = 0
         self._reconcile()
@@ -263,8 +264,8 @@ class WorkerPool:
     def _stop_worker(self, worker: Worker) -> None:
         starting = worker.state is WorkerState.STARTING
         worker.state = WorkerState.STOPPING
-        if worker in self._ready:
-            self._ready.remove(worker)
+        if worker in self.ready_workers:
+            self.ready_workers.remove(worker)
         if starting:
             worker.kill("stopped")
         else:
@@ -281,7 +282,7 @@ class WorkerPool:
         self._boot_failures = 0
         self._failed_pause = FAILED_PAUSE
         self.failure = None
-        self._ready.append(worker)
+        self.ready_workers.append(worker)
         self._metrics.load_seconds = ready.load_seconds
         seconds = self._loop.time() - worker.launched
         log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
@@ -313,8 +314,8 @@ class WorkerPool:
     def _forget(self, worker: Worker) -> None:
         if worker in self.workers:
             self.workers.remove(worker)
-        if worker in self._ready:
-            self._ready.remove(worker)
+        if worker in self.ready_workers:
+            self.ready_workers.remove(worker)
         self._changed.set()
 
     def _take_back(self, worker: Worker) -> None:
@@ -403,9 +404,9 @@ class WorkerPool:
                 worker.kill(f"not ready within startup_timeout ({settings.startup_timeout:g} s)")
         elif worker.in_flight.jobs:
             started, begun_at = worker.process.progress()
-            if begun_at and now - begun_at > settings.response_timeout and worker in self._ready:
+            if begun_at and now - begun_at > settings.response_timeout and worker in self.ready_workers:
                 for job, error in self._queue.timed_out(worker.in_flight, started, settings.response_timeout):
                     self.fail(job, error)
                 worker.kill("response_timeout")
-                self._ready.remove(worker)
+                self.ready_workers.remove(worker)
                 self._dispatch()

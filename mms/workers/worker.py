@@ -6,6 +6,7 @@ import asyncio
 import enum
 import logging
 import time
+from bisect import bisect_left
 from typing import Any, Protocol, cast
 
 from mms import wire
@@ -140,12 +141,16 @@ class Worker(asyncio.Protocol):
 
     def _results(self, result: wire.Result, payload: memoryview) -> None:
         now = time.monotonic()
-        metrics, queue, in_flight = self._metrics, self._queue, self.in_flight
-        self._note_batches(result.batches)
-        duration, requests = metrics.duration, metrics.requests
+        metrics, finish, in_flight = self._metrics, self._queue.finish, self.in_flight
+        waits = self._note_batches(result.batches)
+        if len(waits) != len(result.jobs):
+            raise FrameError(f"a RESULT frame with {len(result.jobs)} jobs in batches of {len(waits)}")
+        requests, bounds = metrics.requests, metrics.duration.bounds
+        durations, queued = metrics.duration.counts, metrics.queued.counts
+        in_all = in_queue = 0.0
         at = 0
-        for outcome in result.jobs:
-            job = queue.finish(in_flight, outcome.id)
+        for outcome, wait in zip(result.jobs, waits, strict=True):
+            job = finish(in_flight, outcome.id)
             if job is None:
                 raise FrameError(f"an answer to job {outcome.id}, which this worker does not have")
             end = at + outcome.size
@@ -153,35 +158,41 @@ class Worker(asyncio.Protocol):
                 job.settled = True
                 status = outcome.status
                 requests[status] += 1
-                duration.observe(now - job.arrived)
+                spent, wait = now - job.arrived, wait + job.taken - job.arrived
+                durations[bisect_left(bounds, spent)] += 1
+                queued[bisect_left(bounds, wait)] += 1
+                in_all += spent
+                in_queue += wait
                 if outcome.error:
                     metrics.errors[outcome.error] += 1
                     job.caller.fail(_remote_error(outcome, payload[at:end]))
                 else:
                     job.caller.answer(status, outcome.head, payload[at:end])
             at = end
+        metrics.duration.total += in_all
+        metrics.queued.total += in_queue
         self._owner.worker_free(self)
 
-    def _note_batches(self, batches: list[wire.BatchTimes]) -> None:
+    def _note_batches(self, batches: list[wire.BatchTimes]) -> list[float]:
+        """Count the batches; returns the seconds that each of their jobs waited in the worker."""
         metrics = self._metrics
+        bounds, handler, sizes = metrics.handler.bounds, metrics.handler.counts, metrics.batch_size
+        waits: list[float] = []
         seconds = 0.0
         for batch in batches:
-            seconds += batch.handler
-            metrics.handler.observe(batch.handler)
-            metrics.batch_size.observe(batch.jobs)
+            spent = batch.handler
+            seconds += spent
+            handler[bisect_left(bounds, spent)] += 1
+            sizes.observe(batch.jobs)
+            waits += [batch.waited] * batch.jobs
             if batch.inference:
                 metrics.preprocess.observe(batch.preprocess)
                 metrics.inference.observe(batch.inference)
                 metrics.postprocess.observe(batch.postprocess)
-        jobs = iter(self.in_flight.jobs.values())
-        observe = metrics.queued.observe
-        for batch in batches:
-            for _ in range(batch.jobs):
-                job = next(jobs, None)
-                if job is not None:
-                    observe(job.taken - job.arrived + batch.waited)
+        metrics.handler.total += seconds
         if batches:
             self.in_flight.observe(len(batches), seconds)
+        return waits
 
     def _process_ended(self) -> None:
         exit_status = self.process.reap()
