@@ -1,0 +1,478 @@
+"""What all tests share: archives made by the real archiver, real servers that are always stopped, and waiting for facts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import psutil
+import pytest
+import yaml
+from click.testing import CliRunner
+from mms_archiver.cli import cli as archiver
+from mms_nginx.find import find_nginx
+from prometheus_client.parser import text_string_to_metric_families
+
+HANDLERS = Path(__file__).parent / "archives"
+POLL = 0.01
+CLIENT_TIMEOUT = 20.0
+
+needs_nginx = pytest.mark.skipif(find_nginx("nginx") is None, reason="nginx is not installed")
+
+T = TypeVar("T")
+MakeArchive = Callable[..., Path]
+
+
+def eventually(predicate: Callable[[], T], timeout: float = 5.0) -> T:
+    """The predicate's first true value; fails when there is none in time."""
+    deadline = time.monotonic() + timeout
+    while not (value := predicate()):
+        assert time.monotonic() < deadline, f"still not true after {timeout:g} s"
+        threading.Event().wait(POLL)
+    return value
+
+
+@pytest.fixture(scope="session")
+def make_archive(tmp_path_factory: pytest.TempPathFactory) -> MakeArchive:
+    """Packs tests/archives/NAME.py with the real archiver, once per session and choice; settings go to model-config.yaml."""
+    made: dict[str, Path] = {}
+    root = tmp_path_factory.mktemp("archives")
+
+    def make(name: str, *, model_name: str = "", version: str = "1.0", **settings: Any) -> Path:
+        key = json.dumps([name, model_name, version, settings], sort_keys=True)
+        if key not in made:
+            made[key] = _pack(root / str(len(made)), name, model_name or name, version, settings)
+        return made[key]
+
+    return make
+
+
+def _pack(folder: Path, name: str, model_name: str, version: str, settings: Mapping[str, Any]) -> Path:
+    folder.mkdir()
+    config = folder / "model-config.yaml"
+    config.write_text(yaml.safe_dump({"min_workers": 1, **settings}))
+    words = ["--model-name", model_name, "--version", version, "--handler", str(HANDLERS / f"{name}.py")]
+    result = CliRunner().invoke(archiver, [*words, "--config-file", str(config), "--export-path", str(folder)])
+    assert result.exit_code == 0, result.output
+    return (folder / f"{model_name}.mar").rename(folder / f"{model_name}-{version}.mar")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One HTTP answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def message(self) -> str:
+        """The text of an error, which must have the shape that MMS users know."""
+        error = self.json()
+        assert error["code"] == self.status
+        assert error["type"].endswith("Exception")
+        assert self.headers["content-type"] == "application/json"
+        return str(error["message"])
+
+
+def connect(address: str) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(address, timeout=CLIENT_TIMEOUT)
+
+
+def ask(
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    body: Any = None,
+    headers: Mapping[str, str] | None = None,
+    *,
+    chunked: bool = False,
+) -> Reply:
+    """One request on a connection that may be used again."""
+    connection.request(method, path, body, headers or {}, encode_chunked=chunked)
+    response = connection.getresponse()
+    content = response.read()
+    return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, content)
+
+
+def fetch(address: str, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Reply:
+    """One request on a connection of its own."""
+    connection = connect(address)
+    try:
+        return ask(connection, method, path, body, headers)
+    finally:
+        connection.close()
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def is_free(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_server((host, int(port)), reuse_port=False).close()
+    except OSError:
+        return False
+    return True
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """The running processes whose working directory is `folder` or below: a server of ours and all that descends from it."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if Path(process.cwd()).is_relative_to(folder):
+                found.append(process)
+    return found
+
+
+class Server:
+    """A server that `mms start` runs as a child of the tests; `output` is all it has printed and logged."""
+
+    def __init__(self, folder: Path, arguments: list[str], addresses: list[str]) -> None:
+        self.folder = folder
+        self.run_dir = folder / "run"
+        self.url, self.management, self.metrics = addresses
+        self.ready_line = ""
+        self.expected_exit = 0
+        self._log = folder / "log"
+        self._ready = threading.Event()
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                arguments, cwd=folder, stdout=subprocess.PIPE, stderr=log, env=environment()
+            )
+        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,))
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(errors="backslashreplace")
+
+    def wait_until_ready(self, timeout: float = 30.0) -> None:
+        assert self._ready.wait(timeout), f"not ready after {timeout:g} s:\n{self.output}"
+        assert self.ready_line, self.output
+
+    def predict(self, model: str, body: Any = b"", **headers: str) -> Reply:
+        return fetch(
+            self.url, "POST", f"/predictions/{model}", body, {k.replace("_", "-"): v for k, v in headers.items()}
+        )
+
+    def manage(self, method: str, path: str) -> Reply:
+        return fetch(self.management, method, path)
+
+    def describe(self, model: str) -> Any:
+        return self.manage("GET", f"/models/{model}").json()
+
+    def workers(self, model: str) -> list[int]:
+        """The pids of the model's ready workers."""
+        return [worker["pid"] for worker in self.describe(model)["workers"] if worker["status"] == "READY"]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of the samples that have these labels."""
+        families = text_string_to_metric_families(fetch(self.metrics, "GET", "/metrics").body.decode())
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+    def named(self, name: str) -> list[psutil.Process]:
+        """The server's processes of that name (mms-forkserver, nginx)."""
+        found = []
+        for process in psutil.Process(self.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.name() == name:
+                    found.append(process)
+        return found
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL the server's process alone; returns when it is gone."""
+        self.expected_exit = -signal.SIGKILL
+        self.process.kill()
+        self.process.wait(5)
+
+    def stop(self, timeout: float = 20.0) -> int:
+        """SIGTERM, unless it has ended already; the exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(timeout)
+
+    def close(self) -> None:
+        """Stop it and see that nothing is left."""
+        try:
+            code = self.stop()
+            assert code == self.expected_exit, f"exit code {code}:\n{self.output}"
+            eventually(lambda: not processes_in(self.folder))
+            assert all(is_free(address) for address in (self.url, self.management, self.metrics))
+            assert "ERROR   asyncio" not in self.output, self.output
+        finally:
+            for process in processes_in(self.folder):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            self.process.wait(5)
+            self._reader.join(5)
+
+    def _read(self, stream: IO[bytes]) -> None:
+        with stream:
+            for line in stream:
+                if line.startswith(b"ready in"):
+                    self.ready_line = line.decode().strip()
+                    self._ready.set()
+        self._ready.set()
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's variables without settings of MMS that a developer may have in force."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MMS_")} | extra
+
+
+def mms(*words: str, cwd: Path | None = None, timeout: float = 30.0, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    command = [sys.executable, "-P", "-m", "mms.cli", *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment(**extra), check=False
+    )
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder with a short name (socket paths are limited to 107 bytes) that nginx's workers can pass through."""
+    folder = Path(tempfile.mkdtemp(prefix="mms-"))
+    folder.chmod(0o711)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_arguments(folder: Path, addresses: list[str], *archives: Path, **settings: Any) -> list[str]:
+    """The command line of a server that keeps everything in `folder`, with `archives` in its store."""
+    store = folder / "store"
+    store.mkdir(exist_ok=True)
+    for archive in archives:
+        if not (store / archive.name).exists():
+            os.link(archive, store / archive.name)
+    names = ("inference_address", "management_address", "metrics_address")
+    defaults = {
+        "model_store": store,
+        "run_dir": folder / "run",
+        "edge": "none",
+        **dict(zip(names, addresses, strict=True)),
+    }
+    words = [sys.executable, "-P", "-m", "mms.cli", "start"]
+    for name, value in {**defaults, **settings}.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+@contextlib.contextmanager
+def server(
+    *archives: Path, spare: tuple[Path, ...] = (), folder: Path | None = None, **settings: Any
+) -> Iterator[Server]:
+    """A running server with `archives` loaded and `spare` ones in its store; stopped at the end, and nothing of it is left."""
+    with contextlib.ExitStack() as stack:
+        folder = folder or stack.enter_context(scratch())
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
+        words = start_arguments(folder, addresses, *archives, *spare, **settings)
+        for archive in archives:
+            words += ["--models", archive.name]
+        running = Server(folder, words, addresses)
+        stack.callback(running.close)
+        running.wait_until_ready()
+        yield running
+
+
+def digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+class Traffic:
+    """Clients that send requests as fast as they are answered, each with a body of its own, until the end of the block.
+
+    `failures` holds every answer that was not the right one. With `until_refused`, a client ends without complaint when
+    the server takes no more connections or closes one before the request was begun.
+    """
+
+    def __init__(self, running: Server, *, clients: int = 8, until_refused: bool = False) -> None:
+        self.count = 0
+        self.failures: list[str] = []
+        self.slowest = 0.0
+        self._server = running
+        self._until_refused = until_refused
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._client, args=(number,)) for number in range(clients)]
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self.join()
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(CLIENT_TIMEOUT)
+            assert not thread.is_alive()
+
+    def flows(self, more: int = 200, timeout: float = 15.0) -> None:
+        """Wait until that many more requests are answered."""
+        wanted = self.count + more
+        eventually(lambda: self.count >= wanted or self.failures, timeout)
+
+    def _client(self, number: int) -> None:
+        connection = connect(self._server.url)
+        sent = 0
+        try:
+            while not self._stop.is_set() and not self.failures:
+                sent += 1
+                body = b"%d of %d" % (sent, number)
+                begun = time.monotonic()
+                try:
+                    reply = ask(connection, "POST", "/predictions/echo", body)
+                except (OSError, http.client.HTTPException) as error:
+                    if self._until_refused and isinstance(error, ConnectionError):
+                        return
+                    self.failures.append(f"{body!r}: {error!r}")
+                    return
+                self.slowest = max(self.slowest, time.monotonic() - begun)
+                if reply.status != 200 or reply.json()["sha256"] != digest(body):
+                    self.failures.append(f"{body!r}: {reply}")
+                self.count += 1
+        finally:
+            connection.close()
+
+
+class Answering:
+    """Requests sent from threads of their own, whose answers are looked at later."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self.replies: dict[int, Reply | OSError | http.client.HTTPException] = {}
+
+    def send(self, running: Server, model: str, body: bytes, **headers: str) -> None:
+        number = len(self._threads)
+
+        def run() -> None:
+            try:
+                self.replies[number] = running.predict(model, body, **headers)
+            except (OSError, http.client.HTTPException) as error:
+                self.replies[number] = error
+
+        thread = threading.Thread(target=run)
+        self._threads.append(thread)
+        thread.start()
+
+    def results(self, timeout: float = CLIENT_TIMEOUT) -> list[Reply]:
+        """The answers in the order of the requests; fails when one has none."""
+        for thread in self._threads:
+            thread.join(timeout)
+        missing = [number for number in range(len(self._threads)) if not isinstance(self.replies.get(number), Reply)]
+        assert not missing, [self.replies.get(number) for number in missing]
+        return [reply for number in range(len(self._threads)) if isinstance(reply := self.replies[number], Reply)]
+
+
+class Gate:
+    """The file that the archive `gate` waits for: what has begun, and the permission to answer."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def body(self) -> bytes:
+        return str(self._path).encode()
+
+    def begun(self) -> list[int]:
+        """The pid of the worker of each execution so far."""
+        return [int(line.split()[0]) for line in self._lines()]
+
+    def batches(self) -> list[int]:
+        """The batch size that each execution so far was in."""
+        return [int(line.split()[1]) for line in self._lines()]
+
+    def open(self) -> None:
+        self._path.touch()
+
+    def _lines(self) -> list[str]:
+        try:
+            return Path(f"{self._path}.begun").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+
+
+@pytest.fixture
+def make_gate(tmp_path: Path) -> Iterator[Callable[[], Gate]]:
+    """Closed gates; all are open at the end."""
+    gates: list[Gate] = []
+
+    def make() -> Gate:
+        gates.append(Gate(tmp_path / f"gate{len(gates)}"))
+        return gates[-1]
+
+    yield make
+    for gate in gates:
+        gate.open()
+
+
+@pytest.fixture(scope="session")
+def shared_archives(make_archive: MakeArchive) -> tuple[Path, ...]:
+    """What the shared servers serve."""
+    plain = ("rows", "big", "crashes_on_predict", "wrong_count", "not_a_list", "unencodable", "raises")
+    return (
+        make_archive("echo"),
+        *(make_archive(name) for name in plain),
+        make_archive("status_and_headers"),
+        make_archive("request_style", batch_size=8, max_batch_delay=100),
+        make_archive("fails_one", batch_size=8, max_batch_delay=100, isolate_errors="true"),
+    )
+
+
+@pytest.fixture(scope="session")
+def direct(shared_archives: tuple[Path, ...]) -> Iterator[Server]:
+    """A server without nginx, for tests that leave it as it is."""
+    with server(*shared_archives, max_request_size="2MiB", max_response_size="1MiB") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def edged(make_archive: MakeArchive) -> Iterator[Server]:
+    """A server behind nginx, for tests that leave it as it is."""
+    if find_nginx("nginx") is None:
+        pytest.skip("nginx is not installed")
+    with server(make_archive("echo"), make_archive("big"), max_request_size="2MiB", edge="nginx") as running:
+        yield running
+
+
+@pytest.fixture(params=["direct", "edged"])
+def either(request: pytest.FixtureRequest) -> Server:
+    """The same test without and with nginx."""
+    running: Server = request.getfixturevalue(request.param)
+    return running
