@@ -1,0 +1,368 @@
+"""The dispatcher under a fake clock: random submits, frames, answers in pieces, kills, stalls, cancellations, drain.
+
+After every event the invariants hold; at the end every job has had exactly one outcome. `SEEDS=10000` runs more
+simulations, `SEED=n` repeats one; a failure names its seed and its last events.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter, deque
+
+import pytest
+
+from mms.errors import DeadlineError, MMSError, QueueFullError, ServiceUnavailableError, WorkerDiedError
+from mms.wire import JobHead
+from mms.workers.batching import BatchQueue, InFlight, Job
+
+SEEDS = int(os.environ.get("SEEDS", "2000"))
+FIRST = int(os.environ.get("SEED", "0"))
+STEPS = 50
+TIMEOUT = 3.0
+RESPONSE_TIMEOUT = 1.0
+
+
+class Client:
+    """Waits for one job, and is told its outcome once."""
+
+    def __init__(self) -> None:
+        self.outcome: object = None
+        self.job: Job
+        self.poison = False
+        self.hangs = False
+        self.runs = 0
+        self.killed = 0
+
+    def answer(self, status: int, head: bytes, body: memoryview) -> None:
+        assert self.outcome is None, f"a second outcome: {status} after {self.outcome}"
+        self.outcome = bytes(body)
+
+    def fail(self, error: MMSError) -> None:
+        assert self.outcome is None, f"a second outcome: {error} after {self.outcome}"
+        self.outcome = error
+
+
+class Process:
+    """A worker process: begins batches in order, answers in order, may end between any two steps."""
+
+    def __init__(self, batch_seconds: float) -> None:
+        self.in_flight = InFlight()
+        self.batch_seconds = batch_seconds
+        self.frames: deque[tuple[int, deque[Job]]] = deque()
+        self.batch: list[Job] = []
+        self.begun_at = 0.0
+        self.started = 0
+        self.sent = 0
+        self.finished: list[Job] = []  # answers that the worker still holds back
+        self.written: deque[Job] = deque()  # answers in the socket
+        self.batches = 0
+
+
+class Simulation:
+    """One seed: a queue, its workers, its clients, and what must be true of them at any time."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        chance = self.random.random
+        self.now = 1000.0
+        self.events: list[str] = []
+        self.retry = int(chance() < 0.8)
+        self.queue = BatchQueue(
+            batch_size=self.random.choice((1, 1, 2, 3, 8)),
+            max_batch_delay=self.random.choice((0.0, 0.0, 0.05, 0.5)),
+            capacity=self.random.choice((1, 4, 20, 100)),
+            timeout=TIMEOUT,
+            retry=self.retry,
+        )
+        self.speed = self.random.choice((1e-7, 1e-5, 1e-3, 0.1))
+        self.workers = [Process(self.speed) for _ in range(self.random.choice((1, 1, 2, 3)))]
+        self.poison_share = self.random.choice((0.0, 0.0, 0.1, 0.5))
+        self.hang_share = self.random.choice((0.0, 0.0, 0.1))
+        self.clients: dict[int, Client] = {}
+        self.live: set[int] = set()
+        self.cancelled: set[int] = set()
+        self.alive = True
+        self.mix = (
+            (self.submit, self.random.choice((2, 8))),
+            (self.dispatch, 4),
+            (self.step, 8),
+            (self.receive, 5),
+            (self.cancel, self.random.choice((0, 1))),
+            (self.kill, self.random.choice((0, 0, 1, 3))),
+            (self.pass_time, 1),
+            (self.stop_late, 1),
+            (self.resize, self.random.choice((0, 0, 1))),
+        )
+
+    def run(self) -> None:
+        actions = [action for action, weight in self.mix for _ in range(weight)]
+        for _ in range(STEPS):
+            self.random.choice(actions)()
+            self.check()
+        if self.random.random() < 0.7:
+            self.drain()
+        else:
+            self.unload()
+        self.at_rest()
+
+    # events
+
+    def submit(self) -> None:
+        for _ in range(self.random.choice((1, 1, 1, 5, 20))):
+            self.submit_one()
+
+    def submit_one(self) -> None:
+        client = Client()
+        number = len(self.clients) + 1
+        client.poison = self.random.random() < self.poison_share
+        client.hangs = self.random.random() < self.hang_share
+        size = self.random.choice((10, 10, 10, 10, 700_000))
+        client.job = Job(JobHead(number, "", "", "", b"", False, [], size), [], client, self.now)
+        full = self.queue.depth >= self.queue.capacity
+        self.events.append(f"submit {number}{' poison' * client.poison}{' hangs' * client.hangs}")
+        try:
+            self.queue.submit(client.job)
+        except QueueFullError:
+            assert full
+        except ServiceUnavailableError:
+            assert self.queue.closed
+        else:
+            assert not full and not self.queue.closed
+            self.clients[number] = client
+            self.live.add(number)
+
+    def dispatch(self) -> None:
+        """Offer work to every worker, in any order."""
+        workers = self.workers[:]
+        self.random.shuffle(workers)
+        for worker in workers:
+            self.feed(worker)
+
+    def feed(self, worker: Process) -> None:
+        held = worker.in_flight
+        was_idle, was_exclusive = not held.jobs, held.exclusive
+        frame = self.queue.take(held, self.now)
+        if frame is None:
+            wake_at = self.queue.wake_at()
+            waits = self.queue.depth and wake_at is not None and wake_at > self.now
+            assert not was_idle or not self.queue.depth or waits, "an idle worker gets nothing and nobody wakes it"
+            return
+        batch_size, jobs = frame
+        self.events.append(f"send {[job.id for job in jobs]} to {self.workers.index(worker)}, batch size {batch_size}")
+        assert jobs, "an empty frame"
+        assert not was_exclusive, "a job shares its frame's worker with a retry"
+        if any(job.attempts for job in jobs):
+            assert len(jobs) == 1 and was_idle, "a retried job is not alone"
+        assert not any(job.settled for job in jobs), "a job that nobody waits for is sent"
+        worker.frames.append((batch_size, deque(jobs)))
+        worker.sent += len(jobs)
+
+    def step(self) -> None:
+        """One worker begins its next batch, or ends the one in hand."""
+        worker = self.random.choice(self.workers)
+        self.advance(worker)
+
+    def advance(self, worker: Process) -> None:
+        if worker.batch:
+            if not any(self.clients[job.id].hangs for job in worker.batch):
+                self.finish_batch(worker)
+        elif worker.frames:
+            self.begin_batch(worker)
+
+    def begin_batch(self, worker: Process) -> None:
+        batch_size, jobs = worker.frames[0]
+        worker.batch = [jobs.popleft() for _ in range(min(batch_size, len(jobs)))]
+        worker.started += len(worker.batch)
+        worker.begun_at = self.now
+        self.events.append(f"begin {[job.id for job in worker.batch]} on {self.workers.index(worker)}")
+        poison = False
+        for job in worker.batch:
+            client = self.clients[job.id]
+            client.runs += 1
+            assert client.runs <= 1 + self.retry, f"job {job.id} runs {client.runs} times"
+            poison = poison or client.poison
+        if poison:
+            for job in worker.batch:
+                client = self.clients[job.id]
+                client.killed += client.poison
+                assert client.killed <= 2, f"job {job.id} kills a third worker"
+            self.end(worker)
+
+    def finish_batch(self, worker: Process) -> None:
+        worker.finished += worker.batch
+        worker.batch = []
+        worker.batches += 1
+        if not worker.frames[0][1]:
+            worker.frames.popleft()
+            self.flush(worker)
+        elif self.random.random() < 0.5:
+            self.flush(worker)
+
+    def flush(self, worker: Process) -> None:
+        worker.written.extend(worker.finished)
+        worker.finished = []
+
+    def receive(self) -> None:
+        """The server reads a piece of what one worker has written."""
+        worker = self.random.choice(self.workers)
+        self.read(worker, self.random.randint(0, len(worker.written)))
+        if self.random.random() < 0.5:
+            self.dispatch()
+
+    def read(self, worker: Process, count: int) -> None:
+        if count and worker.batches:
+            worker.in_flight.observe(worker.batches, worker.batches * worker.batch_seconds)
+            worker.batches = 0
+        for _ in range(count):
+            answered = worker.written.popleft()
+            job = self.queue.finish(worker.in_flight, answered.id)
+            assert job is answered, "an answer to a job that the worker does not have"
+            if not job.settled:
+                job.settled = True
+                job.caller.answer(200, b"", memoryview(b"%d" % job.id))
+                self.live.discard(job.id)
+        assert worker.in_flight.jobs or not worker.in_flight.exclusive
+
+    def cancel(self) -> None:
+        if self.live:
+            number = self.random.choice(sorted(self.live))
+            self.events.append(f"cancel {number}")
+            self.clients[number].job.cancel()
+            self.live.discard(number)
+            self.cancelled.add(number)
+
+    def kill(self) -> None:
+        self.end(self.random.choice(self.workers))
+
+    def end(self, worker: Process) -> None:
+        """The process ends; what it has written is read to the end; its jobs are taken back; another one starts."""
+        self.events.append(f"worker {self.workers.index(worker)} dies after {worker.started} begun jobs")
+        self.read(worker, len(worker.written))
+        failed = self.queue.lose(worker.in_flight, worker.started, "signal 9", self.now)
+        assert all(isinstance(error, WorkerDiedError) for _, error in failed)
+        self.fail(failed)
+        assert not worker.in_flight.jobs and not worker.in_flight.exclusive
+        self.replace(worker)
+
+    def stop_late(self) -> None:
+        """A batch that ran too long fails, and its worker is killed."""
+        for worker in self.workers[:]:
+            if worker.batch and self.now - worker.begun_at > RESPONSE_TIMEOUT:
+                self.events.append(f"worker {self.workers.index(worker)} timed out with {worker.started} begun jobs")
+                self.read(worker, len(worker.written))
+                failed = self.queue.timed_out(worker.in_flight, worker.started, RESPONSE_TIMEOUT)
+                assert all(isinstance(error, DeadlineError) for _, error in failed)
+                self.fail(failed)
+                assert not self.queue.lose(worker.in_flight, worker.started, "response_timeout", self.now)
+                self.replace(worker)
+
+    def replace(self, worker: Process) -> None:
+        self.workers[self.workers.index(worker)] = Process(self.speed)
+
+    def pass_time(self) -> None:
+        self.now += self.random.choice((0.01, 0.3, 1.5))
+        self.events.append(f"it is {self.now:.2f}")
+        self.queue.tick(self.now)
+        self.expire()
+
+    def expire(self) -> None:
+        expired = self.queue.expire(self.now)
+        assert all(job.arrived + TIMEOUT <= self.now for job, _ in expired)
+        self.fail(expired)
+        late = [
+            n for n in self.live if not self.clients[n].job.taken and self.clients[n].job.arrived + TIMEOUT <= self.now
+        ]
+        assert not late, f"waits longer than the queue's timeout: {late}"
+
+    def resize(self) -> None:
+        """A live change of the batch settings."""
+        self.queue.batch_size = self.random.choice((1, 2, 5))
+        self.events.append(f"batch size {self.queue.batch_size}")
+
+    def fail(self, failed: list[tuple[Job, MMSError]]) -> None:
+        for job, error in failed:
+            assert not job.settled
+            job.fail(error)
+            self.live.discard(job.id)
+
+    # the end
+
+    def drain(self) -> None:
+        """Refuse new jobs, finish those there are."""
+        self.queue.close("the model is being unloaded")
+        self.submit_one()
+        for _ in range(10_000):
+            if not self.live:
+                return
+            self.dispatch()
+            for worker in self.workers[:]:
+                self.advance(worker)
+            for worker in self.workers[:]:
+                self.read(worker, len(worker.written))
+            self.now += 0.1
+            self.queue.tick(self.now)
+            self.expire()
+            self.stop_late()
+            self.check()
+        raise AssertionError(f"never settled: {sorted(self.live)}")
+
+    def unload(self) -> None:
+        """End it all now."""
+        self.queue.close("the server stops")
+        for worker in self.workers[:]:
+            self.end(worker)
+            self.check()
+        self.fail(self.queue.abandon(ServiceUnavailableError("the server stops")))
+        self.check()
+
+    # what must be true
+
+    def check(self) -> None:
+        queue = self.queue
+        waiting = [*queue._alone, *queue._waiting]
+        owned = [job.id for job in waiting]
+        for worker in self.workers:
+            held = worker.in_flight
+            owned += held.jobs
+            assert bool(held.jobs) == bool(held.frame_ends)
+            assert held.finished + len(held.jobs) == worker.sent, "sent is answered or in hand"
+            assert not held.exclusive or len(held.jobs) == 1
+        places = set(owned)
+        assert len(places) == len(owned), "a job has two owners"
+        assert self.live <= places, f"lost: {self.live - places}"
+        depth = sum(not job.settled for job in waiting)
+        assert queue.depth == depth, f"depth is {queue.depth}, {depth} jobs wait"
+        assert not any(job.taken for job in waiting), "a waiting job counts as taken"
+
+    def at_rest(self) -> None:
+        assert self.queue.depth == 0
+        assert self.queue.submitted == len(self.clients)
+        outcomes: Counter[str] = Counter()
+        for number, client in self.clients.items():
+            assert client.job.settled
+            if number in self.cancelled:
+                assert client.outcome is None, "somebody who left is answered"
+                outcomes["cancelled"] += 1
+            elif isinstance(client.outcome, bytes):
+                assert client.outcome == b"%d" % number and not client.poison and not client.hangs
+                outcomes["answered"] += 1
+            else:
+                assert isinstance(client.outcome, MMSError)
+                outcomes["failed"] += 1
+        assert outcomes.total() == self.queue.submitted
+
+
+def simulate(seed: int) -> None:
+    simulation = Simulation(seed)
+    try:
+        simulation.run()
+    except Exception as error:
+        events = "\n".join(simulation.events[-40:])
+        pytest.fail(f"seed {seed}: {type(error).__name__}: {error}\nlast events:\n{events}")
+
+
+def test_every_job_has_one_owner_and_one_outcome() -> None:
+    seeds = [FIRST] if "SEED" in os.environ else range(SEEDS)
+    for seed in seeds:
+        simulate(seed)
