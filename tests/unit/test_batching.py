@@ -1,0 +1,487 @@
+"""The dispatcher's rules, one by one: batches, work sent ahead, answers, deaths, deadlines, drain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from mms.errors import DeadlineError, MMSError, QueueFullError, ServiceUnavailableError, WorkerDiedError
+from mms.wire import JobHead
+from mms.workers.batching import MAX_FRAME_BYTES, MAX_FRAME_JOBS, RETRY_MINIMUM, RETRY_WINDOW, BatchQueue, InFlight, Job
+
+NOW = 1000.0
+QUICK = 1e-5  # seconds a batch takes: many fit into the time that may be sent ahead
+SLOW = 1.0
+
+
+@dataclass
+class Caller:
+    outcomes: list[object] = field(default_factory=list)
+
+    def answer(self, status: int, head: bytes, body: memoryview) -> None:
+        self.outcomes.append(bytes(body))
+
+    def fail(self, error: MMSError) -> None:
+        self.outcomes.append(error)
+
+
+def make_queue(**settings: Any) -> BatchQueue:
+    defaults = {"batch_size": 1, "max_batch_delay": 0.0, "capacity": 1000, "timeout": 60.0, "retry": 1}
+    return BatchQueue(**{**defaults, **settings})
+
+
+def make_worker(batch_seconds: float | None = None) -> InFlight:
+    worker = InFlight()
+    if batch_seconds is not None:
+        worker.observe(1, batch_seconds)
+    return worker
+
+
+def make_job(number: int, *, size: int = 10, arrived: float = NOW) -> Job:
+    return Job(JobHead(number, f"r{number}", "", "", b"", False, [], size), [b""], Caller(), arrived)
+
+
+def fill(queue: BatchQueue, count: int, *, first: int = 1, size: int = 10, arrived: float = NOW) -> list[Job]:
+    jobs = [make_job(number, size=size, arrived=arrived) for number in range(first, first + count)]
+    for job in jobs:
+        queue.submit(job)
+    return jobs
+
+
+def take(queue: BatchQueue, worker: InFlight, now: float = NOW) -> list[int]:
+    frame = queue.take(worker, now)
+    return [] if frame is None else [job.id for job in frame[1]]
+
+
+def finish(queue: BatchQueue, worker: InFlight, *numbers: int) -> None:
+    for number in numbers:
+        job = queue.finish(worker, number)
+        assert job is not None
+        job.settled = True
+
+
+def numbers(failed: list[tuple[Job, MMSError]]) -> list[int]:
+    return [job.id for job, _ in failed]
+
+
+# batches
+
+
+def test_an_idle_worker_takes_what_is_there_at_once() -> None:
+    queue, worker = make_queue(batch_size=8), make_worker()
+    fill(queue, 3)
+    assert queue.take(worker, NOW) is not None
+    assert queue.depth == 0 and list(worker.jobs) == [1, 2, 3]
+
+
+def test_a_frame_says_the_batch_size_it_was_made_for() -> None:
+    queue = make_queue(batch_size=4)
+    fill(queue, 6)
+    frame = queue.take(make_worker(), NOW)
+    assert frame is not None and frame[0] == 4 and len(frame[1]) == 4
+
+
+def test_nothing_waits_nothing_is_taken() -> None:
+    assert make_queue().take(make_worker(), NOW) is None
+
+
+def test_a_worker_of_unknown_speed_gets_one_batch() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker()
+    fill(queue, 6)
+    assert take(queue, worker) == [1, 2]
+    assert take(queue, worker) == []
+
+
+def test_a_slow_worker_gets_nothing_ahead() -> None:
+    queue, worker = make_queue(), make_worker(SLOW)
+    fill(queue, 5)
+    assert take(queue, worker) == [1]
+    assert take(queue, worker) == []
+
+
+def test_a_quick_worker_gets_many_batches_in_one_frame_and_one_more_frame_ahead() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker(2e-4)  # ten batches in two milliseconds
+    fill(queue, 50)
+    assert len(take(queue, worker)) == 20
+    assert take(queue, worker) == []
+    finish(queue, worker, *range(1, 9))
+    assert len(take(queue, worker)) == 8
+    assert take(queue, worker) == [], "two unanswered frames are enough"
+
+
+def test_nothing_is_sent_ahead_that_would_not_fill_a_batch() -> None:
+    queue, worker = make_queue(batch_size=4), make_worker(QUICK)
+    fill(queue, 4)
+    take(queue, worker)
+    fill(queue, 3, first=5)
+    assert take(queue, worker) == []
+    fill(queue, 1, first=8)
+    assert take(queue, worker) == [5, 6, 7, 8]
+
+
+def test_the_jobs_of_a_frame_are_bounded() -> None:
+    queue, worker = make_queue(), make_worker(0.0)
+    fill(queue, MAX_FRAME_JOBS + 1)
+    assert len(take(queue, worker)) == MAX_FRAME_JOBS
+
+
+def test_a_batch_larger_than_a_frames_bound_is_one_frame() -> None:
+    queue = make_queue(batch_size=MAX_FRAME_JOBS * 2)
+    fill(queue, MAX_FRAME_JOBS * 2)
+    assert len(take(queue, make_worker())) == MAX_FRAME_JOBS * 2
+
+
+def test_the_bytes_of_a_frame_are_bounded_beyond_its_first_batch() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker(QUICK)
+    fill(queue, 8, size=MAX_FRAME_BYTES)
+    assert take(queue, worker) == [1, 2]
+
+
+def test_the_time_of_a_batch_follows_rises_at_once_and_falls_slowly() -> None:
+    worker = make_worker(0.001)
+    worker.observe(2, 0.2)
+    assert worker.batch_seconds == pytest.approx(0.1)
+    worker.observe(1, 0.05)
+    assert worker.batch_seconds == pytest.approx(0.09)
+
+
+# max_batch_delay
+
+
+def test_an_idle_worker_waits_for_a_fuller_batch_no_longer_than_the_delay() -> None:
+    queue, worker = make_queue(batch_size=4, max_batch_delay=0.5), make_worker()
+    fill(queue, 2)
+    assert take(queue, worker, NOW + 0.4) == []
+    assert queue.wake_at() == NOW + 0.5
+    assert take(queue, worker, NOW + 0.5) == [1, 2]
+
+
+def test_a_full_batch_does_not_wait() -> None:
+    queue = make_queue(batch_size=2, max_batch_delay=0.5)
+    fill(queue, 2)
+    assert queue.wake_at() is None
+    assert take(queue, make_worker()) == [1, 2]
+
+
+def test_the_delay_counts_from_the_oldest_job_that_somebody_waits_for() -> None:
+    queue = make_queue(batch_size=4, max_batch_delay=0.5)
+    first, _ = *fill(queue, 1), *fill(queue, 1, first=2, arrived=NOW + 0.3)
+    first.cancel()
+    assert queue.wake_at() == NOW + 0.8
+
+
+def test_without_a_delay_nobody_needs_to_wake() -> None:
+    queue = make_queue(batch_size=4)
+    fill(queue, 1)
+    assert queue.wake_at() is None
+
+
+# the bound
+
+
+def test_a_full_queue_refuses_the_next_job() -> None:
+    queue = make_queue(capacity=2)
+    fill(queue, 2)
+    with pytest.raises(QueueFullError, match="2 requests wait") as caught:
+        queue.submit(make_job(3))
+    assert caught.value.status == 429 and caught.value.retry_after >= 1
+    assert queue.depth == queue.submitted == 2
+
+
+def test_jobs_at_workers_do_not_count_as_waiting() -> None:
+    queue = make_queue(capacity=1)
+    fill(queue, 1)
+    take(queue, make_worker())
+    fill(queue, 1, first=2)
+    assert queue.depth == 1
+
+
+def test_a_closed_queue_refuses_and_serves_those_that_wait() -> None:
+    queue = make_queue()
+    fill(queue, 1)
+    queue.close("model cat 1.0 is being unloaded")
+    with pytest.raises(ServiceUnavailableError, match=r"cat 1\.0 is being unloaded"):
+        queue.submit(make_job(2))
+    assert take(queue, make_worker()) == [1]
+
+
+# answers
+
+
+def test_an_answer_to_a_job_that_the_worker_does_not_have_is_refused() -> None:
+    queue, worker = make_queue(), make_worker()
+    fill(queue, 1)
+    take(queue, worker)
+    assert queue.finish(worker, 99) is None
+    finish(queue, worker, 1)
+    assert queue.finish(worker, 1) is None
+
+
+def test_a_frame_is_done_with_its_last_job() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker()
+    fill(queue, 2)
+    take(queue, worker)
+    finish(queue, worker, 1)
+    assert list(worker.frame_ends) == [2]
+    finish(queue, worker, 2)
+    assert not worker.frame_ends and worker.finished == 2
+
+
+# cancellation
+
+
+def test_a_cancelled_job_that_waits_never_runs_and_frees_its_place_and_its_body() -> None:
+    queue = make_queue(capacity=2)
+    first, _ = fill(queue, 2)
+    first.cancel()
+    assert queue.depth == 1 and first.parts == []
+    fill(queue, 1, first=3)
+    worker = make_worker()
+    assert take(queue, worker) == [2]
+
+
+def test_a_cancelled_job_at_a_worker_stays_there_until_its_answer() -> None:
+    queue, worker = make_queue(), make_worker()
+    (job,) = fill(queue, 1)
+    take(queue, worker)
+    job.cancel()
+    assert queue.depth == 0
+    assert queue.finish(worker, 1) is job and job.settled
+
+
+def test_cancelling_twice_or_after_the_answer_changes_nothing() -> None:
+    queue = make_queue()
+    (job,) = fill(queue, 1)
+    job.cancel()
+    job.cancel()
+    assert queue.depth == 0
+    settled = make_job(2)
+    settled.settled = True
+    settled.cancel()
+    assert queue.depth == 0
+
+
+def test_a_job_fails_once() -> None:
+    job = make_job(1)
+    first, second = DeadlineError("first"), DeadlineError("second")
+    job.fail(first)
+    job.fail(second)
+    assert isinstance(job.caller, Caller) and job.caller.outcomes == [first]
+
+
+# death of a worker
+
+
+def test_jobs_sent_ahead_go_back_to_the_front_uncounted() -> None:
+    queue, worker = make_queue(), make_worker(QUICK)
+    jobs = fill(queue, 3)
+    take(queue, worker)
+    fill(queue, 1, first=4)
+    assert queue.lose(worker, 0, "signal 9", NOW) == []
+    assert [job.attempts for job in jobs] == [0, 0, 0]
+    assert queue.depth == 4 and queue.retries == 0
+    assert take(queue, make_worker(QUICK)) == [1, 2, 3, 4]
+
+
+def test_the_started_batch_is_run_again_one_by_one_before_anything_else() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker(QUICK)
+    fill(queue, 4)
+    take(queue, worker)
+    assert queue.lose(worker, 2, "signal 9", NOW) == []
+    other = make_worker(QUICK)
+    for number in (1, 2):
+        assert take(queue, other) == [number]
+        assert take(queue, other) == [], "nothing shares the fate of a retry"
+        finish(queue, other, number)
+    assert take(queue, other) == [3, 4]
+    assert queue.retries == 2
+
+
+def test_a_retry_waits_for_an_idle_worker() -> None:
+    queue, doomed, busy = make_queue(), make_worker(), make_worker(QUICK)
+    fill(queue, 2)
+    take(queue, busy)
+    fill(queue, 1, first=3)
+    take(queue, doomed)
+    queue.lose(doomed, 1, "signal 9", NOW)
+    assert take(queue, busy) == []
+    finish(queue, busy, 1, 2)
+    assert take(queue, busy) == [3]
+
+
+def test_a_retry_that_had_not_begun_when_its_worker_died_is_alone_again() -> None:
+    queue, doomed = make_queue(batch_size=2), make_worker()
+    fill(queue, 1)
+    take(queue, doomed)
+    queue.lose(doomed, 1, "signal 9", NOW)
+    fill(queue, 1, first=2)
+    second = make_worker()
+    assert take(queue, second) == [1]
+    queue.lose(second, 0, "signal 9", NOW)
+    assert take(queue, make_worker()) == [1]
+
+
+def test_answers_that_came_before_the_death_stand() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker(QUICK)
+    fill(queue, 4)
+    take(queue, worker)
+    finish(queue, worker, 1, 2)
+    queue.lose(worker, 4, "signal 9", NOW)
+    other = make_worker()
+    assert take(queue, other) == [3]
+    finish(queue, other, 3)
+    assert take(queue, other) == [4]
+
+
+def test_a_job_that_kills_two_workers_fails_with_the_cause() -> None:
+    queue = make_queue()
+    fill(queue, 1)
+    for attempt in range(2):
+        worker = make_worker()
+        take(queue, worker)
+        failed = queue.lose(worker, 1, "signal 6", NOW)
+        assert numbers(failed) == ([1] if attempt else [])
+    error = failed[0][1]
+    assert isinstance(error, WorkerDiedError) and error.status == 500
+    assert "signal 6" in error.message and "twice" in error.message
+    assert queue.depth == 0
+
+
+def test_with_retry_off_the_started_jobs_fail_at_once() -> None:
+    queue, worker = make_queue(retry=0), make_worker(QUICK)
+    fill(queue, 2)
+    take(queue, worker)
+    failed = queue.lose(worker, 1, "signal 9", NOW)
+    assert numbers(failed) == [1] and failed[0][1].status == 503
+    assert "retry is off" in failed[0][1].message
+    assert take(queue, make_worker()) == [2]
+
+
+def test_cancelled_jobs_are_not_run_again() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker(QUICK)
+    jobs = fill(queue, 4)
+    take(queue, worker)
+    jobs[0].cancel()
+    jobs[2].cancel()
+    queue.lose(worker, 2, "signal 9", NOW)
+    assert queue.depth == 2
+    other = make_worker()
+    assert take(queue, other) == [2]
+    finish(queue, other, 2)
+    assert take(queue, other) == [4]
+
+
+def test_retries_stay_within_a_budget_that_recovers_with_time() -> None:
+    queue = make_queue()
+
+    def die(number: int, now: float) -> list[tuple[Job, MMSError]]:
+        fill(queue, 1, first=number, arrived=now)
+        worker = make_worker()
+        assert take(queue, worker, now) == [number]
+        return queue.lose(worker, 1, "signal 9", now)
+
+    for number in range(1, RETRY_MINIMUM + 1):
+        assert die(number, NOW) == []
+        other = make_worker()
+        take(queue, other)
+        finish(queue, other, number)
+    failed = die(10, NOW)
+    assert numbers(failed) == [10] and failed[0][1].status == 503
+    assert "too many requests were retried" in failed[0][1].message
+    assert die(11, NOW + RETRY_WINDOW + 1) == []
+
+
+def test_the_budget_is_a_share_of_recent_requests() -> None:
+    queue = make_queue()
+    queue.tick(NOW)
+    fill(queue, 50)
+    retried = []
+    for _ in range(8):
+        worker = make_worker()
+        taken = take(queue, worker)
+        failed = queue.lose(worker, 1, "signal 9", NOW)
+        retried += [not failed]
+        if not failed:
+            other = make_worker()
+            assert take(queue, other) == taken
+            finish(queue, other, *taken)
+    assert retried == [True] * 5 + [False] * 3
+
+
+def test_nothing_is_retried_while_the_version_is_unloaded() -> None:
+    queue, worker = make_queue(), make_worker()
+    fill(queue, 1)
+    take(queue, worker)
+    queue.close("model cat 1.0 is being unloaded")
+    assert numbers(queue.lose(worker, 1, "signal 9", NOW)) == [1]
+
+
+def test_a_started_counter_from_the_past_or_the_future_does_no_harm() -> None:
+    queue, worker = make_queue(), make_worker(QUICK)
+    fill(queue, 2)
+    take(queue, worker)
+    finish(queue, worker, 1)
+    assert worker.begun(0) == 0
+    assert worker.begun(99) == 1
+
+
+# time
+
+
+def test_a_batch_that_ran_too_long_fails_with_504_and_the_rest_goes_back() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker(QUICK)
+    fill(queue, 4)
+    take(queue, worker)
+    failed = queue.timed_out(worker, 2, 120.0)
+    assert numbers(failed) == [1, 2]
+    assert all(error.status == 504 and "response_timeout (120 s)" in error.message for _, error in failed)
+    assert take(queue, make_worker()) == [3, 4]
+
+
+def test_jobs_expire_after_the_queues_timeout() -> None:
+    queue = make_queue(timeout=5.0)
+    fill(queue, 1)
+    fill(queue, 1, first=2, arrived=NOW + 1)
+    failed = queue.expire(NOW + 5)
+    assert numbers(failed) == [1] and failed[0][1].status == 504
+    assert "queue_timeout (5 s)" in failed[0][1].message
+    assert queue.depth == 1
+
+
+def test_jobs_that_came_back_expire_in_time_whatever_their_order() -> None:
+    queue, older, younger = make_queue(timeout=5.0), make_worker(QUICK), make_worker(QUICK)
+    fill(queue, 1)
+    take(queue, older)
+    fill(queue, 1, first=2, arrived=NOW + 1)
+    take(queue, younger)
+    queue.lose(older, 0, "signal 9", NOW + 2)
+    queue.lose(younger, 0, "signal 9", NOW + 2)
+    assert numbers(queue.expire(NOW + 5)) == [1]
+
+
+def test_a_retried_job_expires_too() -> None:
+    queue, worker = make_queue(timeout=5.0), make_worker()
+    fill(queue, 1)
+    take(queue, worker)
+    queue.lose(worker, 1, "signal 9", NOW)
+    assert numbers(queue.expire(NOW + 5)) == [1]
+    assert queue.depth == 0
+
+
+def test_cancelled_jobs_do_not_expire() -> None:
+    queue = make_queue(timeout=5.0)
+    (job,) = fill(queue, 1)
+    job.cancel()
+    assert queue.expire(NOW + 9) == [] and queue.depth == 0
+
+
+def test_abandoning_names_every_waiting_job_once() -> None:
+    queue, worker = make_queue(), make_worker()
+    fill(queue, 2)
+    take(queue, worker)
+    queue.lose(worker, 1, "signal 9", NOW)
+    error = ServiceUnavailableError("unloaded")
+    assert queue.abandon(error)[0][1] is error
+    assert queue.depth == 0 and queue.abandon(error) == []
