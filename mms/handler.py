@@ -74,7 +74,7 @@ class Request:
     @property
     def id(self) -> str:
         """The request id: the client's `x-request-id` where it sent a valid one."""
-        return self._head.request_id
+        return self._head.request_id.decode()
 
     @property
     def content_type(self) -> str:

@@ -57,8 +57,8 @@ async def _try(archive: Path, request: Path | None, content_type: str, folder: P
         body = request.read_bytes()  # noqa: ASYNC240  # nothing else runs here
         outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         kind = content_type or guess_type(request)
-        head = wire.JobHead(0, f"check-{os.getpid()}", kind, "", b"", False, [], len(body))
-        now = asyncio.get_running_loop().time()
+        head = wire.JobHead(0, b"check-%d" % os.getpid(), kind, "", b"", False, [], len(body))
+        now = time.monotonic()
         DataPlane(control.registry).predict(version, head, [body], _Caller(outcome), now)
         return f"{loaded}\n{await outcome}"
     finally:

@@ -54,7 +54,7 @@ class JobHead(msgspec.Struct, array_like=True, gc=False):
     """
 
     id: int
-    request_id: str
+    request_id: bytes
     content_type: str
     encoding: str
     query: bytes
@@ -74,7 +74,7 @@ class JobView(msgspec.Struct, array_like=True, gc=False):
     """JobHead as a worker reads it: the headers stay encoded until a handler asks for them."""
 
     id: int
-    request_id: str
+    request_id: bytes
     content_type: str
     encoding: str
     query: bytes

@@ -54,7 +54,7 @@ def run_once(directory: Path, body: bytes, content_type: str) -> int:
         max_response_size=1 << 30,
     )
     stages = load_handler(load)
-    head = wire.JobView(1, "debug", content_type, "", b"", False, wire.EMPTY_HEADERS, len(body))
+    head = wire.JobView(1, b"debug", content_type, "", b"", False, wire.EMPTY_HEADERS, len(body))
     (outcome,) = stages.run([Request(head, bytearray(body), load.max_request_size)])
     sys.stderr.write(f"{outcome.status} {outcome.error}\n{outcome.head.decode('latin-1')}\n")
     sys.stdout.buffer.write(bytes(outcome.body) + b"\n")

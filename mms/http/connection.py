@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import os
 from collections import deque
+from time import monotonic
 from typing import Protocol, cast
 
 import httptools
@@ -33,8 +34,8 @@ from mms.http.response import CONTINUE, JOIN_BELOW, StatusLines, error_response
 
 Buffer = bytes | bytearray | memoryview
 
-_id_prefix = os.urandom(6).hex()
-_id_counter = itertools.count(1)
+_id_prefix = os.urandom(6).hex().encode()
+_next_id = itertools.count(1).__next__
 
 
 class Application(Protocol):
@@ -61,7 +62,7 @@ class Exchange:
         self.parts = parts
         self.size = size
         self.arrived = arrived
-        self.request_id = head.request_id.decode() if head.request_id else f"{_id_prefix}-{next(_id_counter):x}"
+        self.request_id = head.request_id or b"%b-%x" % (_id_prefix, _next_id())
         self.response: tuple[bytes, Buffer] | None = None
         self.work: Cancellable | None = None
 
@@ -73,7 +74,7 @@ class Exchange:
             block = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
                 connection.lines[status],
                 head,
-                self.request_id.encode(),
+                self.request_id,
                 len(body),
             )
         else:
@@ -84,8 +85,7 @@ class Exchange:
         """The head of an answer that ends the connection or has no body (RFC 9110, 15.3.5)."""
         close = b"" if self.keep_alive else b"connection: close\r\n"
         length = b"content-length: %d\r\n" % len(body) if status != 204 else b""
-        name = self.request_id.encode()
-        return b"%b%bx-request-id: %b\r\n%b%b\r\n" % (self.connection.lines[status], head, name, close, length)
+        return b"%b%bx-request-id: %b\r\n%b%b\r\n" % (self.connection.lines[status], head, self.request_id, close, length)
 
     def fail(self, error: MMSError) -> None:
         self.answer(*error_response(error))
@@ -135,7 +135,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self.last_activity = self._loop.time()
+        self.last_activity = monotonic()
         self._peers.add(self)
         if len(self._peers) > self._limits.max_connections:
             self._refuse(ServiceUnavailableError(f"more than {self._limits.max_connections} connections"))
@@ -162,7 +162,7 @@ class Connection(asyncio.Protocol):
         self._steer_reading()
 
     def data_received(self, data: bytes) -> None:
-        self.last_activity = self._loop.time()
+        self.last_activity = monotonic()
         if self._last:
             self._drop(len(data))
             return
@@ -172,9 +172,8 @@ class Connection(asyncio.Protocol):
                 end = data.find(b"\r\n\r\n") + 4
                 raw = data[:end]
                 head = self._known.get(raw)
-                if head is not None and len(data) - end == head.length:
-                    self._backlog.append(Exchange(self, head, [data[end:]], head.length, self.last_activity))
-                    self._admit()
+                if head is not None and len(data) - end == head.length and not self._pending:
+                    self._serve(Exchange(self, head, [data[end:]], head.length, self.last_activity))
                     return
             data = self._begin(data)
             if not data:
@@ -363,13 +362,15 @@ class Connection(asyncio.Protocol):
         """Hand requests to the application, a bounded number at a time."""
         backlog, pending = self._backlog, self._pending
         while backlog and len(pending) < MAX_PIPELINED:
-            exchange = backlog.popleft()
-            pending.append(exchange)
-            try:
-                self._application.handle(exchange)
-            except MMSError as error:
-                exchange.fail(error)
+            self._serve(backlog.popleft())
         self._steer_reading()
+
+    def _serve(self, exchange: Exchange) -> None:
+        self._pending.append(exchange)
+        try:
+            self._application.handle(exchange)
+        except MMSError as error:
+            exchange.fail(error)
 
     def _refuse(self, error: MMSError) -> None:
         """Answer what came before, then this error, then close without resetting the answer."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from pathlib import Path
 
 import psutil
@@ -114,7 +115,7 @@ class HttpServer:
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
         self._lines.tick()
-        now = loop.time()
+        now = time.monotonic()
         for connection in list(self.connections):
             connection.sweep(now)
         self._timer = loop.call_later(1.0, self._tick)

@@ -117,7 +117,7 @@ class WorkerPool:
         queue = self._queue
         if not queue.depth:
             return
-        now = self._loop.time()
+        now = time.monotonic()
         if len(self.ready_workers) == 1:
             self._feed(self.ready_workers[0], now)
         else:
@@ -137,8 +137,12 @@ class WorkerPool:
 
     def _wake_later(self, now: float) -> None:
         wake_at = self._queue.wake_at()
-        if wake_at is not None and (self._delay is None or self._delay.cancelled() or self._delay.when() <= now):
-            self._delay = self._loop.call_at(max(wake_at, now), self._dispatch)
+        if wake_at is not None and self._delay is None:
+            self._delay = self._loop.call_later(max(wake_at - now, 0.0), self._look_again)
+
+    def _look_again(self) -> None:
+        self._delay = None
+        self._dispatch()
 
     # desired state
 
@@ -170,9 +174,9 @@ class WorkerPool:
         """Let the jobs in hand and in the queue finish for up to `drain` seconds, then end every worker."""
         self._draining = True
         if drain > 0 and self.ready_workers:
-            until = self._loop.time() + drain
-            while (self._queue.depth or self.in_flight) and self.ready_workers and self._loop.time() < until:
-                await self._change(until - self._loop.time())
+            until = time.monotonic() + drain
+            while (self._queue.depth or self.in_flight) and self.ready_workers and time.monotonic() < until:
+                await self._change(until - time.monotonic())
         self.target = 0
         self._reconcile()
         for worker in list(self.workers):
@@ -197,14 +201,14 @@ class WorkerPool:
     def _reconcile(self) -> None:
         """Start what is missing, stop what is too many."""
         active = [worker for worker in self.workers if worker.state in (WorkerState.STARTING, WorkerState.READY)]
-        if self.failure is None and self._loop.time() >= self._hold_until:
+        if self.failure is None and time.monotonic() >= self._hold_until:
             for _ in range(self.target - len(active)):
                 self._start_worker()
         surplus = sorted(active, key=lambda worker: (worker.state is WorkerState.READY, -len(worker.in_flight.jobs)))
         for worker in surplus[: max(0, len(active) - self.target)]:
             self._stop_worker(worker)
         if self._timer is None and (self.workers or self.target):
-            self._last_tick = self._loop.time()
+            self._last_tick = time.monotonic()
             self._timer = self._loop.call_later(TICK, self._tick)
         self._notify()
 
@@ -234,7 +238,7 @@ class WorkerPool:
             if worker.state is not WorkerState.STARTING:
                 self._forget(worker)
                 return
-            worker.launched = self._loop.time()
+            worker.launched = time.monotonic()
             try:
                 process = await launch(self._launch_of(worker), self._forkservers)
             except (ForkServerDied, OSError) as error:
@@ -284,7 +288,7 @@ class WorkerPool:
         self.failure = None
         self.ready_workers.append(worker)
         self._metrics.load_seconds = ready.load_seconds
-        seconds = self._loop.time() - worker.launched
+        seconds = time.monotonic() - worker.launched
         log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
         self._notify()
         self._dispatch()
@@ -320,7 +324,7 @@ class WorkerPool:
 
     def _take_back(self, worker: Worker) -> None:
         started, _ = worker.process.progress()
-        for job, error in self._queue.lose(worker.in_flight, started, worker.cause, self._loop.time()):
+        for job, error in self._queue.lose(worker.in_flight, started, worker.cause, time.monotonic()):
             self.fail(job, error)
         self._metrics.retries = self._queue.retries
         if self._wake is None:
@@ -328,7 +332,7 @@ class WorkerPool:
 
     def _died(self, worker: Worker) -> None:
         worker.state = WorkerState.FAILED
-        now = self._loop.time()
+        now = time.monotonic()
         self._metrics.restarts[worker.cause] += 1
         self._deaths.append(now)
         while self._deaths and self._deaths[0] < now - DEATH_WINDOW:
@@ -375,14 +379,14 @@ class WorkerPool:
     def _hold(self, pause: float) -> None:
         """Reconcile after `pause` seconds."""
         if pause:
-            self._hold_until = self._loop.time() + pause
+            self._hold_until = time.monotonic() + pause
             self._loop.call_later(pause + 0.001, self._reconcile)
         self._reconcile()
 
     # time
 
     def _tick(self) -> None:
-        now = self._loop.time()
+        now = time.monotonic()
         asleep = now - self._last_tick > TICK + ASLEEP
         self._last_tick = now
         self._queue.tick(now)
