@@ -24,6 +24,9 @@ __all__ = ["Context", "Handler", "Headers", "PredictionError", "Request", "Respo
 class PredictionError(Exception):
     """Raise it, or return it for one request of a batch: that client gets `status` and `message`, the error's text."""
 
+    message = ""  # for subclasses that do not call __init__
+    status = 400
+
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.message = message

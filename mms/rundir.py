@@ -35,8 +35,12 @@ class RunDirectory:
         self._record = path / "mms.json"
         self._lock = -1
 
-    def acquire(self, edge_group: int | None) -> None:
-        """Make it and lock it; what a killed server left is removed. Raises StartError."""
+    def acquire(self, edge_user: tuple[str, int] | None) -> None:
+        """Make it and lock it; what a killed server left is removed. Raises StartError.
+
+        `edge_user` is the name and group id of the user that nginx's workers run as, if that is not this user.
+        """
+        edge_group = edge_user[1] if edge_user else None
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check_owner()
@@ -56,6 +60,8 @@ class RunDirectory:
         for folder in (self.sockets, self.models):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o700)
+        if edge_user is not None:
+            self._check_reachable(edge_user[0])
         if edge_group is not None:
             os.chown(self.sockets, -1, edge_group)
             self.sockets.chmod(0o710)
@@ -91,6 +97,15 @@ class RunDirectory:
         if self._lock != -1:
             os.close(self._lock)
             self._lock = -1
+
+    def _check_reachable(self, user: str) -> None:
+        """nginx's workers must be able to pass through every folder above the sockets."""
+        closed = next((folder for folder in self.path.absolute().parents if not folder.stat().st_mode & stat.S_IXOTH), None)
+        if closed is not None:
+            raise StartError(
+                f"nginx's workers run as {user} and cannot pass through {closed} (mode {closed.stat().st_mode & 0o777:o}); "
+                "choose another --run-dir, or start with --edge none"
+            )
 
     def _check_owner(self) -> None:
         facts = self.path.lstat()

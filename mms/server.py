@@ -53,9 +53,9 @@ class ModelServer:
         self._config = config
         self._say = say
         self._store = ModelStore(config.model_store)
+        self._registry = ModelRegistry()
         self._startup = self._archives()
         self._run_dir = RunDirectory(config.run_dir)
-        self._registry = ModelRegistry()
         self._control = ControlPlane(config, self._registry, self._store)
         self._inference = InferenceApi(DataPlane(self._registry))
         self._nginx_program = self._find_edge()
@@ -75,7 +75,7 @@ class ModelServer:
         begun = time.monotonic()
         prepare_process()
         user = edge_user() if self._nginx_program else None
-        self._run_dir.acquire(user[1] if user else None)
+        self._run_dir.acquire(user)
         try:
             sockets = self._listen(user[1] if user else None)
             self._catch_signals()
@@ -87,6 +87,8 @@ class ModelServer:
         except BaseException:
             await self.stop()
             raise
+        if self._stop_asked.is_set():
+            return
         gc.collect()
         gc.freeze()
         self._say(self._ready_line(time.monotonic() - begun))
@@ -112,6 +114,7 @@ class ModelServer:
             if key in seen:
                 raise ConfigError(f"{url} and {seen[key]} both hold model {key[0]} {key[1]}; start only one of them")
             seen[key] = url
+            self._registry.announced.add(key[0])
         return startup
 
     def _find_edge(self) -> str | None:

@@ -46,6 +46,8 @@ def plain_answer(value: Any, limit: int) -> Answer:
 def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str], limit: int) -> Answer:
     """A handler's result, as bytes. Raises HandlerError when it cannot be sent as it is."""
     if isinstance(value, Response):
+        if not isinstance(value.headers, Mapping):
+            raise HandlerError(f"the handler set headers to {type(value.headers).__name__}; a dict is needed")
         status, content_type, headers = value.status, value.content_type or content_type, {**headers, **value.headers}
         value = value.body
     body, head = _body(value)
@@ -58,10 +60,13 @@ def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str
             body = b""
     if content_type:
         head = _header("content-type", content_type)
+    extra = b""
     for name, text in headers.items():
-        if name.lower() == "content-type":
-            head = _header("content-type", text)
-    extra = b"".join(_header(name, text) for name, text in headers.items() if name.lower() != "content-type")
+        line = _header(name, text)
+        if line.startswith(b"content-type:"):
+            head = line
+        else:
+            extra += line
     return status, head + extra, body, ""
 
 
@@ -69,7 +74,7 @@ def _body(value: Any) -> tuple[Body, bytes]:
     if isinstance(value, bytes | bytearray):
         return value, _BYTES
     if isinstance(value, memoryview):
-        return value.cast("B"), _BYTES
+        return value.cast("B") if value.c_contiguous else value.tobytes(), _BYTES
     if isinstance(value, str):
         try:
             return value.encode(), _TEXT
@@ -77,7 +82,7 @@ def _body(value: Any) -> tuple[Body, bytes]:
             raise HandlerError(f"the handler returned a str that is not valid Unicode: {error.reason}") from None
     try:
         return _encode_json(value), _JSON
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+    except Exception as error:  # encoding runs the tolist() of any library
         raise HandlerError(
             f"the handler returned {type(value).__name__}, which cannot be sent ({error}); "
             "return bytes, str, or something JSON can hold"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mms.errors import ConflictError, ModelNotFoundError, ModelVersionNotFoundError
+from mms.errors import ConflictError, ModelNotFoundError, ModelVersionNotFoundError, ServiceUnavailableError
 from mms.models.version import ModelVersion
 
 
@@ -29,6 +29,7 @@ class ModelRegistry:
 
     def __init__(self) -> None:
         self.generation = 0
+        self.announced: set[str] = set()  # names that are about to be registered
         self._models: dict[str, Model] = {}
 
     def __iter__(self) -> Iterator[Model]:
@@ -38,10 +39,12 @@ class ModelRegistry:
         return [version for model in self._models.values() for version in model.versions.values()]
 
     def model(self, name: str) -> Model:
-        """Raises ModelNotFoundError."""
+        """Raises ModelNotFoundError, or ServiceUnavailableError while the name is only announced."""
         try:
             return self._models[name]
         except KeyError:
+            if name in self.announced:
+                raise ServiceUnavailableError(f"model {name} is still loading; try again soon") from None
             raise ModelNotFoundError(f"Model not found: {name}") from None
 
     def version(self, name: str, version: str = "") -> ModelVersion:
@@ -54,6 +57,7 @@ class ModelRegistry:
         if version.version in model.versions:
             raise ConflictError(f"Model version {version.version} is already registered for model {version.name}")
         model.versions[version.version] = version
+        self.announced.discard(version.name)
         if not model.default:
             model.default = version.version
         self.generation += 1
