@@ -96,7 +96,7 @@ class Request:
 
     @property
     def body(self) -> bytearray:
-        """The body, unpacked if it came with Content-Encoding gzip or deflate. Raises BadRequestError, RequestTooLargeError."""
+        """The body, unpacked if it came as gzip or deflate. Raises BadRequestError, RequestTooLargeError."""
         if self._packed:
             self._body = payload.unpack(self._body, self._packed, self._limit)
             self._packed = ""

@@ -40,7 +40,7 @@ def make_worker(batch_seconds: float | None = None) -> InFlight:
 
 
 def make_job(number: int, *, size: int = 10, arrived: float = NOW) -> Job:
-    return Job(JobHead(number, f"r{number}", "", "", b"", False, [], size), [b""], Caller(), arrived)
+    return Job(JobHead(number, b"r%d" % number, "", "", b"", False, [], size), [b""], Caller(), arrived)
 
 
 def fill(queue: BatchQueue, count: int, *, first: int = 1, size: int = 10, arrived: float = NOW) -> list[Job]:

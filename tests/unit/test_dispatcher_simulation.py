@@ -118,7 +118,7 @@ class Simulation:
         client.poison = self.random.random() < self.poison_share
         client.hangs = self.random.random() < self.hang_share
         size = self.random.choice((10, 10, 10, 10, 700_000))
-        client.job = Job(JobHead(number, "", "", "", b"", False, [], size), [], client, self.now)
+        client.job = Job(JobHead(number, b"", "", "", b"", False, [], size), [], client, self.now)
         full = self.queue.depth >= self.queue.capacity
         self.events.append(f"submit {number}{' poison' * client.poison}{' hangs' * client.hangs}")
         try:
