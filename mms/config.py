@@ -107,7 +107,7 @@ def _setting(default: Any, parse: Callable[[Any], Any], help: str, *, low: float
 
 
 def default_run_dir() -> Path:
-    """`/run/mms` for root (nginx's workers must reach it), `$XDG_RUNTIME_DIR/mms`, or a folder in the temporary folder."""
+    """`/run/mms` for root (nginx's workers must reach it), else `$XDG_RUNTIME_DIR/mms` or a temporary folder."""
     if os.geteuid() == 0 and os.access("/run", os.W_OK):
         return Path("/run/mms")
     runtime = os.environ.get("XDG_RUNTIME_DIR")

@@ -9,6 +9,7 @@ from mms.models.version import ModelVersion
 from mms.wire import JobHead
 from mms.workers.batching import Caller, Job
 
+
 class DataPlane:
     """What every inference dialect calls."""
 
@@ -23,7 +24,7 @@ class DataPlane:
     def predict(self, version: ModelVersion, head: JobHead, parts: list[bytes], caller: Caller, arrived: float) -> Job:
         """Queue a request; `caller` is told its one outcome. Raises QueueFullError or ServiceUnavailableError instead.
 
-        `head` describes it (its id is set here), `parts` are the pieces of its body, `arrived` is the event loop's clock.
+        `head` describes it (its id is set here), `parts` are the pieces of its body, `arrived` is monotonic seconds.
         """
         head.id = self._next_id()
         job = Job(head, parts, caller, arrived)

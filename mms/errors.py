@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class MMSError(Exception):
-    """Raised for anything MMS reports; the client sees `status` and `type`. Not worth a retry unless a subclass says so."""
+    """Raised for anything MMS reports; the client sees `status` and `type`. Do not retry, unless a subclass says so."""
 
     status = 500
     type = "InternalServerException"
@@ -21,7 +21,7 @@ class MMSError(Exception):
 
 
 class BadRequestError(MMSError):
-    """The request cannot be understood: raised by the front end, the management API and a worker's decoder. Do not retry."""
+    """The request cannot be understood: from the front end, the management API or a worker's decoder. Do not retry."""
 
     status = 400
     type = "BadRequestException"
@@ -68,7 +68,7 @@ class RequestTooLargeError(MMSError):
 
 
 class QueueFullError(MMSError):
-    """The version's queue is full: raised by its BatchQueue. Retry after `retry_after` seconds (sent as `Retry-After`)."""
+    """The version's queue is full: raised by BatchQueue. Retry after `retry_after` seconds (sent as `Retry-After`)."""
 
     status = 429
     type = "TooManyRequestsException"
@@ -86,14 +86,14 @@ class ServiceUnavailableError(MMSError):
 
 
 class WorkerDiedError(MMSError):
-    """The worker process died with this request in hand; 500 when the request was tried twice, 503 when it was not retried."""
+    """The worker process died with this request in hand; 500 when it was tried twice, 503 when it was not retried."""
 
     status = 503
     type = "WorkerDiedException"
 
 
 class DeadlineError(MMSError):
-    """The request waited longer than its limit, or its batch ran longer than `response_timeout`. Retry when load is lower."""
+    """The request waited too long, or its batch ran longer than `response_timeout`. Retry when load is lower."""
 
     status = 504
     type = "DeadlineExceededException"

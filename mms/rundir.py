@@ -100,10 +100,12 @@ class RunDirectory:
 
     def _check_reachable(self, user: str) -> None:
         """nginx's workers must be able to pass through every folder above the sockets."""
-        closed = next((folder for folder in self.path.absolute().parents if not folder.stat().st_mode & stat.S_IXOTH), None)
+        closed = next(
+            (folder for folder in self.path.absolute().parents if not folder.stat().st_mode & stat.S_IXOTH), None
+        )
         if closed is not None:
             raise StartError(
-                f"nginx's workers run as {user} and cannot pass through {closed} (mode {closed.stat().st_mode & 0o777:o}); "
+                f"nginx's workers run as {user} and cannot enter {closed} (mode {closed.stat().st_mode & 0o777:o}); "
                 "choose another --run-dir, or start with --edge none"
             )
 

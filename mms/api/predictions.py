@@ -105,7 +105,11 @@ class InferenceApi:
         versions = self._dataplane.registry.versions()
         wanted = sum(version.pool.target for version in versions if version.pool)
         ready = sum(min(version.pool.ready, version.pool.target) for version in versions if version.pool)
-        if ready == wanted and not self._dataplane.registry.announced and all(version.state is not VersionState.LOADING for version in versions):
+        if (
+            ready == wanted
+            and not self._dataplane.registry.announced
+            and all(version.state is not VersionState.LOADING for version in versions)
+        ):
             return "Healthy"
         return "Partial Healthy" if ready else "Unhealthy"
 

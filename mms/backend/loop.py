@@ -156,7 +156,9 @@ class Loop:
                 at = end
             answers = stages.run(requests)
             ended = _monotonic()
-            replies.add(batch, answers, wire.BatchTimes(len(batch), begun - received, ended - begun, *stages.take_times()))
+            replies.add(
+                batch, answers, wire.BatchTimes(len(batch), begun - received, ended - begun, *stages.take_times())
+            )
             begun = ended
         _pack_progress(progress, 0, self._started, 0.0)
         replies.flush()

@@ -85,7 +85,13 @@ class Exchange:
         """The head of an answer that ends the connection or has no body (RFC 9110, 15.3.5)."""
         close = b"" if self.keep_alive else b"connection: close\r\n"
         length = b"content-length: %d\r\n" % len(body) if status != 204 else b""
-        return b"%b%bx-request-id: %b\r\n%b%b\r\n" % (self.connection.lines[status], head, self.request_id, close, length)
+        return b"%b%bx-request-id: %b\r\n%b%b\r\n" % (
+            self.connection.lines[status],
+            head,
+            self.request_id,
+            close,
+            length,
+        )
 
     def fail(self, error: MMSError) -> None:
         self.answer(*error_response(error))
@@ -126,6 +132,7 @@ class Connection(asyncio.Protocol):
         self._pending: deque[Exchange] = deque()
         self._backlog: deque[Exchange] = deque()
         self._draining = False
+        self._drained: asyncio.Future[None] | None = None
         self._last = False  # no further request is read from this connection
         self._lingering = -1  # bytes that may still be read and dropped
         self._write_paused = False
@@ -148,6 +155,7 @@ class Connection(asyncio.Protocol):
                 exchange.work.cancel()
         self._pending.clear()
         self._backlog.clear()
+        self._note_drained()
 
     def eof_received(self) -> bool:
         self._last = True
@@ -307,16 +315,18 @@ class Connection(asyncio.Protocol):
         elif not self._edge and silent > limits.keepalive_timeout:
             self._transport.close()
 
-    def drain(self) -> None:
-        """The server stops: close when the requests in hand are answered."""
+    def drain(self) -> asyncio.Future[None]:
+        """The server stops: close when the requests in hand are answered; done when nothing is in hand any more."""
+        self._drained = self._loop.create_future()
         self._draining = True
-        if not self._between or self._held:
-            return
-        self._last = True
-        if self.busy:
-            (self._backlog or self._pending)[-1].keep_alive = False
-        else:
-            self._transport.close()
+        if self._between and not self._held:
+            self._last = True
+            if self.busy:
+                (self._backlog or self._pending)[-1].keep_alive = False
+            else:
+                self._drained.set_result(None)
+                self._transport.close()
+        return self._drained
 
     def abort(self) -> None:
         self._transport.abort()
@@ -389,6 +399,7 @@ class Connection(asyncio.Protocol):
     def _finish(self) -> None:
         """The last answer is written: close, but read a little first if the client may still be sending."""
         self._last = True
+        self._note_drained()
         if self._transport.is_closing() or self._lingering >= 0:
             return
         if self._transport.can_write_eof():
@@ -396,6 +407,10 @@ class Connection(asyncio.Protocol):
             self._transport.write_eof()
         else:
             self._transport.close()
+
+    def _note_drained(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
 
     def _drop(self, size: int) -> None:
         if self._lingering >= 0:
@@ -409,7 +424,9 @@ class Connection(asyncio.Protocol):
             self._refusal = self._refusal or BadRequestError("the chunked body has too many extensions or trailers")
 
     def _too_large(self) -> MMSError:
-        return RequestTooLargeError(f"the request body is over max_request_size ({self._limits.max_request_size} bytes)")
+        return RequestTooLargeError(
+            f"the request body is over max_request_size ({self._limits.max_request_size} bytes)"
+        )
 
     def _steer_reading(self) -> None:
         """Read only while there is room for what is read."""
@@ -420,4 +437,3 @@ class Connection(asyncio.Protocol):
                 self._transport.pause_reading()
             else:
                 self._transport.resume_reading()
-

@@ -65,7 +65,7 @@ def _owner(port: int) -> str:
     """`, held by NAME (pid N)` where that can be seen."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
                 return f", held by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
     return ""
 
@@ -89,28 +89,24 @@ class HttpServer:
         self._server = await create(self._connect, sock=sock, backlog=BACKLOG)
         self._tick()
 
-    async def drain(self, timeout: float) -> int:
-        """Accept nothing more, let requests in hand finish; returns how many connections had to be cut."""
-        loop = asyncio.get_running_loop()
+    async def drain(self, limit: float) -> int:
+        """Accept nothing more, let requests in hand finish for `limit` seconds; returns how many were cut off."""
         if self._server is not None:
             self._server.close()
-        for connection in list(self.connections):
-            connection.drain()
-        until = loop.time() + timeout
-        while any(connection.busy for connection in self.connections) and loop.time() < until:
-            await asyncio.sleep(0.01)
-        cut = sum(connection.busy for connection in self.connections)
+        waiting = [connection.drain() for connection in list(self.connections)]
+        if waiting:
+            await asyncio.wait(waiting, timeout=limit)
         await asyncio.sleep(0)  # what was written in this turn leaves in the next
+        cut = 0
         for connection in list(self.connections):
+            cut += connection.busy
             connection.abort() if connection.busy else connection.close()
         if self._timer is not None:
             self._timer.cancel()
         return cut
 
     def _connect(self) -> Connection:
-        return Connection(
-            self._application, self._limits, self._lines, self._known, self.connections, edge=self._edge
-        )
+        return Connection(self._application, self._limits, self._lines, self._known, self.connections, edge=self._edge)
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()

@@ -37,7 +37,7 @@ def judge_head(head: Head) -> MMSError | None:
         return BadRequestError("the Host header is not a host name")
     if head.method == b"CONNECT" or head.upgrade:
         return MethodNotAllowedError("this server is no proxy and does not change protocols", status=400)
-    if target[:1] != b"/" and not target[:7].lower() == b"http://" and not (target == b"*" and head.method == b"OPTIONS"):
+    if target[:1] != b"/" and target[:7].lower() != b"http://" and not (target == b"*" and head.method == b"OPTIONS"):
         return BadRequestError("the request target must begin with /")
     if head.transfer_encoding:
         if head.version == "1.0":

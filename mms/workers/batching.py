@@ -1,7 +1,7 @@
-"""The dispatcher of one model version: which job goes to which worker, when, and what becomes of it when that worker dies.
+"""The dispatcher of one model version: which job goes to which worker, and what becomes of it when that worker dies.
 
-A pure state machine in the front end's process: events in, decisions out, the clock (`now`, monotonic seconds) passed in,
-no I/O. A job is owned by exactly one of the queue, a worker's InFlight or nobody (settled), and is settled once.
+A pure state machine in the front end's process: events in, decisions out, the clock (`now`, monotonic seconds) passed
+in, no I/O. A job is owned by exactly one of the queue, a worker's InFlight or nobody (settled), and is settled once.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class BatchQueue:
         return self._oldest().arrived + self.max_batch_delay
 
     def finish(self, worker: InFlight, job_id: int) -> Job | None:
-        """The job of an answer, no longer in flight. None if the worker does not have it (the channel cannot be trusted)."""
+        """The job of an answer, no longer in flight. None if the worker has no such job: it cannot be trusted."""
         job = worker.jobs.pop(job_id, None)
         if job is not None:
             worker.finished += 1
@@ -194,7 +194,9 @@ class BatchQueue:
                 job = queue.popleft()
                 if not job.settled:
                     self.depth -= 1
-                    expired.append((job, DeadlineError(f"no worker was free within queue_timeout ({self.timeout:g} s)")))
+                    expired.append(
+                        (job, DeadlineError(f"no worker was free within queue_timeout ({self.timeout:g} s)"))
+                    )
         return expired
 
     def close(self, reason: str) -> None:
@@ -210,7 +212,7 @@ class BatchQueue:
         return [(job, error) for job in jobs]
 
     def _part(self, worker: InFlight, started: int) -> list[Job]:
-        """Take everything from a worker: jobs sent ahead go back to the queue's front, those it had begun are returned."""
+        """Take everything from a worker: jobs sent ahead go back to the queue's front, begun ones are returned."""
         begun = worker.begun(started)
         jobs = list(worker.jobs.values())
         worker.jobs.clear()
@@ -257,7 +259,7 @@ class BatchQueue:
         return next(job for job in itertools.chain(self._alone, self._waiting) if not job.settled)
 
     def _spend_retry(self, now: float) -> bool:
-        """Whether one more lost batch may be run again: at most RETRY_SHARE of the requests of the last RETRY_WINDOW."""
+        """Whether one more lost batch may be run again: at most RETRY_SHARE of the last RETRY_WINDOW's requests."""
         for record in (self._retried, self._window):
             _drop_before(record, now - RETRY_WINDOW)
         recent = self.submitted - (self._window[0][1] if self._window else 0)
@@ -282,4 +284,3 @@ def _death(job: Job, cause: str, retry: int) -> WorkerDiedError:
         return WorkerDiedError(f"the worker process died twice running this request ({cause})", status=500)
     why = "retry is off for this model" if not retry else "too many requests were retried lately"
     return WorkerDiedError(f"the worker process died running this request ({cause}); {why}")
-

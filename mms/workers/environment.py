@@ -29,7 +29,7 @@ _PASSED = re.compile(
 
 
 def worker_environment(threads: int, extra: Sequence[str]) -> dict[str, str]:
-    """The allow-listed variables of this process, those named in `extra`, and the thread counts of the usual libraries."""
+    """The allow-listed variables of this process, those named in `extra`, and thread counts for the usual libraries."""
     environ = {name: value for name, value in os.environ.items() if _PASSED.fullmatch(name) or name in extra}
     counts = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     return environ | counts | {"PYTHONUNBUFFERED": "1"}
@@ -80,15 +80,14 @@ class GpuMonitor:
 async def own_interpreter(requirements: Path, cache: Path) -> str:
     """The Python of a virtual environment that has `requirements`, made on first use and found again by their hash.
 
-    The server's own packages are visible behind the environment's, so that a worker can run there. Raises ModelLoadError.
+    The server's own packages are visible behind its own, so that a worker can run there. Raises ModelLoadError.
     """
-    digest = hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:16]
+    digest = await asyncio.to_thread(_digest, requirements)
     folder = cache / digest
     python = folder / "bin" / "python"
     if not python.exists():
         building = cache / f"{digest}.new"
-        shutil.rmtree(building, ignore_errors=True)
-        cache.mkdir(parents=True, exist_ok=True)
+        await asyncio.to_thread(shutil.rmtree, building, ignore_errors=True)
         log.info("installing %s into %s", requirements.name, folder)
         await _run(sys.executable, "-m", "venv", str(building))
         base = [path for path in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))]
@@ -97,6 +96,10 @@ async def own_interpreter(requirements: Path, cache: Path) -> str:
         await _run(str(building / "bin" / "python"), "-m", "pip", "install", "--no-input", "-r", str(requirements))
         building.rename(folder)
     return str(python)
+
+
+def _digest(requirements: Path) -> str:
+    return hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:16]
 
 
 async def _run(*command: str) -> None:
@@ -112,5 +115,7 @@ async def _run(*command: str) -> None:
         raise
     if process.returncode:
         text = output.decode("utf-8", "replace").strip()
-        last = next((line for line in reversed(text.splitlines()) if "ERROR" in line), text.splitlines()[-1] if text else "")
+        last = next(
+            (line for line in reversed(text.splitlines()) if "ERROR" in line), text.splitlines()[-1] if text else ""
+        )
         raise ModelLoadError(f"the archive's requirements cannot be installed: {last}", traceback=text[-4000:])

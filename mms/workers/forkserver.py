@@ -91,15 +91,17 @@ class ForkServer:
         for error in preloaded.errors:
             log.warning("preload failed, workers import it themselves: %s", error)
         if self.threads > 1:
-            log.warning("preloading %s started threads; its workers start as fresh interpreters", ",".join(self.preload))
+            log.warning(
+                "preloading %s started threads; its workers start as fresh interpreters", ",".join(self.preload)
+            )
 
     async def _receive(self, limit: float) -> tuple[bytes, list[int]]:
         loop = asyncio.get_running_loop()
-        readable = loop.create_future()
-        loop.add_reader(self._control, lambda: readable.done() or readable.set_result(None))
+        readable = asyncio.Event()
+        loop.add_reader(self._control, readable.set)
         try:
             async with asyncio.timeout(limit):
-                await readable
+                await readable.wait()
             message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 4)
         except (TimeoutError, OSError) as error:
             raise ForkServerDied(f"the fork server does not answer ({type(error).__name__})") from None
@@ -116,7 +118,9 @@ class ForkServers:
     def __init__(self) -> None:
         self._servers: dict[tuple[str, ...], ForkServer] = {}
 
-    async def fork(self, preload: tuple[str, ...], request: wire.ForkRequest, descriptors: Sequence[int]) -> tuple[int, int]:
+    async def fork(
+        self, preload: tuple[str, ...], request: wire.ForkRequest, descriptors: Sequence[int]
+    ) -> tuple[int, int]:
         """Fork a worker; a fork server that turns out to be dead is replaced once. Raises ForkServerDied."""
         try:
             return await self._fork(preload, request, descriptors)
@@ -137,7 +141,9 @@ class ForkServers:
         for preload in list(self._servers):
             self.discard(preload)
 
-    async def _fork(self, preload: tuple[str, ...], request: wire.ForkRequest, descriptors: Sequence[int]) -> tuple[int, int]:
+    async def _fork(
+        self, preload: tuple[str, ...], request: wire.ForkRequest, descriptors: Sequence[int]
+    ) -> tuple[int, int]:
         server = self._servers.get(preload)
         if server is not None and not server.alive:
             self.discard(preload)

@@ -56,5 +56,10 @@ class OutputReader(asyncio.Protocol):
             self._second = second
             self._budget = MAX_PER_SECOND
             if self._dropped:
-                self._log.warning("[%s] %d bytes of output dropped: more than %d per second", self._label, self._dropped, MAX_PER_SECOND)
+                self._log.warning(
+                    "[%s] %d bytes of output dropped: more than %d per second",
+                    self._label,
+                    self._dropped,
+                    MAX_PER_SECOND,
+                )
                 self._dropped = 0

@@ -1,6 +1,6 @@
 """The workers of one model version: as many as wanted, each dead one replaced, jobs handed to those with room.
 
-Desired state and reconcile: `target` says how many, `_reconcile` starts or stops the difference, every event ends in it.
+Desired state: `target` says how many, `_reconcile` starts or stops the difference, and every event ends in it.
 Front end's process, event loop.
 """
 
@@ -190,10 +190,10 @@ class WorkerPool:
             if handle is not None:
                 handle.cancel()
 
-    async def _change(self, timeout: float) -> None:
+    async def _change(self, within: float) -> None:
         self._changed.clear()
         try:
-            async with asyncio.timeout(max(timeout, 0.0)):
+            async with asyncio.timeout(max(within, 0.0)):
                 await self._changed.wait()
         except TimeoutError:
             return
@@ -230,7 +230,9 @@ class WorkerPool:
         self._tasks.discard(task)
         self._changed.set()
         if not task.cancelled() and task.exception() is not None:
-            self._loop.call_exception_handler({"message": "a worker could not be started", "exception": task.exception()})
+            self._loop.call_exception_handler(
+                {"message": "a worker could not be started", "exception": task.exception()}
+            )
 
     async def _boot(self, worker: Worker) -> None:
         """Launch the process and hold one of the server's load places until it is ready or dead."""
@@ -374,7 +376,9 @@ class WorkerPool:
                 traceback=worker.failure.traceback,
             )
         output = "\n".join(worker.output.last_lines) if worker.output else ""
-        return ModelLoadError(f"a worker of {self._settings.label} ended before it was ready: {worker.cause}", traceback=output)
+        return ModelLoadError(
+            f"a worker of {self._settings.label} ended before it was ready: {worker.cause}", traceback=output
+        )
 
     def _hold(self, pause: float) -> None:
         """Reconcile after `pause` seconds."""

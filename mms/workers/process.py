@@ -111,7 +111,16 @@ async def _fork_or_spawn(
 
 
 def _spawn(how: Launch, interpreter: str, channel: socket.socket, page: int, output: int) -> tuple[int, int]:
-    arguments = ["--channel", str(channel.fileno()), "--page", str(page), "--server", str(os.getpid()), "--name", how.name]
+    arguments = [
+        "--channel",
+        str(channel.fileno()),
+        "--page",
+        str(page),
+        "--server",
+        str(os.getpid()),
+        "--name",
+        how.name,
+    ]
     process = subprocess.Popen(
         [interpreter, "-P", "-m", "mms.backend", *arguments],
         pass_fds=(channel.fileno(), page),

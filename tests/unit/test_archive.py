@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mms.archive import FORMATS, MANIFEST, Manifest, ModelArchive, archive_name, write_archive
-from mms.archive_tar import TarContainer
+from mms.archive.tar import TarContainer
 from mms.errors import ArchiveError
 
 PLAIN: dict[str, Any] = {"runtime": "python", "model": {"modelName": "cat", "handler": "service:handle"}}

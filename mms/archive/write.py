@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from mms.archive_checks import CHUNK, MANIFEST, MAX_RATIO, RATIO_FREE, Member, check_names, check_size
-from mms.archive_manifest import ArchivedFile, Manifest
+from mms.archive.checks import CHUNK, MANIFEST, MAX_RATIO, RATIO_FREE, Member, check_names, check_size
+from mms.archive.manifest import ArchivedFile, Manifest
 from mms.errors import ArchiveError
 
 FORMATS = ("default", "zip-store", "tgz", "no-archive")

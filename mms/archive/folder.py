@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mms.archive_checks import (
+from mms.archive.checks import (
     CHUNK,
     MANIFEST,
     MAX_ENTRIES,

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
-from mms.archive_checks import (
+from mms.archive.checks import (
     CHUNK,
     MANIFEST,
     MAX_RATIO,

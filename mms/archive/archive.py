@@ -1,7 +1,4 @@
-"""The .mar format: a manifest and the files of one model, as a zip, a tar.gz or a folder. Standard library only.
-
-An archive is refused, with the reason, before anything of it is used; the rules are in `archive_checks`.
-"""
+"""ModelArchive: an archive on disk, opened, verified and extracted, whatever its container."""
 
 from __future__ import annotations
 
@@ -14,24 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mms.archive_checks import MANIFEST, Container, Contents, Member
-from mms.archive_folder import FolderContainer
-from mms.archive_manifest import RUNTIMES, ArchivedFile, Manifest
-from mms.archive_tar import TarContainer
-from mms.archive_write import FORMATS, archive_name, write_archive
-from mms.archive_zip import ZipContainer, end_record
+from mms.archive.checks import MANIFEST, Container, Contents, Member
+from mms.archive.folder import FolderContainer
+from mms.archive.manifest import ArchivedFile, Manifest
+from mms.archive.tar import TarContainer
+from mms.archive.zip import ZipContainer, end_record
 from mms.errors import ArchiveError
-
-__all__ = [
-    "FORMATS",
-    "MANIFEST",
-    "RUNTIMES",
-    "ArchivedFile",
-    "Manifest",
-    "ModelArchive",
-    "archive_name",
-    "write_archive",
-]
 
 
 class ModelArchive:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from mms.archive_checks import (
+from mms.archive.checks import (
     CHUNK,
     MANIFEST,
     MAX_ENTRIES,

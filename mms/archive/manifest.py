@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mms import __version__
-from mms.archive_checks import MANIFEST, Member, check_manifest_size, check_names
+from mms.archive.checks import MANIFEST, Member, check_manifest_size, check_names
 from mms.errors import ArchiveError
 
 RUNTIMES = ("python", "python3")

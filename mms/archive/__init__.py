@@ -1,0 +1,20 @@
+"""The .mar format: a manifest and the files of one model, as a zip, a tar.gz or a folder. Standard library only.
+
+An archive is refused, with the reason, before anything of it is used; the rules are in `checks`.
+"""
+
+from mms.archive.archive import ModelArchive
+from mms.archive.checks import MANIFEST
+from mms.archive.manifest import RUNTIMES, ArchivedFile, Manifest
+from mms.archive.write import FORMATS, archive_name, write_archive
+
+__all__ = [
+    "FORMATS",
+    "MANIFEST",
+    "RUNTIMES",
+    "ArchivedFile",
+    "Manifest",
+    "ModelArchive",
+    "archive_name",
+    "write_archive",
+]
