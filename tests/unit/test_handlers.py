@@ -91,7 +91,7 @@ def export(path: Path, network: torch.nn.Module, *shape: int, dynamic: bool = Tr
 def request(body: bytes, content_type: str = "", query: bytes = b"") -> Request:
     head = JobView(
         id=1,
-        request_id="r1",
+        request_id=b"r1",
         content_type=content_type,
         encoding="",
         query=query,
