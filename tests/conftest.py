@@ -1,4 +1,4 @@
-"""What all tests share: archives made by the real archiver, real servers that are always stopped, and waiting for facts."""
+"""What all tests share: archives made by the real archiver, real servers that are always stopped, waiting for facts."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ needs_nginx = pytest.mark.skipif(find_nginx("nginx") is None, reason="nginx is n
 
 T = TypeVar("T")
 MakeArchive = Callable[..., Path]
+MakeGate = Callable[[], "Gate"]
 
 
 def eventually(predicate: Callable[[], T], timeout: float = 5.0) -> T:
@@ -49,7 +50,7 @@ def eventually(predicate: Callable[[], T], timeout: float = 5.0) -> T:
 
 @pytest.fixture(scope="session")
 def make_archive(tmp_path_factory: pytest.TempPathFactory) -> MakeArchive:
-    """Packs tests/archives/NAME.py with the real archiver, once per session and choice; settings go to model-config.yaml."""
+    """Packs tests/archives/NAME.py with the real archiver, once per session; settings go to model-config.yaml."""
     made: dict[str, Path] = {}
     root = tmp_path_factory.mktemp("archives")
 
@@ -140,7 +141,7 @@ def is_free(address: str) -> bool:
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:
-    """The running processes whose working directory is `folder` or below: a server of ours and all that descends from it."""
+    """The running processes that work in `folder` or below: a server of ours and all that descends from it."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -429,7 +430,7 @@ class Gate:
 
 
 @pytest.fixture
-def make_gate(tmp_path: Path) -> Iterator[Callable[[], Gate]]:
+def make_gate(tmp_path: Path) -> Iterator[MakeGate]:
     """Closed gates; all are open at the end."""
     gates: list[Gate] = []
 

@@ -1,4 +1,4 @@
-"""Notes each execution in the file BODY.begun, then answers once the file BODY exists; slow for exactly as long as a test wants."""
+"""Notes each execution in the file BODY.begun and answers once the file BODY exists: as slow as a test wants."""
 
 import os
 import threading

@@ -1,0 +1,251 @@
+"""The management API of a real server: register, describe, list, scale, change, unregister, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import Answering, MakeArchive, MakeGate, Server, eventually, fetch, server
+
+
+@pytest.fixture(scope="module")
+def spare(make_archive: MakeArchive) -> tuple[Path, ...]:
+    names = ("echo", "gate", "crashes_on_load", "dies_on_load", "ignores_sigterm", "changes_its_world")
+    return tuple(make_archive(name) for name in names)
+
+
+@pytest.fixture(scope="module")
+def empty(spare: tuple[Path, ...]) -> Iterator[Server]:
+    """A server that serves nothing yet; each test unregisters what it has registered."""
+    with server(spare=spare, stop_grace=0.5) as running:
+        yield running
+
+
+@pytest.fixture
+def bare(empty: Server) -> Iterator[Server]:
+    yield empty
+    for model in empty.manage("GET", "/models").json()["models"]:
+        assert empty.manage("DELETE", f"/models/{model['modelName']}").status == 200
+
+
+def test_a_model_is_registered_described_used_and_unregistered(bare: Server) -> None:
+    assert fetch(bare.url, "POST", "/predictions/echo").status == 404
+    reply = bare.manage("POST", "/models?url=echo-1.0.mar&initial_workers=2&batch_size=4&max_batch_delay=10")
+    assert (reply.status, reply.json()) == (
+        200,
+        {"status": 'Model "echo" Version: 1.0 registered with 2 initial workers'},
+    )
+    described = bare.describe("echo")
+    expected = {
+        "modelName": "echo", "modelVersion": "1.0", "modelUrl": "echo-1.0.mar", "state": "READY", "minWorkers": 2,
+        "maxWorkers": 2, "batchSize": 4, "maxBatchDelay": 10, "loadedAtStartup": False, "defaultVersion": True,
+        "versions": ["1.0"], "handler": "echo:Echo",
+    }  # fmt: skip
+    assert {key: described[key] for key in expected} == expected
+    pids = bare.workers("echo")
+    assert len(set(pids)) == 2
+    assert bare.predict("echo", b"x").json()["pid"] in pids
+    assert bare.manage("DELETE", "/models/echo").json() == {"status": 'Model "echo" unregistered'}
+    assert bare.predict("echo").status == 404
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not list((bare.run_dir / "models").iterdir())
+
+
+def test_an_asynchronous_registration_answers_at_once(bare: Server) -> None:
+    reply = bare.manage("POST", "/models?url=echo-1.0.mar&synchronous=false&model_name=other")
+    assert (reply.status, reply.json()) == (202, {"status": "Processing worker updates..."})
+    eventually(lambda: bare.describe("other")["state"] == "READY")
+    assert bare.predict("other", b"x").status == 200
+
+
+def test_parameters_may_come_as_json(bare: Server) -> None:
+    body = json.dumps({"url": "echo-1.0.mar", "initial_workers": 0, "model_name": "j"})
+    reply = fetch(bare.management, "POST", "/models", body, {"Content-Type": "application/json"})
+    assert reply.json()["status"].endswith("Use scale workers API to add workers for the model.")
+    refused = bare.predict("j")
+    assert (refused.status, refused.message) == (
+        503,
+        "model j 1.0 has no workers; scale it up on the management port",
+    )
+
+
+def test_scaling_up_and_down(bare: Server) -> None:
+    bare.manage("POST", "/models?url=echo-1.0.mar")
+    (first,) = bare.workers("echo")
+    assert bare.manage("PUT", "/models/echo?min_worker=3&synchronous=true").status == 200
+    assert len(bare.workers("echo")) == 3
+    assert first in bare.workers("echo")
+    assert bare.manage("PUT", "/models/echo?min_worker=1").status == 202
+    eventually(lambda: len(bare.describe("echo")["workers"]) == 1)
+    assert bare.manage("PUT", "/models/echo/1.0?min_worker=0&synchronous=true").status == 200
+    assert bare.describe("echo")["workers"] == []
+    assert bare.predict("echo").status == 503
+
+
+def test_scaling_down_answers_what_is_in_hand(bare: Server, make_gate: MakeGate) -> None:
+    bare.manage("POST", "/models?url=gate-1.0.mar&initial_workers=1")
+    gate, answering = make_gate(), Answering()
+    answering.send(bare, "gate", gate.body)
+    eventually(gate.begun)
+    bare.manage("PUT", "/models/gate?min_worker=0")
+    gate.open()
+    assert [reply.status for reply in answering.results()] == [200]
+    eventually(lambda: bare.describe("gate")["workers"] == [])
+
+
+def test_unregistering_answers_what_is_in_hand(bare: Server, make_gate: MakeGate) -> None:
+    bare.manage("POST", "/models?url=gate-1.0.mar")
+    gates, answering = [make_gate() for _ in range(3)], Answering()
+    for gate in gates:
+        answering.send(bare, "gate", gate.body)
+    eventually(lambda: bare.metric("mms_queue_depth", model="gate") == 2)
+    leaving = threading.Thread(target=bare.manage, args=("DELETE", "/models/gate"))
+    leaving.start()
+    eventually(lambda: bare.manage("GET", "/models/gate").status == 404)
+    assert bare.predict("gate", gates[0].body).status == 404
+    assert leaving.is_alive()
+    for gate in gates:
+        gate.open()
+    leaving.join()
+    assert [reply.status for reply in answering.results()] == [200] * 3
+
+
+def test_batch_settings_change_while_the_model_is_served(bare: Server) -> None:
+    bare.manage("POST", "/models?url=echo-1.0.mar")
+    before = bare.workers("echo")
+    reply = bare.manage("PUT", "/models/echo?batch_size=7&max_batch_delay=20&queue_size=9")
+    assert reply.json() == {"status": "Settings changed for model: echo 1.0"}
+    described = bare.describe("echo")
+    assert (described["batchSize"], described["maxBatchDelay"], described["queueSize"]) == (7, 20, 9)
+    assert bare.workers("echo") == before
+
+
+def test_the_list_is_paged_by_name(bare: Server) -> None:
+    for name in ("b", "a", "c"):
+        bare.manage("POST", f"/models?url=echo-1.0.mar&initial_workers=0&model_name={name}")
+    first = bare.manage("GET", "/models?limit=2").json()
+    assert [model["modelName"] for model in first["models"]] == ["a", "b"]
+    assert first["models"][0]["modelUrl"] == "echo-1.0.mar"
+    second = bare.manage("GET", f"/models?limit=2&next_page_token={first['nextPageToken']}").json()
+    assert [model["modelName"] for model in second["models"]] == ["c"]
+    assert "nextPageToken" not in second
+
+
+def test_f9_a_handler_that_does_not_load_is_failed_with_its_traceback(bare: Server) -> None:
+    reply = bare.manage("POST", "/models?url=crashes_on_load-1.0.mar")
+    assert reply.status == 500
+    assert reply.json()["type"] == "ModelLoadException"
+    assert "failed to load: RuntimeError: the weights are missing" in reply.message
+    assert "in initialize" in reply.json()["traceback"]
+    described = bare.describe("crashes_on_load")
+    assert described["state"] == "FAILED"
+    assert "RuntimeError: the weights are missing" in described["failure"]["traceback"]
+    assert bare.output.count("crashes_on_load 1.0: FAILED after 3 tries") == 1
+    refused = bare.predict("crashes_on_load")
+    assert refused.status == 503
+    assert "failed to load" in refused.message
+    assert bare.manage("POST", "/models?url=crashes_on_load-1.0.mar").status == 500, "a FAILED version gives way"
+
+
+def test_f9_a_worker_that_dies_before_it_is_ready_leaves_its_last_words(bare: Server) -> None:
+    reply = bare.manage("POST", "/models?url=dies_on_load-1.0.mar")
+    assert reply.status == 500
+    assert "exit code 3" in reply.message
+    assert "these are my last words" in bare.describe("dies_on_load")["failure"]["traceback"]
+
+
+def test_f14_a_worker_that_ignores_sigterm_is_gone_after_its_grace(bare: Server) -> None:
+    bare.manage("POST", "/models?url=ignores_sigterm-1.0.mar")
+    (pid,) = bare.workers("ignores_sigterm")
+    bare.manage("PUT", "/models/ignores_sigterm?min_worker=0")
+    eventually(lambda: not psutil.pid_exists(pid), timeout=1.5)
+
+
+def test_f30_what_a_handler_changes_stays_in_its_worker(bare: Server) -> None:
+    bare.manage("POST", "/models?url=changes_its_world-1.0.mar")
+    for body in (b"one", b"two", b"three"):
+        assert bare.predict("changes_its_world", body).body == body
+    os.kill(bare.workers("changes_its_world")[0], 9)
+    assert bare.predict("changes_its_world", b"four").body == b"four"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind", "words"),
+    [
+        ("POST", "/models", 400, "BadRequestException", "Parameter url is required."),
+        ("POST", "/models?url=cat.mar", 404, "ModelNotFoundException", "the model store; it holds"),
+        ("POST", "/models?url=../echo.mar", 400, "BadRequestException", "without a path"),
+        ("POST", "/models?url=http://a/b.mar", 400, "BadRequestException", "from the model store only"),
+        ("POST", "/models?url=echo-1.0.mar&model_name=a/b", 400, "BadRequestException", "no model name"),
+        ("POST", "/models?url=echo-1.0.mar&batch_size=0", 400, "ConfigException", "at least 1"),
+        ("POST", "/models?url=echo-1.0.mar&batch_size=x", 400, "ConfigException", "batch_size = 'x'"),
+        ("POST", "/models?url=echo-1.0.mar&runtime=java", 400, "BadRequestException", "java"),
+        ("POST", "/models?url=echo-1.0.mar&batchsize=1", 400, "BadRequestException", "did you mean batch_size?"),
+        ("POST", "/models?url=echo-1.0.mar&synchronous=maybe", 400, "BadRequestException", "true or false"),
+        ("POST", "/models?url=echo-1.0.mar&handler=echo:Nothing", 500, "ModelLoadException", "echo defines no Nothing"),
+        ("GET", "/models?limit=0", 400, "BadRequestException", "at least 1"),
+        ("GET", "/models/cat", 404, "ModelNotFoundException", "cat"),
+        ("PUT", "/models/cat?min_worker=1", 404, "ModelNotFoundException", "cat"),
+        ("PUT", "/models/cat/1.0/set-default", 404, "ModelNotFoundException", "cat"),
+        ("DELETE", "/models/cat", 404, "ModelNotFoundException", "cat"),
+        ("GET", "/nowhere", 404, "ResourceNotFoundException", "not found"),
+        ("PATCH", "/models", 405, "MethodNotAllowedException", "not allowed"),
+    ],
+)
+def test_what_management_refuses(bare: Server, method: str, path: str, status: int, kind: str, words: str) -> None:
+    reply = bare.manage(method, path)
+    assert (reply.status, reply.json()["type"]) == (status, kind)
+    assert words in reply.message
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("min_worker=3&max_worker=1", "max_worker cannot be less"), ("min_worker=-1", "min_worker"), ("x=1", "x")],
+)
+def test_what_scaling_refuses(bare: Server, path: str, words: str) -> None:
+    bare.manage("POST", "/models?url=echo-1.0.mar")
+    reply = bare.manage("PUT", f"/models/echo?{path}")
+    assert reply.status == 400
+    assert words in reply.message
+    assert len(bare.workers("echo")) == 1
+
+
+@pytest.mark.parametrize("body", ["[1]", "{", "{}x", "[" * 100_000])
+def test_a_body_that_is_no_json_object_is_refused(bare: Server, body: str) -> None:
+    reply = fetch(bare.management, "POST", "/models", body, {"Content-Type": "application/json"})
+    assert reply.status == 400
+    assert "not a JSON object" in reply.message
+
+
+def test_a_second_registration_is_a_conflict(bare: Server) -> None:
+    bare.manage("POST", "/models?url=echo-1.0.mar")
+    reply = bare.manage("POST", "/models?url=echo-1.0.mar")
+    assert (reply.status, reply.message) == (409, "Model version 1.0 is already registered for model echo")
+    assert bare.predict("echo", b"x").status == 200
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "no-zip"])
+def test_a_broken_archive_is_refused_and_nothing_is_left(bare: Server, damage: str) -> None:
+    store = bare.folder / "store"
+    data = bytearray((store / "echo-1.0.mar").read_bytes())
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    elif damage == "changed":
+        data[60] ^= 0xFF
+    else:
+        data[:] = b"nothing like an archive"
+    (store / "broken.mar").write_bytes(data)
+    try:
+        reply = bare.manage("POST", "/models?url=broken.mar&model_name=broken")
+        assert (reply.status, reply.json()["type"]) == (400, "InvalidModelException")
+        assert reply.message
+    finally:
+        (store / "broken.mar").unlink()
+    assert bare.manage("GET", "/models/broken").status == 404
+    assert not list((bare.run_dir / "models").iterdir())

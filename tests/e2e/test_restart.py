@@ -1,0 +1,217 @@
+"""Workers and the fork server are killed in every state, with and without load: what clients see, and how fast it is over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.conftest import Answering, MakeArchive, MakeGate, Server, Traffic, eventually, needs_nginx, processes_in, server
+
+
+@pytest.fixture(scope="module")
+def running(make_archive: MakeArchive) -> Iterator[Server]:
+    with server(
+        make_archive("echo", min_workers=2),
+        make_archive("gate"),
+        make_archive("gate", model_name="batched", batch_size=8),
+        make_archive("gate", model_name="once", retry=0),
+        make_archive("poison"),
+        make_archive("forks_a_helper"),
+        make_archive("closes_descriptors"),
+        make_archive("big"),
+        make_archive("poison", model_name="frozen", response_timeout=0.3),
+    ) as started:
+        yield started
+
+
+def replaced(running: Server, model: str, count: int, *gone: int) -> bool:
+    pids = running.workers(model)
+    return len(pids) == count and not set(pids) & set(gone)
+
+
+def is_running(pid: int) -> bool:
+    """Whether it does anything; one that waits to be reaped does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_f1_an_idle_worker_that_is_killed_is_replaced_at_once(running: Server) -> None:
+    (pid,) = running.workers("poison")
+    os.kill(pid, signal.SIGKILL)
+    assert running.predict("poison", b"first after the kill").status == 200
+    eventually(lambda: replaced(running, "poison", 1, pid), timeout=0.5)
+    assert running.metric("mms_worker_restarts_total", model="poison", reason="signal 9 (SIGKILL)") == 1
+
+
+def test_kill_under_load_loses_no_request_and_the_pool_is_whole_within_a_second(running: Server) -> None:
+    with Traffic(running) as traffic:
+        traffic.flows()
+        for _ in range(3):
+            pid = running.workers("echo")[0]
+            os.kill(pid, signal.SIGKILL)
+            killed = time.monotonic()
+            eventually(lambda pid=pid: replaced(running, "echo", 2, pid))  # type: ignore[misc]
+            assert time.monotonic() - killed < 1
+            traffic.flows()
+    assert traffic.failures == []
+    assert traffic.slowest < 1
+
+
+def test_all_workers_killed_under_load_lose_no_request(running: Server) -> None:
+    with Traffic(running) as traffic:
+        traffic.flows()
+        before = running.workers("echo")
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: replaced(running, "echo", 2, *before), timeout=1)
+        traffic.flows()
+    assert traffic.failures == []
+
+
+@needs_nginx
+def test_kill_under_load_behind_nginx_loses_no_request(make_archive: MakeArchive) -> None:
+    with server(make_archive("echo"), edge="nginx") as edged, Traffic(edged) as traffic:
+        traffic.flows()
+        (pid,) = edged.workers("echo")
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: replaced(edged, "echo", 1, pid), timeout=1)
+        traffic.flows()
+    assert traffic.failures == []
+
+
+def test_f2_a_request_in_hand_is_run_once_more_and_answered(running: Server, make_gate: MakeGate) -> None:
+    gate, answering = make_gate(), Answering()
+    (pid,) = running.workers("gate")
+    answering.send(running, "gate", gate.body)
+    eventually(gate.begun)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: len(gate.begun()) == 2)
+    gate.open()
+    assert [reply.status for reply in answering.results()] == [200]
+    first, second = gate.begun()
+    assert first == pid != second
+    assert running.metric("mms_retries_total", model="gate") == 1
+
+
+def test_f3_the_jobs_of_a_killed_batch_are_run_again_each_alone(running: Server, make_gate: MakeGate) -> None:
+    first, rest, answering = make_gate(), [make_gate() for _ in range(4)], Answering()
+    (pid,) = running.workers("batched")
+    answering.send(running, "batched", first.body)
+    eventually(first.begun)
+    for gate in rest:
+        answering.send(running, "batched", gate.body)
+    eventually(lambda: running.metric("mms_queue_depth", model="batched") == 4)
+    first.open()
+    eventually(lambda: all(gate.begun() for gate in rest))
+    assert [gate.batches() for gate in rest] == [[4]] * 4
+    for gate in rest:
+        gate.open()
+    os.kill(pid, signal.SIGSTOP)  # whatever it was about to answer, it does not now
+    os.kill(pid, signal.SIGKILL)
+    assert {reply.status for reply in answering.results()} == {200}
+    assert all(gate.batches() in ([4], [4, 1]) for gate in rest)
+
+
+def test_f4_an_answer_is_whole_although_workers_are_killed_while_they_send(running: Server) -> None:
+    answering = Answering()
+    for _ in range(8):
+        answering.send(running, "big", b"8000000")
+    for _ in range(2):
+        os.kill(eventually(lambda: running.workers("big"))[0], signal.SIGKILL)
+    for reply in answering.results():
+        assert reply.body == b"x" * 8_000_000 or reply.status in (500, 503), reply.status
+
+
+@pytest.mark.parametrize(("body", "cause"), [(b"abort", "signal 6 (SIGABRT)"), (b"exit", "exit code 0")])
+def test_f6_a_poisonous_request_kills_exactly_two_workers(running: Server, body: bytes, cause: str) -> None:
+    before = running.metric("mms_worker_restarts_total", model="poison", reason=cause)
+    reply = running.predict("poison", body)
+    assert (reply.status, reply.json()["type"]) == (500, "WorkerDiedException")
+    assert f"died twice running this request ({cause})" in reply.message
+    assert running.metric("mms_worker_restarts_total", model="poison", reason=cause) == before + 2
+    assert running.predict("poison", b"good").body == b"good"
+    assert running.describe("poison")["state"] == "READY"
+
+
+def test_f8_with_retry_off_nothing_runs_twice(running: Server, make_gate: MakeGate) -> None:
+    gate, answering = make_gate(), Answering()
+    (pid,) = running.workers("once")
+    answering.send(running, "once", gate.body)
+    eventually(gate.begun)
+    os.kill(pid, signal.SIGKILL)
+    (reply,) = answering.results()
+    assert (reply.status, reply.json()["type"]) == (503, "WorkerDiedException")
+    assert "retry is off for this model" in reply.message
+    assert gate.begun() == [pid]
+
+
+def test_f12_a_stopped_worker_is_killed_and_replaced(running: Server) -> None:
+    (pid,) = running.workers("frozen")
+    reply = running.predict("frozen", b"freeze")
+    assert reply.status == 504
+    assert running.predict("frozen", b"next").status == 200
+    assert not psutil.pid_exists(pid)
+
+
+def test_f18_a_helper_that_outlives_its_worker_hides_no_death(running: Server) -> None:
+    helper = running.predict("forks_a_helper").json()
+    os.kill(helper["pid"], signal.SIGKILL)
+    eventually(lambda: replaced(running, "forks_a_helper", 1, helper["pid"]), timeout=1)
+    eventually(lambda: not is_running(helper["helper"]))
+
+
+@pytest.mark.parametrize("body", [b"close", b"garbage"])
+def test_f20_f33_a_worker_that_breaks_its_channel_is_killed(running: Server, body: bytes) -> None:
+    (pid,) = running.workers("closes_descriptors")
+    reply = running.predict("closes_descriptors", body)
+    assert (reply.status, reply.json()["type"]) == (500, "WorkerDiedException")
+    assert "its channel" in reply.message
+    eventually(lambda: replaced(running, "closes_descriptors", 1, pid), timeout=2)
+    assert running.predict("closes_descriptors", b"good").body == b"good"
+
+
+def test_f36_the_fork_servers_death_is_no_workers_death(running: Server) -> None:
+    before = running.workers("echo")
+    with Traffic(running) as traffic:
+        for process in running.named("mms-forkserver"):
+            process.kill()
+        traffic.flows()
+    assert traffic.failures == []
+    assert running.workers("echo") == before
+    os.kill(before[0], signal.SIGKILL)
+    eventually(lambda: replaced(running, "echo", 2, before[0]), timeout=2)
+
+
+def test_f38_the_fork_server_killed_together_with_a_worker(running: Server) -> None:
+    before = running.workers("echo")
+    for process in running.named("mms-forkserver"):
+        process.kill()
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    assert running.predict("echo", b"x").status == 200
+    eventually(lambda: replaced(running, "echo", 2, *before), timeout=2)
+
+
+def test_f10_a_model_that_keeps_dying_is_restarted_ever_more_slowly(make_archive: MakeArchive) -> None:
+    with server(make_archive("poison", retry=0)) as dying:
+        for _ in range(4):
+            running_pid = eventually(lambda: dying.workers("poison"))[0]
+            os.kill(running_pid, signal.SIGKILL)
+            eventually(lambda pid=running_pid: replaced(dying, "poison", 1, pid))  # type: ignore[misc]
+        assert "replacing it in" in dying.output
+        assert dying.predict("poison", b"good").status == 200
+
+
+def test_no_process_is_left_over_by_all_these_deaths(running: Server) -> None:
+    models = [model["modelName"] for model in running.manage("GET", "/models").json()["models"]]
+    wanted = {pid for model in models for pid in running.workers(model)} | {running.pid}
+    forkservers = {process.pid for process in running.named("mms-forkserver")}
+    assert len(forkservers) == 1
+    assert {process.pid for process in processes_in(running.folder)} == wanted | forkservers
