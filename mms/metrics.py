@@ -49,8 +49,6 @@ class VersionMetrics:
     def __init__(self) -> None:
         self.requests: Counter[int] = Counter()  # by status
         self.errors: Counter[str] = Counter()  # by cause: the error's type
-        self.cancelled = 0
-        self.retries = 0
         self.restarts: Counter[str] = Counter()  # by cause
         self.duration = Histogram(SECONDS)
         self.queued = Histogram(SECONDS)
@@ -81,6 +79,8 @@ class VersionFacts:
     metrics: VersionMetrics
     queue_depth: int
     queue_capacity: int
+    cancelled: int
+    retries: int
     in_flight: int
     workers: list[WorkerFacts]
 
@@ -161,8 +161,8 @@ class Collector:
                 errors.add_metric([*labels, cause], count)
             for reason, count in sorted(facts.metrics.restarts.items()):
                 restarts.add_metric([*labels, reason], count)
-            cancelled.add_metric(labels, facts.metrics.cancelled)
-            retries.add_metric(labels, facts.metrics.retries)
+            cancelled.add_metric(labels, facts.cancelled)
+            retries.add_metric(labels, facts.retries)
         for status, count in sorted(self._unknown.items()):
             requests.add_metric(["unknown", "", str(status)], count)
         yield from (requests, errors, restarts, cancelled, retries)

@@ -129,12 +129,14 @@ class Connection(asyncio.Protocol):
         self._size = 0
         self._chunked_raw = 0
         self._refusal: MMSError | None = None
+        self._refused: tuple[Exchange, MMSError] | None = None  # to be answered behind the backlog
         self._pending: deque[Exchange] = deque()
         self._backlog: deque[Exchange] = deque()
         self._draining = False
         self._drained: asyncio.Future[None] | None = None
         self._last = False  # no further request is read from this connection
         self._lingering = -1  # bytes that may still be read and dropped
+        self._admitting = False
         self._write_paused = False
         self._read_paused = False
 
@@ -150,12 +152,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._peers.discard(self)
         self._last = True
-        for exchange in self._pending:
-            if exchange.work is not None and exchange.response is None:
-                exchange.work.cancel()
-        self._pending.clear()
-        self._backlog.clear()
-        self._note_drained()
+        self._forget_requests()
 
     def eof_received(self) -> bool:
         self._last = True
@@ -197,7 +194,8 @@ class Connection(asyncio.Protocol):
                 self._loop.call_exception_handler({"message": "parser callback failed", "exception": cause})
             self._refusal = self._refusal or BadRequestError(f"not HTTP/1.1: {str(error) or 'malformed request'}")
         if self._in_head and not self._between:
-            self._raw_head += len(data)
+            if not self._backlog:  # else the bytes belong to the requests before this one, for all we know
+                self._raw_head += len(data)
             if self._raw_head > MAX_HEAD:
                 self._refusal = self._refusal or verdicts.too_large()
         elif self._head.transfer_encoding and not self._between:
@@ -271,7 +269,7 @@ class Connection(asyncio.Protocol):
         """Send the exchange's answer, and those behind it that waited for their turn."""
         pending = self._pending
         if not pending:
-            return  # the client has gone
+            return  # the client has gone, or was told goodbye
         if pending[0] is not exchange:
             exchange.response = head, body
             return
@@ -282,7 +280,7 @@ class Connection(asyncio.Protocol):
             self._write(*response)
         if not exchange.keep_alive:
             self._finish()
-        elif self._backlog:
+        elif self._backlog or self._refused is not None:
             self._admit()
         elif self._last and not pending:
             self._finish()
@@ -370,9 +368,17 @@ class Connection(asyncio.Protocol):
 
     def _admit(self) -> None:
         """Hand requests to the application, a bounded number at a time."""
+        if self._admitting:
+            return  # an answer given at once comes back here: the loop below goes on with the next
+        self._admitting = True
         backlog, pending = self._backlog, self._pending
         while backlog and len(pending) < MAX_PIPELINED:
             self._serve(backlog.popleft())
+        self._admitting = False
+        if self._refused is not None and not backlog:
+            (exchange, error), self._refused = self._refused, None
+            pending.append(exchange)
+            exchange.fail(error)
         self._steer_reading()
 
     def _serve(self, exchange: Exchange) -> None:
@@ -387,19 +393,17 @@ class Connection(asyncio.Protocol):
         self._refusal = None
         exchange = Exchange(self, self._head, [], 0, self.last_activity)
         exchange.keep_alive = False
-        if self._backlog:
-            self._admit()
+        self._refused = exchange, error
         self._last = True
         self._between = True
         self._held = b""
         self._parts = []
-        self._pending.append(exchange)
-        exchange.fail(error)
+        self._admit()
 
     def _finish(self) -> None:
         """The last answer is written: close, but read a little first if the client may still be sending."""
         self._last = True
-        self._note_drained()
+        self._forget_requests()
         if self._transport.is_closing() or self._lingering >= 0:
             return
         if self._transport.can_write_eof():
@@ -408,7 +412,14 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.close()
 
-    def _note_drained(self) -> None:
+    def _forget_requests(self) -> None:
+        """No further answer leaves on this connection: what is still under way is not waited for."""
+        for exchange in self._pending:
+            if exchange.work is not None:
+                exchange.work.cancel()
+        self._pending.clear()
+        self._backlog.clear()
+        self._refused = None
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 

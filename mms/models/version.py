@@ -136,6 +136,8 @@ class ModelVersion:
             metrics=self.metrics,
             queue_depth=self.queue.depth,
             queue_capacity=self.queue.capacity,
+            cancelled=self.queue.cancelled,
+            retries=self.queue.retries,
             in_flight=pool.in_flight if pool else 0,
             workers=[
                 WorkerFacts(worker.slot, str(worker.state), _cpu(worker.pid), _memory(worker.pid))

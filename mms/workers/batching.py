@@ -49,9 +49,12 @@ class Job:
         """Nobody waits for the answer any more: if the job still waits it never runs, else its answer is dropped."""
         if not self.settled:
             self.settled = True
-            if self.queue is not None and not self.taken:
-                self.queue.depth -= 1
-                self.parts = []
+            queue = self.queue
+            if queue is not None:
+                queue.cancelled += 1
+                if not self.taken:
+                    queue.depth -= 1
+                    self.parts = []
 
     def fail(self, error: MMSError) -> None:
         if not self.settled:
@@ -101,6 +104,7 @@ class BatchQueue:
         self.depth = 0  # waiting jobs that somebody still waits for
         self.submitted = 0
         self.retries = 0
+        self.cancelled = 0
         self._waiting: deque[Job] = deque()
         self._alone: deque[Job] = deque()  # retries: each runs in a frame of its own, before anything else
         self._retried: deque[float] = deque()
@@ -219,9 +223,9 @@ class BatchQueue:
         worker.frame_ends.clear()
         worker.exclusive = False
         ahead = [job for job in jobs[begun:] if not job.settled]
-        for job in ahead:
+        for job in reversed(ahead):
             job.taken = 0.0
-        self._waiting.extendleft(reversed(ahead))
+            (self._alone if job.attempts else self._waiting).appendleft(job)
         self.depth += len(ahead)
         return [job for job in jobs[:begun] if not job.settled]
 

@@ -328,7 +328,6 @@ class WorkerPool:
         started, _ = worker.process.progress()
         for job, error in self._queue.lose(worker.in_flight, started, worker.cause, time.monotonic()):
             self.fail(job, error)
-        self._metrics.retries = self._queue.retries
         if self._wake is None:
             self._wake = self._loop.call_soon(self._dispatch)
 

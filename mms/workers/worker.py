@@ -163,11 +163,14 @@ class Worker(asyncio.Protocol):
                 queued[bisect_left(bounds, wait)] += 1
                 in_all += spent
                 in_queue += wait
-                if outcome.error:
-                    metrics.errors[outcome.error] += 1
-                    job.caller.fail(_remote_error(outcome, payload[at:end]))
-                else:
-                    job.caller.answer(status, outcome.head, payload[at:end])
+                try:
+                    if outcome.error:
+                        metrics.errors[outcome.error] += 1
+                        job.caller.fail(_remote_error(outcome, payload[at:end]))
+                    else:
+                        job.caller.answer(status, outcome.head, payload[at:end])
+                except Exception:  # one caller's fault must not cost the other jobs their worker
+                    log.exception("the answer to job %d could not be delivered", job.id)
             at = end
         metrics.duration.total += in_all
         metrics.queued.total += in_queue
