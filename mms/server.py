@@ -76,15 +76,19 @@ class ModelServer:
         prepare_process()
         user = edge_user() if self._nginx_program else None
         self._run_dir.acquire(user)
+        loads: list[asyncio.Task[None]] = []
         try:
             sockets = self._listen(user[1] if user else None)
             self._catch_signals()
-            loads = [asyncio.create_task(self._load(url, name)) for name, url in self._startup]
+            loads += [asyncio.create_task(self._load(url, name)) for name, url in self._startup]
             await self._serve(sockets)
             self._start_edge()
             self._run_dir.record(Running(os.getpid(), *self._addresses()))
             await self._await_loads(loads)
         except BaseException:
+            for load in loads:
+                load.cancel()
+            await asyncio.gather(*loads, return_exceptions=True)
             await self.stop()
             raise
         if self._stop_asked.is_set():
