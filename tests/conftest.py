@@ -159,6 +159,7 @@ class Server:
         self.url, self.management, self.metrics = addresses
         self.ready_line = ""
         self.expected_exit = 0
+        self._stopping = False
         self._log = folder / "log"
         self._ready = threading.Event()
         with self._log.open("wb") as log:
@@ -171,6 +172,11 @@ class Server:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    @property
+    def reads(self) -> bool:
+        """Whether its standard output is still open."""
+        return self._reader.is_alive()
 
     @property
     def output(self) -> str:
@@ -211,6 +217,7 @@ class Server:
         return found
 
     def signal(self, number: int) -> None:
+        self._stopping = self._stopping or number in (signal.SIGTERM, signal.SIGINT)
         self.process.send_signal(number)
 
     def kill(self) -> None:
@@ -220,9 +227,9 @@ class Server:
         self.process.wait(5)
 
     def stop(self, timeout: float = 20.0) -> int:
-        """SIGTERM, unless it has ended already; the exit code."""
-        if self.process.poll() is None:
-            self.process.terminate()
+        """SIGTERM, unless it has ended or was asked to end already; the exit code."""
+        if self.process.poll() is None and not self._stopping:
+            self.signal(signal.SIGTERM)
         return self.process.wait(timeout)
 
     def close(self) -> None:

@@ -1,0 +1,180 @@
+"""What `mms start` says when it cannot start: one clear line on standard error, exit code 1, and nothing left behind."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import (
+    MakeArchive,
+    environment,
+    eventually,
+    free_ports,
+    mms,
+    needs_nginx,
+    processes_in,
+    scratch,
+    server,
+    start_arguments,
+)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with scratch() as path:
+        yield path
+
+
+def refusal(
+    folder: Path, *archives: Path, models: tuple[str, ...] = (), env: dict[str, str] | None = None, **settings: Any
+) -> str:
+    """The one line of a start that must fail."""
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
+    words = start_arguments(folder, addresses, *archives, **settings)
+    for model in models:
+        words += ["--models", model]
+    ended = subprocess.run(
+        words, capture_output=True, text=True, timeout=20, cwd=folder, env=environment(**(env or {})), check=False
+    )
+    assert ended.returncode == 1, ended
+    eventually(lambda: not processes_in(folder))
+    errors = ended.stderr.splitlines()
+    assert errors[-1].startswith("mms: error: ")
+    assert len(errors) == 1, ended.stderr
+    assert not [line for line in ended.stdout.splitlines() if line.startswith("ready")]
+    return errors[0].removeprefix("mms: error: ")
+
+
+@pytest.mark.parametrize("edge", ["none", pytest.param("nginx", marks=needs_nginx)])
+@pytest.mark.parametrize("which", ["inference", "management", "metrics"])
+def test_f70_a_port_in_use_is_named(folder: Path, make_archive: MakeArchive, which: str, edge: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        setting = {f"{which}_address": f"127.0.0.1:{port}"}
+        text = refusal(folder, make_archive("echo"), models=("echo-1.0.mar",), edge=edge, **setting)
+    assert f"127.0.0.1:{port}" in text
+    assert "in use" in text
+
+
+def test_f70_an_address_of_another_machine(folder: Path) -> None:
+    assert "cannot listen on 192.0.2.1:80" in refusal(folder, inference_address="192.0.2.1:80")
+
+
+def test_a_missing_store(folder: Path) -> None:
+    assert refusal(folder, model_store=folder / "nowhere").startswith(f"the model store {folder}/nowhere is not a folder")
+
+
+def test_models_without_a_store(folder: Path) -> None:
+    text = refusal(folder, models=("cat.mar",), model_store="")
+    assert "started without --model-store" in text
+
+
+def test_a_missing_archive_names_those_there_are(folder: Path, make_archive: MakeArchive) -> None:
+    text = refusal(folder, make_archive("echo"), models=("cat.mar",))
+    assert text == "cat.mar is not in the model store; it holds echo-1.0.mar"
+
+
+@pytest.mark.parametrize("data", [b"nothing like an archive", b"", b"PK\x05\x06" + bytes(18)])
+def test_a_broken_archive(folder: Path, data: bytes) -> None:
+    (folder / "store").mkdir()
+    (folder / "store" / "broken.mar").write_bytes(data)
+    assert "broken.mar" in refusal(folder, models=("broken.mar",))
+
+
+def test_a_changed_archive(folder: Path, make_archive: MakeArchive) -> None:
+    (folder / "store").mkdir()
+    data = bytearray(make_archive("echo").read_bytes())
+    data[60] ^= 0xFF
+    (folder / "store" / "changed.mar").write_bytes(data)
+    assert "changed.mar" in refusal(folder, models=("changed.mar",))
+
+
+def test_two_archives_of_one_model(folder: Path, make_archive: MakeArchive) -> None:
+    text = refusal(folder, make_archive("echo"), models=("echo-1.0.mar", "echo=echo-1.0.mar"))
+    assert "both hold model echo 1.0" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("inference_address", "8080", "host:port or unix:/path is needed"),
+        ("edge", "apache", "one of auto, nginx, none is needed"),
+        ("batch_size", "0", "must be at least 1"),
+        ("batch_size", "many", "batch_size = 'many'"),
+        ("max_request_size", "1 apple", "a size is needed"),
+        ("response_timeout", "nan", "a finite number is needed"),
+        ("run_dir", "/proc/mms", "cannot use the run directory /proc/mms"),
+        ("nginx", "no-such-nginx", "no-such-nginx"),
+        ("log_file", "/nowhere/mms.log", "/nowhere/mms.log"),
+    ],
+)
+def test_an_impossible_setting(folder: Path, name: str, value: str, words: str) -> None:
+    edge = {"edge": "nginx"} if name == "nginx" else {}
+    assert words in refusal(folder, **{**edge, name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch_sise: 1\n", "unknown setting batch_sise; did you mean batch_size?"),
+        ("batch_size: [1\n", "line"),
+        ("- 1\n", "must hold 'key: value' lines"),
+        ("batch_size: 1\nbatch_size: 2\n", "batch_size stands twice"),
+        ("a: &a [1]\nb: *a\n", "aliases are not allowed"),
+    ],
+)
+def test_a_bad_settings_file(folder: Path, text: str, words: str) -> None:
+    file = folder / "mms.yaml"
+    file.write_text(text)
+    error = refusal(folder, config=file)
+    assert str(file) in error
+    assert words in error
+
+
+def test_an_unknown_variable(folder: Path) -> None:
+    text = refusal(folder, env={"MMS_BATCHSIZE": "1"})
+    assert text == "environment: unknown setting MMS_BATCHSIZE; did you mean MMS_BATCH_SIZE?"
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    ended = mms("start", "--batch-sise", "1")
+    assert ended.returncode == 2
+    assert "No such option '--batch-sise'. (Did you mean one of: '--batch-size'," in ended.stderr
+
+
+def test_f53_a_second_start_in_one_run_directory_leaves_the_first_alone(make_archive: MakeArchive) -> None:
+    with server(make_archive("echo")) as first:
+        words = start_arguments(first.folder, [f"127.0.0.1:{port}" for port in free_ports(3)])
+        second = subprocess.run(
+            words, capture_output=True, text=True, timeout=20, cwd="/", env=environment(), check=False
+        )
+        assert second.returncode == 1
+        assert second.stderr == (
+            f"mms: error: a server (pid {first.pid}) is running in {first.run_dir}; "
+            "stop it with mms stop, or choose another --run-dir\n"
+        )
+        assert first.predict("echo", b"x").status == 200
+
+
+@needs_nginx
+def test_a_run_directory_that_is_too_long_for_sockets(folder: Path) -> None:
+    text = refusal(folder, run_dir=folder / ("x" * 100), edge="nginx")
+    assert "longer than 107 bytes; choose a shorter run_dir" in text
+
+
+def test_a_run_directory_that_is_a_link(folder: Path) -> None:
+    (folder / "real").mkdir()
+    (folder / "link").symlink_to(folder / "real")
+    assert "is not a folder of this user" in refusal(folder, run_dir=folder / "link")
+
+
+def test_a_model_that_does_not_load_is_no_reason_not_to_start(make_archive: MakeArchive) -> None:
+    with server(make_archive("echo"), make_archive("crashes_on_load")) as running:
+        assert running.ready_line.endswith("; FAILED: crashes_on_load 1.0")
+        assert running.predict("echo", b"x").status == 200
+        assert running.predict("crashes_on_load", b"x").status == 503
