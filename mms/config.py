@@ -32,6 +32,13 @@ def _integer(value: Any) -> int:
     return int(value)
 
 
+def _zero_or_one(value: Any) -> int:
+    number = _integer(value)
+    if number not in (0, 1):
+        raise ValueError("0 or 1 is needed")
+    return number
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool):
         raise ValueError("a number is needed")
@@ -85,7 +92,9 @@ def _integers(value: Any) -> tuple[int, ...]:
 
 def _one_of(*words: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
-        text = "none" if value is False else str(value)
+        text = str(value)
+        if isinstance(value, bool):  # YAML reads on, off, yes and no as these
+            text = "none" if value is False and "none" in words else text.lower()
         if text not in words:
             raise ValueError(f"one of {', '.join(words)} is needed")
         return text
@@ -133,7 +142,7 @@ class ModelSettings:
     startup_timeout: float = _setting(300.0, _number, "seconds a worker may take to load", low=0.001)
     queue_size: int = _setting(100, _integer, "requests that may wait; one more is refused with 429", low=1)
     queue_timeout: float = _setting(60.0, _number, "seconds a request may wait for a worker; then 504", low=0.001)
-    retry: int = _setting(1, _integer, "times a request is run again after its worker died (0 or 1)", low=0)
+    retry: int = _setting(1, _zero_or_one, "times a request is run again after its worker died (0 or 1)", low=0)
     isolate_errors: str = _setting(
         "auto",
         _one_of("auto", "true", "false"),
@@ -276,6 +285,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -301,8 +312,9 @@ def parse_yaml(data: bytes, origin: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise ConfigError(f"{origin}:{line} {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{origin}: not YAML: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        first = str(error).partition("\n")[0]  # PyYAML's constructors raise any of these on values that do not fit
+        raise ConfigError(f"{origin}: not YAML: {first}") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -335,7 +347,7 @@ def load_config(
             raise ConfigError(f"environment: unknown setting MMS_{name.upper()}{suggestion}")
     take(named, "environment")
     take(command_line or {}, "command line")
-    values.setdefault("run_dir", default_run_dir())
+    values["run_dir"] = values.get("run_dir") or default_run_dir()
     return Config(**values), origins
 
 
