@@ -85,6 +85,8 @@ def start(daemon: bool, foreground: bool, file: Path | None, **options: Any) -> 
     mms start --model-store store --models cat.mar
     mms start --model-store store --models ALL --daemon
     """
+    if _READY_FD in os.environ:
+        os.set_inheritable(int(os.environ[_READY_FD]), False)  # nginx would hold it open for its whole life
     config, _ = _load(file, options)
     if daemon and not foreground:
         _start_daemon(config)

@@ -237,12 +237,12 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
         _list,
     ),
     (
-        Operation("get", "/models/{model}", "Describe the default version.", (200, 404), operation_id="describe"),
+        Operation("get", "/models/{model}", "Describe the default version.", (200, 400, 404), operation_id="describe"),
         _describe,
     ),
     (
         Operation(
-            "get", "/models/{model}/{version}", "Describe one version.", (200, 404), operation_id="describe_version"
+            "get", "/models/{model}/{version}", "Describe one version.", (200, 400, 404), operation_id="describe_version"
         ),
         _describe,
     ),
@@ -262,7 +262,7 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
     ),
     (
         Operation(
-            "put", "/models/{model}/{version}/set-default", "Make a version the default.", (200, 404, 409),
+            "put", "/models/{model}/{version}/set-default", "Make a version the default.", (200, 400, 404, 409),
             operation_id="set_default",
         ),
         _set_default,
@@ -279,10 +279,10 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
     ),
     (
         Operation(
-            "delete", "/models/{model}/{version}", "Unregister one version, after draining.", (200, 404),
+            "delete", "/models/{model}/{version}", "Unregister one version, after draining.", (200, 400, 404),
             operation_id="unregister_version",
         ),
         _unregister,
     ),
-    (Operation("get", "/openapi.json", "This document.", (200,), operation_id="management_openapi"), _openapi),
+    (Operation("get", "/openapi.json", "This document.", (200, 400), operation_id="management_openapi"), _openapi),
 )  # fmt: skip
