@@ -1,0 +1,196 @@
+"""The `mms` command line with a real server beside it: status, stop, predict, config, check, daemon."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import (
+    MakeArchive,
+    Server,
+    digest,
+    eventually,
+    fetch,
+    free_ports,
+    is_free,
+    mms,
+    processes_in,
+    scratch,
+    server,
+    start_arguments,
+)
+
+
+@pytest.fixture(scope="module")
+def running(make_archive: MakeArchive) -> Iterator[Server]:
+    with server(make_archive("echo"), make_archive("status_and_headers"), make_archive("crashes_on_predict")) as started:
+        yield started
+
+
+def test_status_shows_models_and_workers(running: Server) -> None:
+    shown = mms("status", "--run-dir", str(running.run_dir))
+    assert shown.returncode == 0, shown
+    assert f"pid {running.pid}" in shown.stdout
+    assert "echo" in shown.stdout
+    assert "1 of 1" in shown.stdout
+    described = json.loads(mms("status", "--run-dir", str(running.run_dir), "--json").stdout)
+    assert (described["running"], described["ready"], described["pid"]) == (True, True, running.pid)
+    assert [model["modelName"] for model in described["models"]] == ["crashes_on_predict", "echo", "status_and_headers"]
+    quiet = mms("status", "--run-dir", str(running.run_dir), "--quiet")
+    assert (quiet.returncode, quiet.stdout) == (0, "")
+
+
+def test_status_and_stop_without_a_server(tmp_path: Path) -> None:
+    shown = mms("status", "--run-dir", str(tmp_path))
+    assert (shown.returncode, shown.stdout) == (3, f"no server is running in {tmp_path}\n")
+    assert json.loads(mms("status", "--run-dir", str(tmp_path), "--json").stdout) == {"running": False}
+    stopped = mms("stop", "--run-dir", str(tmp_path))
+    assert (stopped.returncode, stopped.stdout) == (0, f"no server is running in {tmp_path}\n")
+
+
+def test_status_is_3_while_a_model_is_failed(make_archive: MakeArchive) -> None:
+    with server(make_archive("crashes_on_load")) as failed:
+        shown = mms("status", "--run-dir", str(failed.run_dir))
+        assert shown.returncode == 3
+        assert "FAILED" in shown.stdout
+
+
+def test_predict_sends_a_file(running: Server, tmp_path: Path) -> None:
+    file = tmp_path / "request.json"
+    file.write_bytes(b'{"a": 1}')
+    answered = mms("predict", "echo", str(file), "--run-dir", str(running.run_dir), "--version", "1.0")
+    assert answered.returncode == 0
+    assert json.loads(answered.stdout)["sha256"] == digest(b'{"a": 1}')
+    assert json.loads(answered.stdout)["headers"]["content-type"] == "application/json"
+    failed = mms("predict", "crashes_on_predict", str(file), "--run-dir", str(running.run_dir))
+    assert failed.returncode == 1
+    assert json.loads(failed.stdout)["code"] == 500
+    nobody = mms("predict", "echo", str(file), "--run-dir", str(tmp_path))
+    assert (nobody.returncode, nobody.stderr) == (3, f"mms: error: no server is running in {tmp_path}\n")
+
+
+def test_config_shows_every_value_and_where_it_is_from(tmp_path: Path) -> None:
+    file = tmp_path / "mms.yaml"
+    file.write_text("batch_size: 2\nqueue_size: 3\nworkers: 4\nmax_request_size: 1MiB\n")
+    words = ("config", "--json", "--config", str(file), "--workers", "6")
+    shown = json.loads(mms(*words, MMS_QUEUE_SIZE="5", MMS_WORKERS="5").stdout)
+    assert [(shown[name]["value"], shown[name]["origin"]) for name in ("batch_size", "queue_size", "workers")] == [
+        ("2", str(file)),
+        ("5", "environment"),
+        ("6", "command line"),
+    ]
+    assert (shown["max_request_size"]["value"], shown["edge"]["origin"]) == (str(1 << 20), "default")
+    assert all(setting["help"] for setting in shown.values())
+    table = mms("config")
+    assert table.returncode == 0
+    assert all(name in table.stdout for name in shown)
+
+
+def test_check_tries_an_archive_without_a_server(make_archive: MakeArchive, tmp_path: Path) -> None:
+    request = tmp_path / "words.txt"
+    request.write_text("hello")
+    loaded = mms("check", str(make_archive("echo")))
+    assert loaded.returncode == 0
+    assert loaded.stdout.startswith("echo 1.0 loads in ")
+    answered = mms("check", str(make_archive("echo")), str(request))
+    assert answered.returncode == 0
+    assert digest(b"hello") in answered.stdout
+    assert "\n200\n" in answered.stdout
+    set_by_handler = mms("check", str(make_archive("status_and_headers")), str(request))
+    assert "\n201\n" in set_by_handler.stdout
+    assert "content-type: text/x-greeting" in set_by_handler.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("crashes_on_load", "failed to load: RuntimeError: the weights are missing"),
+        ("dies_on_load", "exit code 3"),
+        ("crashes_on_predict", "the handler raised ValueError"),
+    ],
+)
+def test_check_names_what_is_wrong(make_archive: MakeArchive, tmp_path: Path, name: str, words: str) -> None:
+    request = tmp_path / "words.txt"
+    request.write_text("hello")
+    checked = mms("check", str(make_archive(name)), str(request))
+    assert checked.returncode == 1
+    assert checked.stdout == ""
+    error = checked.stderr.splitlines()[-1]
+    assert error.startswith("mms: error: ")
+    assert words in error
+
+
+def test_check_of_no_archive(tmp_path: Path) -> None:
+    (tmp_path / "a.mar").write_bytes(b"nothing like an archive")
+    for path in ("a.mar", "b.mar"):
+        checked = mms("check", str(tmp_path / path))
+        assert checked.returncode == 1
+        (error,) = checked.stderr.strip().splitlines()
+        assert path in error
+
+
+@pytest.mark.parametrize("edge", ["none", "auto"])
+def test_a_daemon_is_ready_when_its_start_returns_and_gone_when_its_stop_does(
+    make_archive: MakeArchive, edge: str
+) -> None:
+    with scratch() as folder:
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
+        words = start_arguments(folder, addresses, make_archive("echo"), edge=edge)[4:]
+        try:
+            started = mms(*words, "--models", "ALL", "--daemon", cwd=folder)
+            assert started.returncode == 0, started
+            assert started.stdout.startswith("ready in ")
+            assert f"log {folder}/run/logs/mms.log" in started.stdout
+            assert fetch(addresses[0], "POST", "/predictions/echo", b"x").status == 200
+            again = mms(*words, "--daemon", cwd=Path("/"))
+            assert again.returncode == 1
+            assert again.stderr.startswith("mms: error: a server (pid ")
+            stopped = mms("stop", "--run-dir", str(folder / "run"))
+            assert (stopped.returncode, stopped.stdout.startswith("stopped the server (pid ")) == (0, True)
+            eventually(lambda: not processes_in(folder))
+            assert all(is_free(address) for address in addresses)
+        finally:
+            for process in processes_in(folder):
+                process.kill()
+
+
+def test_a_daemon_that_cannot_start_says_why(tmp_path: Path) -> None:
+    failed = mms("start", "--daemon", "--run-dir", str(tmp_path / "run"), "--model-store", str(tmp_path / "nowhere"))
+    assert failed.returncode == 1
+    assert failed.stderr == (
+        f"mms: error: the model store {tmp_path}/nowhere is not a folder; create it or name another with --model-store\n"
+    )
+
+
+def test_a_name_may_be_given_at_the_start(make_archive: MakeArchive) -> None:
+    with scratch() as folder:
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
+        words = start_arguments(folder, addresses, make_archive("echo"), make_archive("rows"))
+        started = Server(folder, [*words, "--models", "a=echo-1.0.mar", "b=rows-1.0.mar"], addresses)
+        try:
+            started.wait_until_ready()
+            names = [model["modelName"] for model in started.manage("GET", "/models").json()["models"]]
+            assert names == ["a", "b"]
+        finally:
+            started.close()
+
+
+def test_a_handler_runs_in_the_foreground_for_a_debugger(make_archive: MakeArchive, tmp_path: Path) -> None:
+    with zipfile.ZipFile(make_archive("echo")) as archive:
+        archive.extractall(tmp_path / "model")
+    request = tmp_path / "request"
+    request.write_bytes(b"hello")
+    ran = subprocess.run(
+        [sys.executable, "-m", "mms.backend", "--archive", str(tmp_path / "model"), "--request", str(request)],
+        capture_output=True,
+        timeout=20,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["sha256"] == digest(b"hello")

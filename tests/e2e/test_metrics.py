@@ -1,0 +1,156 @@
+"""`/metrics` of a real server: valid Prometheus text, the families there are, and counts that are right."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from prometheus_client.core import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from tests.conftest import Answering, MakeArchive, MakeGate, Server, eventually, fetch, server
+
+FAMILIES = {
+    "mms_requests": "counter",
+    "mms_errors": "counter",
+    "mms_requests_cancelled": "counter",
+    "mms_retries": "counter",
+    "mms_worker_restarts": "counter",
+    "mms_request_duration_seconds": "histogram",
+    "mms_queue_duration_seconds": "histogram",
+    "mms_handler_duration_seconds": "histogram",
+    "mms_preprocess_duration_seconds": "histogram",
+    "mms_inference_duration_seconds": "histogram",
+    "mms_postprocess_duration_seconds": "histogram",
+    "mms_batch_size": "histogram",
+    "mms_queue_depth": "gauge",
+    "mms_queue_capacity": "gauge",
+    "mms_requests_in_flight": "gauge",
+    "mms_model_load_duration_seconds": "gauge",
+    "mms_workers": "gauge",
+    "mms_worker_cpu_seconds": "counter",
+    "mms_worker_resident_memory_bytes": "gauge",
+    "mms_connections": "gauge",
+    "mms_build_info": "gauge",
+    "process_cpu_seconds": "counter",
+    "process_resident_memory_bytes": "gauge",
+    "process_open_fds": "gauge",
+}
+
+
+@pytest.fixture
+def running(make_archive: MakeArchive) -> Iterator[Server]:
+    with server(make_archive("echo"), make_archive("rows"), make_archive("gate", batch_size=4)) as started:
+        yield started
+
+
+def families(running: Server) -> dict[str, Metric]:
+    return {family.name: family for family in parse_text(fetch(running.metrics, "GET", "/metrics").body.decode())}
+
+
+def test_it_is_prometheus_text_with_every_family(running: Server) -> None:
+    running.predict("echo", b"x")
+    reply = fetch(running.metrics, "GET", "/metrics")
+    assert reply.headers["content-type"].startswith("text/plain; version=")
+    assert "charset=utf-8" in reply.headers["content-type"]
+    found = {family.name: family for family in parse_text(reply.body.decode())}
+    assert {name: found[name].type for name in FAMILIES if name in found} == FAMILIES
+    for family in found.values():
+        assert family.documentation, family.name
+        labels = [(sample.name, tuple(sorted(sample.labels.items()))) for sample in family.samples]
+        assert len(set(labels)) == len(labels), f"{family.name} has a sample twice"
+        assert all(math.isfinite(sample.value) for sample in family.samples)
+
+
+def test_openmetrics_is_served_to_those_who_ask(running: Server) -> None:
+    reply = fetch(running.metrics, "GET", "/metrics", None, {"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert reply.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert "mms_requests" in {family.name for family in parse_openmetrics(reply.body.decode())}
+
+
+def test_requests_are_counted_by_model_version_and_status(running: Server) -> None:
+    for _ in range(3):
+        running.predict("echo", b"x")
+    running.predict("rows", b"{", Content_Type="application/json")
+    running.predict("dog", b"x")
+    assert running.metric("mms_requests_total", model="echo", version="1.0", code="200") == 3
+    assert running.metric("mms_requests_total", model="rows", version="1.0", code="400") == 1
+    assert running.metric("mms_requests_total", model="rows", code="200") == 0
+    assert running.metric("mms_errors_total", model="rows", cause="BadRequestException") == 1
+    assert running.metric("mms_requests_total", model="unknown", code="404") == 1
+
+
+def test_histograms_count_every_request_once(running: Server) -> None:
+    for _ in range(5):
+        running.predict("echo", b"x")
+    for name in ("request", "queue", "handler", "preprocess", "inference", "postprocess"):
+        assert running.metric(f"mms_{name}_duration_seconds_count", model="echo") == 5, name
+        buckets = [
+            sample
+            for sample in families(running)[f"mms_{name}_duration_seconds"].samples
+            if sample.name.endswith("_bucket") and sample.labels["model"] == "echo"
+        ]
+        counts = [sample.value for sample in sorted(buckets, key=lambda sample: float(sample.labels["le"]))]
+        assert counts == sorted(counts)
+        assert (counts[-1], buckets[-1].labels["le"]) == (5, "+Inf")
+    assert 0 < running.metric("mms_request_duration_seconds_sum", model="echo") < 5
+    stages = sum(
+        running.metric(f"mms_{name}_duration_seconds_sum", model="echo")
+        for name in ("preprocess", "inference", "postprocess")
+    )
+    assert stages <= running.metric("mms_handler_duration_seconds_sum", model="echo")
+    assert running.metric("mms_inference_duration_seconds_count", model="rows") == 0
+
+
+def test_waiting_running_and_batches_are_seen(running: Server, make_gate: MakeGate) -> None:
+    first, rest, answering = make_gate(), [make_gate() for _ in range(3)], Answering()
+    answering.send(running, "gate", first.body)
+    eventually(first.begun)
+    for gate in rest:
+        answering.send(running, "gate", gate.body)
+    eventually(lambda: running.metric("mms_queue_depth", model="gate") == 3)
+    assert running.metric("mms_requests_in_flight", model="gate") == 1
+    assert running.metric("mms_queue_capacity", model="gate") == 100
+    assert running.metric("mms_connections") == 4
+    for gate in (first, *rest):
+        gate.open()
+    answering.results()
+    eventually(lambda: running.metric("mms_requests_in_flight", model="gate") == 0)
+    assert running.metric("mms_batch_size_bucket", model="gate", le="1.0") == 1
+    assert running.metric("mms_batch_size_bucket", model="gate", le="4.0") == 2
+    assert running.metric("mms_batch_size_sum", model="gate") == 4
+    eventually(lambda: running.metric("mms_connections") == 0)
+
+
+def test_workers_and_their_resources_are_seen(running: Server) -> None:
+    assert running.metric("mms_workers", model="echo", state="READY") == 1
+    assert running.metric("mms_workers", model="echo", state="STARTING") == 0
+    (pid,) = running.workers("echo")
+    resident = running.metric("mms_worker_resident_memory_bytes", model="echo", worker="0")
+    assert resident == pytest.approx(psutil.Process(pid).memory_info().rss, rel=0.2)
+    assert running.metric("mms_worker_cpu_seconds_total", model="echo") > 0
+    assert running.metric("mms_model_load_duration_seconds", model="echo") > 0
+
+
+def test_deaths_are_counted_by_cause_and_counters_never_fall(running: Server) -> None:
+    running.predict("echo", b"x")
+    before = running.metric("mms_requests_total")
+    (pid,) = running.workers("echo")
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: running.workers("echo") not in ([], [pid]))
+    assert running.metric("mms_worker_restarts_total", model="echo", reason="signal 9 (SIGKILL)") == 1
+    assert running.metric("mms_requests_total") >= before
+
+
+def test_a_model_that_is_gone_is_no_longer_shown(running: Server) -> None:
+    running.predict("echo", b"x")
+    assert running.manage("DELETE", "/models/echo").status == 200
+    assert running.metric("mms_requests_total", model="echo") == 0
+    assert all(
+        sample.labels.get("model") != "echo" for family in families(running).values() for sample in family.samples
+    )
