@@ -90,13 +90,14 @@ class RunDirectory:
             os.close(fd)
 
     def release(self) -> None:
-        """Remove what is only of use to a running server, and unlock."""
+        """Remove what only a running server needs, and unlock. Without the lock it is another's, and left alone."""
+        if self._lock == -1:
+            return
         for folder in (self.sockets, self.models):
             shutil.rmtree(folder, ignore_errors=True)
         self._record.unlink(missing_ok=True)
-        if self._lock != -1:
-            os.close(self._lock)
-            self._lock = -1
+        os.close(self._lock)
+        self._lock = -1
 
     def _check_reachable(self, user: str) -> None:
         """nginx's workers must be able to pass through every folder above the sockets."""
