@@ -32,6 +32,8 @@ from mms.http.limits import (
 from mms.http.request import Head, KnownHeads
 from mms.http.response import CONTINUE, JOIN_BELOW, StatusLines, error_response
 
+_HEAD_END = b"\r\n\r\n"
+
 Buffer = bytes | bytearray | memoryview
 
 _id_prefix = os.urandom(6).hex().encode()
@@ -124,10 +126,12 @@ class Connection(asyncio.Protocol):
         self._between = True  # the parser stands between two requests
         self._head = Head()
         self._in_head = True
+        self._begun = 0.0  # when the first byte of the request's head arrived
         self._raw_head = 0
         self._parts: list[bytes] = []
         self._size = 0
         self._chunked_raw = 0
+        self._tail = b""  # the last bytes fed, while an empty line is looked for
         self._refusal: MMSError | None = None
         self._refused: tuple[Exchange, MMSError] | None = None  # to be answered behind the backlog
         self._pending: deque[Exchange] = deque()
@@ -171,41 +175,97 @@ class Connection(asyncio.Protocol):
         if self._last:
             self._drop(len(data))
             return
-        raw = b""
-        if self._between:
-            if not self._held:
-                end = data.find(b"\r\n\r\n") + 4
-                raw = data[:end]
-                head = self._known.get(raw)
-                if head is not None and len(data) - end == head.length and not self._pending:
-                    self._serve(Exchange(self, head, [data[end:]], head.length, self.last_activity))
-                    return
-            data = self._begin(data)
-            if not data:
+        end = 0
+        if self._held:
+            data, self._held = self._held + data, b""
+        elif self._between:
+            end = data.find(_HEAD_END) + 4
+            head = self._known.get(data[:end])
+            if head is not None and len(data) - end == head.length and not self._pending:
+                self._serve(Exchange(self, head, [data[end:]], head.length, self.last_activity))
                 return
+            self._begun = self.last_activity
         head = self._head
+        self._parse(data)
+        if self._refusal is not None:
+            self._refuse(self._refusal)
+        elif self._backlog:
+            if end > 3 and len(data) - end == head.length and self._backlog[-1].head is head:
+                self._known.remember(data[:end], head)
+            self._admit()
+
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser one piece of one message at a time, so that each request line is judged and counts are exact."""
+        at, view = 0, memoryview(data)
+        while at < len(data) and self._refusal is None and not self._last:
+            if self._between:
+                at = self._begin(data, at)
+                if at < 0:
+                    return
+            stop = self._piece(data, at)
+            self._count(stop - at)
+            if self._refusal is None:
+                self._feed(view[at:stop])
+            at = stop
+
+    def _begin(self, data: bytes, at: int) -> int:
+        """Where the request that begins at `at` really begins, once its line is whole and right; else -1."""
+        start = at
+        while start < len(data) and data[start] in b"\r\n" and start - at <= MAX_LEADING:
+            start += 1
+        leading = start - at
+        if leading > MAX_LEADING or not (b"\r\n" * MAX_LEADING).startswith(data[at:start]):
+            return self._cannot_begin(BadRequestError("more than empty lines before the request line"))
+        end = data.find(b"\r\n", start)
+        if start < len(data) and end >= 0 and not leading % 2:
+            refusal = verdicts.judge_line(data[start:end])
+            return start if refusal is None else self._cannot_begin(refusal)
+        if leading % 2 and start < len(data):
+            return self._cannot_begin(BadRequestError("a lone CR before the request line"))
+        if data.find(b"\n", start) >= 0 or data.startswith(b"PRI ", start):
+            return self._cannot_begin(BadRequestError("the request line does not end with CR LF"))
+        if len(data) - start > MAX_LINE:
+            return self._cannot_begin(verdicts.too_long())
+        self._held = data[at:]
+        return -1
+
+    def _cannot_begin(self, refusal: MMSError) -> int:
+        self._refusal = refusal
+        return -1
+
+    def _piece(self, data: bytes, at: int) -> int:
+        """Where the bytes end that may be parsed without running into the next request."""
+        if self._in_head or self._head.transfer_encoding:
+            tail = self._tail
+            end = (tail + data[at : at + 3]).find(_HEAD_END) if tail else -1  # both end with an empty line
+            stop = at + end + 4 - len(tail) if end >= 0 else data.find(_HEAD_END, at) + 4
+            if stop < at + 1 or stop < 4:
+                stop = len(data)
+            self._tail = (tail + data[max(at, stop - 3) : stop])[-3:]
+            return stop
+        rest = self._head.length - self._size
+        return min(len(data), at + rest) if rest > 0 else len(data)
+
+    def _count(self, size: int) -> None:
+        if self._in_head:
+            self._raw_head += size
+            if self._raw_head > MAX_HEAD:
+                self._refusal = verdicts.too_large()
+        elif self._head.transfer_encoding:
+            self._chunked_raw += size
+            if self._chunked_raw - self._size > MAX_CHUNK_EXTRA + size:
+                self._refusal = BadRequestError("the chunked body has too many extensions or trailers")
+
+    def _feed(self, piece: memoryview) -> None:
         try:
-            self._parser.feed_data(data)
+            self._parser.feed_data(piece)
         except httptools.HttpParserUpgrade:
             self._refusal = self._refusal or BadRequestError("this server does not change protocols")
         except httptools.HttpParserError as error:
             cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
-            if cause is not None and not isinstance(cause, MMSError):
-                self._loop.call_exception_handler({"message": "parser callback failed", "exception": cause})
+            if cause is not None:
+                self._loop.call_exception_handler({"message": "a parser callback failed", "exception": cause})
             self._refusal = self._refusal or BadRequestError(f"not HTTP/1.1: {str(error) or 'malformed request'}")
-        if self._in_head and not self._between:
-            if not self._backlog:  # else the bytes belong to the requests before this one, for all we know
-                self._raw_head += len(data)
-            if self._raw_head > MAX_HEAD:
-                self._refusal = self._refusal or verdicts.too_large()
-        elif self._head.transfer_encoding and not self._between:
-            self._count_chunked(len(data))
-        if self._refusal is not None:
-            self._refuse(self._refusal)
-        elif self._backlog:
-            if raw and self._backlog[-1].head is head and len(data) - len(raw) == head.length:
-                self._known.remember(raw, head)
-            self._admit()
 
     # httptools callbacks: they never raise
 
@@ -223,6 +283,7 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._tail = b""
         head, parser = self._head, self._parser
         head.method = parser.get_method()
         head.version = parser.get_http_version()
@@ -250,6 +311,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._between = True
+        self._begun = self.last_activity
         if self._refusal is None:
             self._backlog.append(Exchange(self, self._head, self._parts, self._size, self.last_activity))
             if self._draining:
@@ -260,6 +322,7 @@ class Connection(asyncio.Protocol):
             self._in_head = True
             self._raw_head = 0
             self._chunked_raw = 0
+            self._tail = b""
             self._parts = []
             self._size = 0
 
@@ -308,7 +371,7 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
         elif not self._between or self._held:
             limit = limits.header_timeout if self._in_head else limits.body_timeout
-            if silent > limit:
+            if (now - self._begun if self._in_head else silent) > limit:
                 self._refuse(DeadlineError(f"the request did not arrive within {limit:g} s", status=408))
         elif not self._edge and silent > limits.keepalive_timeout:
             self._transport.close()
@@ -335,36 +398,6 @@ class Connection(asyncio.Protocol):
     @property
     def busy(self) -> bool:
         return bool(self._pending or self._backlog)
-
-    def _begin(self, data: bytes) -> bytes:
-        """The bytes to parse next, once the request line is whole and right; nothing while it is not."""
-        if self._held:
-            data = self._held + data
-            self._held = b""
-        if data[0] in b"\r\n":
-            stripped = data.lstrip(b"\r\n")
-            leading = len(data) - len(stripped)
-            if leading > MAX_LEADING or b"\r\n" * (leading // 2) != data[: leading // 2 * 2]:
-                self._refuse(BadRequestError("empty lines before the request line"))
-                return b""
-            if not stripped:
-                self._held = data
-                return b""
-            data = stripped
-        end = data.find(b"\r\n")
-        if end < 0:
-            if b"\n" in data or data.startswith(b"PRI "):
-                self._refuse(BadRequestError("the request line does not end with CR LF"))
-            elif len(data) > MAX_LINE:
-                self._refuse(verdicts.too_long())
-            else:
-                self._held = data
-            return b""
-        refusal = verdicts.judge_line(data[:end])
-        if refusal is not None:
-            self._refuse(refusal)
-            return b""
-        return data
 
     def _admit(self) -> None:
         """Hand requests to the application, a bounded number at a time."""
@@ -428,11 +461,6 @@ class Connection(asyncio.Protocol):
             self._lingering -= size
             if self._lingering < 0:
                 self._transport.abort()
-
-    def _count_chunked(self, size: int) -> None:
-        self._chunked_raw += size
-        if self._chunked_raw - self._size > MAX_CHUNK_EXTRA + MAX_HEAD:
-            self._refusal = self._refusal or BadRequestError("the chunked body has too many extensions or trailers")
 
     def _too_large(self) -> MMSError:
         return RequestTooLargeError(

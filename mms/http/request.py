@@ -19,7 +19,7 @@ def judge_line(line: bytes) -> MMSError | None:
         return None
     if len(line) > MAX_LINE:
         return too_long()
-    if line[-9:-1] == b" HTTP/2." or line[-7:] == b" HTTP/2":
+    if line[:4] != b"PRI " and (line[-9:-1] == b" HTTP/2." or line[-7:] == b" HTTP/2"):
         return BadRequestError("HTTP/2 is not spoken here; use HTTP/1.1", status=505)
     return BadRequestError("the request line is not 'METHOD target HTTP/1.1'")
 
@@ -126,7 +126,7 @@ class Head:
         self.expect = value.lower()
 
     def note_length(self, value: bytes) -> None:
-        self.length = int(value) if value.isdigit() else 0  # the parser refuses anything but digits
+        self.length = int(value) if value.strip().isdigit() else 0  # the parser refuses anything but digits
 
     def note_transfer_encoding(self, value: bytes) -> None:
         self.transfer_encoding = (self.transfer_encoding + b"," + value if self.transfer_encoding else value).lower()

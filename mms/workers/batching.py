@@ -223,9 +223,12 @@ class BatchQueue:
         worker.frame_ends.clear()
         worker.exclusive = False
         ahead = [job for job in jobs[begun:] if not job.settled]
-        for job in reversed(ahead):
+        for job in ahead:
             job.taken = 0.0
-            (self._alone if job.attempts else self._waiting).appendleft(job)
+            (self._alone if job.attempts else self._waiting).append(job)
+        if ahead:  # oldest first again, so that the front is what expires next
+            self._waiting = deque(sorted(self._waiting, key=_arrival))
+            self._alone = deque(sorted(self._alone, key=_arrival))
         self.depth += len(ahead)
         return [job for job in jobs[:begun] if not job.settled]
 
@@ -276,6 +279,10 @@ class BatchQueue:
         """Called about once a second: remembers how many requests there were, for the retry budget."""
         self._window.append((now, self.submitted))
         _drop_before(self._window, now - RETRY_WINDOW)
+
+
+def _arrival(job: Job) -> float:
+    return job.arrived
 
 
 def _drop_before(record: deque[float] | deque[tuple[float, int]], limit: float) -> None:
