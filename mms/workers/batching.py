@@ -183,6 +183,7 @@ class BatchQueue:
                 job.taken = 0.0
                 self._alone.append(job)
                 self.depth += 1
+        self._alone = _by_arrival(self._alone)
         return failed
 
     def timed_out(self, worker: InFlight, started: int, limit: float) -> list[tuple[Job, MMSError]]:
@@ -226,9 +227,9 @@ class BatchQueue:
         for job in ahead:
             job.taken = 0.0
             (self._alone if job.attempts else self._waiting).append(job)
-        if ahead:  # oldest first again, so that the front is what expires next
-            self._waiting = deque(sorted(self._waiting, key=_arrival))
-            self._alone = deque(sorted(self._alone, key=_arrival))
+        if ahead:
+            self._waiting = _by_arrival(self._waiting)
+            self._alone = _by_arrival(self._alone)
         self.depth += len(ahead)
         return [job for job in jobs[:begun] if not job.settled]
 
@@ -281,8 +282,9 @@ class BatchQueue:
         _drop_before(self._window, now - RETRY_WINDOW)
 
 
-def _arrival(job: Job) -> float:
-    return job.arrived
+def _by_arrival(jobs: deque[Job]) -> deque[Job]:
+    """Oldest first again after jobs came back, so that the front is what expires next."""
+    return deque(sorted(jobs, key=lambda job: (job.arrived, job.id)))
 
 
 def _drop_before(record: deque[float] | deque[tuple[float, int]], limit: float) -> None:
