@@ -6,6 +6,7 @@ import gzip
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from mms import wire
@@ -25,7 +26,7 @@ def make_request(
     encoding: str = "",
     limit: int = 1000,
 ) -> Request:
-    raw = wire.msgspec.Raw(wire.encode(list(headers)))
+    raw = msgspec.Raw(wire.encode(list(headers)))
     head = wire.JobView(1, b"id-1", content_type, encoding, query, query_is_input, raw, len(body))
     return Request(head, bytearray(body), limit)
 
@@ -171,7 +172,8 @@ def test_a_handlers_defaults_pass_the_upload_on_and_name_what_is_missing() -> No
 
 
 def test_arrays_are_stacked() -> None:
-    numpy = pytest.importorskip("numpy")
+    import numpy
+
     batch = Handler().collate([numpy.zeros(3), numpy.ones(3)])
     assert batch.shape == (2, 3)
 

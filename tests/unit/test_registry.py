@@ -107,14 +107,14 @@ def test_every_change_of_meaning_is_a_new_generation(archive: ModelArchive) -> N
     registry = ModelRegistry()
     seen = [registry.generation]
     first, second = make(archive), make(archive, version="2.0")
-    for change in (
-        lambda: registry.add(first),
-        lambda: registry.add(second),
-        lambda: registry.set_default("cat", "2.0"),
-        lambda: registry.remove(second),
-    ):
-        change()
-        seen.append(registry.generation)
+    registry.add(first)
+    seen.append(registry.generation)
+    registry.add(second)
+    seen.append(registry.generation)
+    registry.set_default("cat", "2.0")
+    seen.append(registry.generation)
+    registry.remove(second)
+    seen.append(registry.generation)
     assert len(set(seen)) == len(seen)
 
 
