@@ -42,6 +42,7 @@ _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 EDGE_DEATHS = 5
 EDGE_WINDOW = 60.0
 EDGE_READ_TIMEOUT = 86_400.0  # the front end answers within its own limits; nginx must not be quicker
+EDGE_KEEPALIVE = 3600.0
 HEARTBEAT = 2.0
 LISTENERS = ("inference", "management", "metrics")
 
@@ -183,7 +184,9 @@ class ModelServer:
             (metrics.application(registry(collector), refresh), scrape),
         )
         for app, sock in apps:
-            runner = web.AppRunner(app, access_log=None, handle_signals=False)
+            # behind nginx, nginx must be the side that closes idle connections: it cannot repeat a POST
+            keepalive = EDGE_KEEPALIVE if self._nginx_program else self._config.keepalive_timeout
+            runner = web.AppRunner(app, access_log=None, handle_signals=False, keepalive_timeout=keepalive)
             await runner.setup()
             self._runners.append(runner)
             await web.SockSite(runner, sock).start()
