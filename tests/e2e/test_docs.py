@@ -35,7 +35,7 @@ PORTS = {"8080": "INFERENCE", "8081": "MANAGEMENT", "8082": "METRICS"}
 FIRST_PAGE = "getting-started.md"
 AFTER_FIRST_PAGE = ("inference-api.md", "management-api.md", "metrics.md", "errors.md")
 
-# Commands that are shown but not run here, each with its reason. They stand in `sh` blocks, the others in `console` ones.
+# Commands that are shown but not run here, each with its reason; they stand in `sh` blocks, the others in `console`.
 NOT_RUN = {
     "make ": "continuous integration runs the targets, and they run these tests",
     "pip install ": "the package is installed already, and tests do not change their environment",
@@ -56,7 +56,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """One `$ ` line, continued after a backslash, and the output that the page shows; `...` there stands for any text."""
+    """One `$ ` line, continued after a backslash, and the output that the page shows; `...` is any text."""
 
     text: str
     output: str
