@@ -24,9 +24,9 @@ MAX_PAYLOAD = 16 << 30
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
 READY, FAILED, RESULT = 16, 17, 18  # worker -> server
 
-# What a worker tells of its progress in the memory page that it shares with the server: how many jobs it has begun
-# since its start, and when it began the batch in hand (time.monotonic(); 0 while idle).
-PROGRESS = struct.Struct("<Qd")
+# What a worker tells of its progress in the memory page that it shares with the server: how many jobs it has finished
+# and how many it has begun since its start, and when it began the batch in hand (time.monotonic(); 0 while idle).
+PROGRESS = struct.Struct("<QQd")
 
 
 class Load(msgspec.Struct, array_like=True):

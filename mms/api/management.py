@@ -242,7 +242,8 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
     ),
     (
         Operation(
-            "get", "/models/{model}/{version}", "Describe one version.", (200, 400, 404), operation_id="describe_version"
+            "get", "/models/{model}/{version}", "Describe one version.", (200, 400, 404),
+            operation_id="describe_version",
         ),
         _describe,
     ),
@@ -272,7 +273,7 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
             "delete",
             "/models/{model}",
             "Unregister all versions, after draining.",
-            (200, 404),
+            (200, 400, 404),
             operation_id="unregister",
         ),
         _unregister,

@@ -147,8 +147,9 @@ class Loop:
             if begun - flushed > ANSWER_WITHIN:
                 replies.flush()
                 flushed = begun
-            self._started += len(batch)
-            _pack_progress(progress, 0, self._started, begun)
+            done = self._started
+            self._started = done + len(batch)
+            _pack_progress(progress, 0, done, self._started, begun)
             requests = []
             for job in batch:
                 end = at + job.size
@@ -160,7 +161,7 @@ class Loop:
                 batch, answers, wire.BatchTimes(len(batch), begun - received, ended - begun, *stages.take_times())
             )
             begun = ended
-        _pack_progress(progress, 0, self._started, 0.0)
+        _pack_progress(progress, 0, self._started, self._started, 0.0)
         replies.flush()
 
 

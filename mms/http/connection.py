@@ -72,7 +72,7 @@ class Exchange:
         """Answer with `head` (complete header lines) and `body`; length, date and id are added here."""
         self.work = None  # it refers back to this exchange: without the cycle, both are freed without the collector
         connection = self.connection
-        if self.keep_alive and status != 204:
+        if self.keep_alive and status != 204 and self.head.version == "1.1":
             block = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
                 connection.lines[status],
                 head,
@@ -84,8 +84,8 @@ class Exchange:
         connection.send(self, block, body if self.head.method != b"HEAD" else b"")
 
     def _unusual(self, status: int, head: bytes, body: Buffer) -> bytes:
-        """The head of an answer that ends the connection or has no body (RFC 9110, 15.3.5)."""
-        close = b"" if self.keep_alive else b"connection: close\r\n"
+        """The head of an answer that ends the connection, has no body (RFC 9110, 15.3.5) or goes to an old client."""
+        close = b"connection: keep-alive\r\n" if self.keep_alive else b"connection: close\r\n"
         length = b"content-length: %d\r\n" % len(body) if status != 204 else b""
         return b"%b%bx-request-id: %b\r\n%b%b\r\n" % (
             self.connection.lines[status],
@@ -195,7 +195,7 @@ class Connection(asyncio.Protocol):
             self._admit()
 
     def _parse(self, data: bytes) -> None:
-        """Feed the parser one piece of one message at a time, so that each request line is judged and counts are exact."""
+        """Feed the parser one piece of one message at a time, so that every request line is judged."""
         at, view = 0, memoryview(data)
         while at < len(data) and self._refusal is None and not self._last:
             if self._between:

@@ -42,8 +42,10 @@ def judge_head(head: Head) -> MMSError | None:
     if head.transfer_encoding:
         if head.version == "1.0":
             return BadRequestError("Transfer-Encoding does not exist in HTTP/1.0")
-        if head.transfer_encoding != b"chunked":
-            return BadRequestError("of Transfer-Encodings only chunked is supported", status=501)
+        codings = [coding.strip() for coding in head.transfer_encoding.split(b",")]
+        if codings != [b"chunked"]:
+            known = codings[-1] == b"chunked" and codings.count(b"chunked") == 1
+            return BadRequestError("of Transfer-Encodings only chunked is supported", status=501 if known else 400)
     if head.expect and head.expect != b"100-continue":
         return BadRequestError("of Expect only 100-continue is supported", status=417)
     return None

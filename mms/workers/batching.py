@@ -68,7 +68,7 @@ class InFlight:
     __slots__ = ("batch_seconds", "exclusive", "finished", "frame_ends", "jobs")
 
     def __init__(self) -> None:
-        self.jobs: dict[int, Job] = {}
+        self.jobs: deque[Job] = deque()
         self.finished = 0  # results received since the worker started
         self.frame_ends: deque[int] = deque()  # the last job of each frame that is not yet answered in full
         self.exclusive = False  # the one job in hand is a retry: nothing else may share its fate
@@ -112,10 +112,10 @@ class BatchQueue:
 
     def submit(self, job: Job) -> None:
         """Take the job in. Raises QueueFullError, or ServiceUnavailableError while closed."""
-        if self.depth >= self.capacity:
-            raise QueueFullError(f"the queue is full: {self.depth} requests wait; try again later")
         if self.closed:
             raise ServiceUnavailableError(self.closed)
+        if self.depth >= self.capacity:
+            raise QueueFullError(f"the queue is full: {self.depth} requests wait; try again later")
         self.submitted += 1
         self.depth += 1
         job.queue = self
@@ -155,29 +155,32 @@ class BatchQueue:
         return self._oldest().arrived + self.max_batch_delay
 
     def finish(self, worker: InFlight, job_id: int) -> Job | None:
-        """The job of an answer, no longer in flight. None if the worker has no such job: it cannot be trusted."""
-        job = worker.jobs.pop(job_id, None)
-        if job is not None:
-            worker.finished += 1
-            if job_id == worker.frame_ends[0]:
-                worker.frame_ends.popleft()
-                worker.exclusive = False
-        return job
+        """The job of an answer, no longer in flight. None if it is not the oldest: the worker cannot be trusted."""
+        jobs = worker.jobs
+        if not jobs or jobs[0].id != job_id:
+            return None
+        worker.finished += 1
+        if job_id == worker.frame_ends[0]:
+            worker.frame_ends.popleft()
+            worker.exclusive = False
+        return jobs.popleft()
 
-    def lose(self, worker: InFlight, started: int, cause: str, now: float) -> list[tuple[Job, MMSError]]:
+    def lose(
+        self, worker: InFlight, started: int, cause: str, now: float, *, done: int | None = None
+    ) -> list[tuple[Job, MMSError]]:
         """The worker died after it had begun `started` jobs: requeue what can be run again, return what cannot.
 
-        Jobs that had begun are retried once, each alone, within the budget; jobs sent ahead go back to the front.
+        Jobs of the batch in hand are retried once, each alone, within the budget; jobs sent ahead go back to the front,
+        and so do those that were `done` but not yet answered.
         """
-        unsettled = self._part(worker, started)
-        if not unsettled:
-            return []
-        affordable = self._spend_retry(now) if self.retry else False
+        lost = self._part(worker, started, done)
+        retryable = [job for job in lost if job.attempts < self.retry]
+        affordable = bool(retryable) and not self.closed and self._spend_retry(now)
         failed: list[tuple[Job, MMSError]] = []
-        for job in unsettled:
+        for job in lost:
             job.attempts += 1
-            if job.attempts > self.retry or not affordable or self.closed:
-                failed.append((job, _death(job, cause, self.retry)))
+            if not affordable or job.attempts > self.retry:
+                failed.append((job, self._death(job, cause)))
             else:
                 self.retries += 1
                 job.taken = 0.0
@@ -186,10 +189,12 @@ class BatchQueue:
         self._alone = _by_arrival(self._alone)
         return failed
 
-    def timed_out(self, worker: InFlight, started: int, limit: float) -> list[tuple[Job, MMSError]]:
-        """The batch in hand ran longer than `limit`: its jobs fail with 504, those sent ahead go back to the front."""
+    def timed_out(
+        self, worker: InFlight, started: int, limit: float, *, done: int | None = None
+    ) -> list[tuple[Job, MMSError]]:
+        """The batch in hand ran longer than `limit` seconds: its jobs fail with 504, the others go back."""
         error = f"the handler did not answer within response_timeout ({limit:g} s)"
-        return [(job, DeadlineError(error)) for job in self._part(worker, started)]
+        return [(job, DeadlineError(error)) for job in self._part(worker, started, done)]
 
     def expire(self, now: float) -> list[tuple[Job, MMSError]]:
         """The jobs that have waited longer than the queue's timeout."""
@@ -216,22 +221,26 @@ class BatchQueue:
         self.depth = 0
         return [(job, error) for job in jobs]
 
-    def _part(self, worker: InFlight, started: int) -> list[Job]:
-        """Take everything from a worker: jobs sent ahead go back to the queue's front, begun ones are returned."""
+    def _part(self, worker: InFlight, started: int, done: int | None) -> list[Job]:
+        """Take everything from a worker; returns the batch in hand, all else goes back to the queue's front.
+
+        Without a retry, what was done but not answered must not run again: it counts as in hand.
+        """
         begun = worker.begun(started)
-        jobs = list(worker.jobs.values())
+        finished = worker.begun(done) if done is not None and self.retry else 0
+        jobs = list(worker.jobs)
         worker.jobs.clear()
         worker.frame_ends.clear()
         worker.exclusive = False
-        ahead = [job for job in jobs[begun:] if not job.settled]
-        for job in ahead:
+        back = [job for job in jobs[:finished] + jobs[begun:] if not job.settled]
+        for job in back:
             job.taken = 0.0
             (self._alone if job.attempts else self._waiting).append(job)
-        if ahead:
+        if back:
             self._waiting = _by_arrival(self._waiting)
             self._alone = _by_arrival(self._alone)
-        self.depth += len(ahead)
-        return [job for job in jobs[:begun] if not job.settled]
+        self.depth += len(back)
+        return [job for job in jobs[finished:begun] if not job.settled]
 
     def _limit(self, worker: InFlight, now: float) -> int:
         """How many jobs may go to `worker` now: whole batches, more than one only if they are short."""
@@ -247,10 +256,9 @@ class BatchQueue:
         return min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
 
     def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int, now: float) -> tuple[int, list[Job]]:
-        in_hand = worker.jobs
         for job in jobs:
             job.taken = now
-            in_hand[job.id] = job
+        worker.jobs += jobs
         worker.frame_ends.append(jobs[-1].id)
         return batch_size, jobs
 
@@ -265,6 +273,14 @@ class BatchQueue:
     def _oldest(self) -> Job:
         """The longest waiting job; only while `depth` is positive."""
         return next(job for job in itertools.chain(self._alone, self._waiting) if not job.settled)
+
+    def _death(self, job: Job, cause: str) -> WorkerDiedError:
+        if job.attempts > 1:
+            return WorkerDiedError(f"the worker process died twice running this request ({cause})", status=500)
+        why = "too many requests were retried lately"
+        if self.closed or not self.retry:
+            why = self.closed or "retry is off for this model"
+        return WorkerDiedError(f"the worker process died running this request ({cause}); {why}")
 
     def _spend_retry(self, now: float) -> bool:
         """Whether one more lost batch may be run again: at most RETRY_SHARE of the last RETRY_WINDOW's requests."""
@@ -290,10 +306,3 @@ def _by_arrival(jobs: deque[Job]) -> deque[Job]:
 def _drop_before(record: deque[float] | deque[tuple[float, int]], limit: float) -> None:
     while record and (record[0] if isinstance(record[0], float) else record[0][0]) < limit:
         record.popleft()
-
-
-def _death(job: Job, cause: str, retry: int) -> WorkerDiedError:
-    if job.attempts > 1:
-        return WorkerDiedError(f"the worker process died twice running this request ({cause})", status=500)
-    why = "retry is off for this model" if not retry else "too many requests were retried lately"
-    return WorkerDiedError(f"the worker process died running this request ({cause}); {why}")

@@ -118,6 +118,8 @@ class WorkerPool:
         if not queue.depth:
             return
         now = time.monotonic()
+        for job, error in queue.expire(now):
+            self.fail(job, error)
         if len(self.ready_workers) == 1:
             self._feed(self.ready_workers[0], now)
         else:
@@ -325,8 +327,8 @@ class WorkerPool:
         self._changed.set()
 
     def _take_back(self, worker: Worker) -> None:
-        started, _ = worker.process.progress()
-        for job, error in self._queue.lose(worker.in_flight, started, worker.cause, time.monotonic()):
+        done, started, _ = worker.process.progress()
+        for job, error in self._queue.lose(worker.in_flight, started, worker.cause, time.monotonic(), done=done):
             self.fail(job, error)
         if self._wake is None:
             self._wake = self._loop.call_soon(self._dispatch)
@@ -410,9 +412,11 @@ class WorkerPool:
             if now - worker.launched > settings.startup_timeout:
                 worker.kill(f"not ready within startup_timeout ({settings.startup_timeout:g} s)")
         elif worker.in_flight.jobs:
-            started, begun_at = worker.process.progress()
+            done, started, begun_at = worker.process.progress()
             if begun_at and now - begun_at > settings.response_timeout and worker in self.ready_workers:
-                for job, error in self._queue.timed_out(worker.in_flight, started, settings.response_timeout):
+                for job, error in self._queue.timed_out(
+                    worker.in_flight, started, settings.response_timeout, done=done
+                ):
                     self.fail(job, error)
                 worker.kill("response_timeout")
                 self.ready_workers.remove(worker)

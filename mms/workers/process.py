@@ -42,10 +42,10 @@ class WorkerProcess:
         self.output = output
         self._progress = progress
 
-    def progress(self) -> tuple[int, float]:
-        """Jobs begun since the start, and when the batch in hand began (monotonic seconds; 0 while idle)."""
-        started, begun_at = wire.PROGRESS.unpack_from(self._progress)
-        return started, begun_at
+    def progress(self) -> tuple[int, int, float]:
+        """Jobs finished and begun since the start, and when the batch in hand began (monotonic; 0 while idle)."""
+        done, started, begun_at = wire.PROGRESS.unpack_from(self._progress)
+        return done, started, begun_at
 
     def kill(self) -> None:
         """SIGKILL the worker and everything in its process group. Safe until it is reaped."""

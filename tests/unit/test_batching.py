@@ -73,7 +73,7 @@ def test_an_idle_worker_takes_what_is_there_at_once() -> None:
     queue, worker = make_queue(batch_size=8), make_worker()
     fill(queue, 3)
     assert queue.take(worker, NOW) is not None
-    assert queue.depth == 0 and list(worker.jobs) == [1, 2, 3]
+    assert queue.depth == 0 and [job.id for job in worker.jobs] == [1, 2, 3]
 
 
 def test_a_frame_says_the_batch_size_it_was_made_for() -> None:
@@ -485,3 +485,39 @@ def test_abandoning_names_every_waiting_job_once() -> None:
     error = ServiceUnavailableError("unloaded")
     assert queue.abandon(error)[0][1] is error
     assert queue.depth == 0 and queue.abandon(error) == []
+
+
+def test_jobs_done_but_not_yet_answered_are_no_part_of_the_batch_that_timed_out() -> None:
+    queue, worker = make_queue(), make_worker(QUICK)
+    fill(queue, 4)
+    take(queue, worker)
+    failed = queue.timed_out(worker, 3, 120.0, done=2)
+    assert numbers(failed) == [3]
+    assert take(queue, make_worker(QUICK)) == [1, 2, 4]
+
+
+def test_without_retry_a_job_that_was_done_but_not_answered_does_not_run_again() -> None:
+    queue, worker = make_queue(retry=0), make_worker(QUICK)
+    fill(queue, 3)
+    take(queue, worker)
+    failed = queue.lose(worker, 2, "signal 9", NOW, done=1)
+    assert numbers(failed) == [1, 2]
+    assert take(queue, make_worker(QUICK)) == [3]
+
+
+def test_an_answer_out_of_order_is_not_accepted() -> None:
+    queue, worker = make_queue(), make_worker(QUICK)
+    fill(queue, 2)
+    take(queue, worker)
+    assert queue.finish(worker, 2) is None
+
+
+def test_the_death_of_a_poisonous_retry_does_not_spend_the_budget() -> None:
+    queue = make_queue()
+    for number in range(1, 4):
+        fill(queue, 1, first=number)
+        for _ in range(2):
+            worker = make_worker()
+            assert take(queue, worker) == [number]
+            failed = queue.lose(worker, 1, "signal 6", NOW)
+        assert failed[0][1].status == 500

@@ -328,7 +328,7 @@ class Simulation:
             depth += not job.settled
         for worker in self.workers:
             held = worker.in_flight
-            owned += held.jobs
+            owned += [job.id for job in held.jobs]
             assert bool(held.jobs) == bool(held.frame_ends)
             assert held.finished + len(held.jobs) == worker.sent, "sent is answered or in hand"
             assert not held.exclusive or len(held.jobs) == 1
