@@ -304,7 +304,7 @@ def start_arguments(folder: Path, addresses: list[str], *archives: Path, **setti
 def server(
     *archives: Path, spare: tuple[Path, ...] = (), folder: Path | None = None, **settings: Any
 ) -> Iterator[Server]:
-    """A running server with `archives` loaded and `spare` ones in its store; stopped at the end, and nothing of it is left."""
+    """A running server with `archives` loaded and `spare` ones in its store; stopped at the end without a trace."""
     with contextlib.ExitStack() as stack:
         folder = folder or stack.enter_context(scratch())
         addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]

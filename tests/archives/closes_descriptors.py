@@ -1,4 +1,4 @@
-"""A body `close` closes every descriptor and goes on living; `garbage` writes into every socket; others are answered."""
+"""A body `close` closes every descriptor and lives on; `garbage` writes into every socket; others are answered."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""How requests meet in batches and what becomes of those that wait, with a handler that answers when the test says so."""
+"""How requests meet in batches and what becomes of those that wait, with a handler that answers when told."""
 
 from __future__ import annotations
 

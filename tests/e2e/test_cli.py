@@ -29,7 +29,9 @@ from tests.conftest import (
 
 @pytest.fixture(scope="module")
 def running(make_archive: MakeArchive) -> Iterator[Server]:
-    with server(make_archive("echo"), make_archive("status_and_headers"), make_archive("crashes_on_predict")) as started:
+    with server(
+        make_archive("echo"), make_archive("status_and_headers"), make_archive("crashes_on_predict")
+    ) as started:
         yield started
 
 
@@ -164,7 +166,8 @@ def test_a_daemon_that_cannot_start_says_why(tmp_path: Path) -> None:
     failed = mms("start", "--daemon", "--run-dir", str(tmp_path / "run"), "--model-store", str(tmp_path / "nowhere"))
     assert failed.returncode == 1
     assert failed.stderr == (
-        f"mms: error: the model store {tmp_path}/nowhere is not a folder; create it or name another with --model-store\n"
+        f"mms: error: the model store {tmp_path}/nowhere is not a folder; "
+        "create it or name another with --model-store\n"
     )
 
 

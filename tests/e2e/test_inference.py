@@ -15,6 +15,7 @@ from tests.conftest import Answering, Reply, Server, ask, connect, digest, fetch
 
 PART = b"--b\r\nContent-Disposition: form-data; name=a\r\n\r\n"
 
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "GET"])
 @pytest.mark.parametrize(
     "path", ["/predictions/echo", "/predictions/echo/1.0", "/predictions/echo/", "/predictions/%65cho"]

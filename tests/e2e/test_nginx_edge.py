@@ -34,19 +34,21 @@ def master(running: Server) -> psutil.Process:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_over_the_limit_is_413_in_json(either: Server, chunked: bool) -> None:
+def test_a_body_over_the_limit_is_413_in_json(edged: Server, chunked: bool) -> None:
     body = b"x" * ((2 << 20) + 1)
-    connection = connect(either.url)
+    connection = connect(edged.url)
     try:
         if chunked:
-            reply = ask(connection, "POST", "/predictions/echo", iter([body]), {"Transfer-Encoding": "chunked"}, chunked=True)
+            reply = ask(
+                connection, "POST", "/predictions/echo", iter([body]), {"Transfer-Encoding": "chunked"}, chunked=True
+            )
         else:
             reply = ask(connection, "POST", "/predictions/echo", body)
     finally:
         connection.close()
     assert (reply.status, reply.json()["type"]) == (413, "RequestEntityTooLargeException")
     assert reply.message
-    assert either.predict("echo", b"x").status == 200
+    assert edged.predict("echo", b"x").status == 200
 
 
 @pytest.mark.parametrize("path", ["/models", "/models/echo", "/metrics", "/predictions/../models", "/%2e%2e/models"])
@@ -90,7 +92,9 @@ def test_a_dead_front_end_is_502_in_json(edged: Server) -> None:
 
 
 def test_nothing_of_ours_listens_beside_nginx(edged: Server) -> None:
-    listening = [c.laddr.port for c in psutil.Process(edged.pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    listening = [
+        c.laddr.port for c in psutil.Process(edged.pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN
+    ]
     assert listening == []
     sockets = edged.run_dir / "sockets"
     assert {path.name for path in sockets.iterdir()} == {"inference.sock", "management.sock", "metrics.sock"}

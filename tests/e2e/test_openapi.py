@@ -1,4 +1,4 @@
-"""The OpenAPI documents against the served APIs, in both directions: nothing is promised that is not there, or hidden."""
+"""The OpenAPI documents against the served APIs, in both directions: nothing promised is missing, nothing is hidden."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from mms.controlplane import ControlPlane
 from tests.conftest import MakeArchive, Reply, Server, fetch, server
 
 VALUES = {
-    "url": "echo-1.0.mar", "model_name": "documented", "handler": "echo:Echo", "runtime": "python", "initial_workers": "0",
+    "url": "echo-1.0.mar", "model_name": "documented", "handler": "echo:Echo", "runtime": "python",
+    "initial_workers": "0",
     "synchronous": "true", "batch_size": "2", "max_batch_delay": "5", "min_workers": "0", "max_workers": "1",
     "response_timeout": "9", "startup_timeout": "9", "queue_size": "9", "queue_timeout": "9", "retry": "0",
     "isolate_errors": "true", "device": "cpu", "gpus": "", "threads": "1", "preload": "", "limit": "5",

@@ -1,4 +1,4 @@
-"""Workers and the fork server are killed in every state, with and without load: what clients see, and how fast it is over."""
+"""Workers and the fork server are killed in every state: what clients see, and how fast it is over."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.conftest import Answering, MakeArchive, MakeGate, Server, Traffic, eventually, needs_nginx, processes_in, server
+from tests.conftest import (
+    Answering,
+    MakeArchive,
+    MakeGate,
+    Server,
+    Traffic,
+    eventually,
+    needs_nginx,
+    processes_in,
+    server,
+)
 
 
 @pytest.fixture(scope="module")

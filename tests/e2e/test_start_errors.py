@@ -1,4 +1,4 @@
-"""What `mms start` says when it cannot start: one clear line on standard error, exit code 1, and nothing left behind."""
+"""What `mms start` says when it cannot start: one line on standard error, exit code 1, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def refusal(
 def test_f70_a_port_in_use_is_named(folder: Path, make_archive: MakeArchive, which: str, edge: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        setting = {f"{which}_address": f"127.0.0.1:{port}"}
+        setting: dict[str, Any] = {f"{which}_address": f"127.0.0.1:{port}"}
         text = refusal(folder, make_archive("echo"), models=("echo-1.0.mar",), edge=edge, **setting)
     assert f"127.0.0.1:{port}" in text
     assert "in use" in text
@@ -66,7 +66,9 @@ def test_f70_an_address_of_another_machine(folder: Path) -> None:
 
 
 def test_a_missing_store(folder: Path) -> None:
-    assert refusal(folder, model_store=folder / "nowhere").startswith(f"the model store {folder}/nowhere is not a folder")
+    assert refusal(folder, model_store=folder / "nowhere").startswith(
+        f"the model store {folder}/nowhere is not a folder"
+    )
 
 
 def test_models_without_a_store(folder: Path) -> None:
@@ -114,8 +116,8 @@ def test_two_archives_of_one_model(folder: Path, make_archive: MakeArchive) -> N
     ],
 )
 def test_an_impossible_setting(folder: Path, name: str, value: str, words: str) -> None:
-    edge = {"edge": "nginx"} if name == "nginx" else {}
-    assert words in refusal(folder, **{**edge, name: value})
+    settings: dict[str, Any] = {"edge": "nginx"} if name == "nginx" else {}
+    assert words in refusal(folder, **{**settings, name: value})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,366 @@
+"""A worker without a server: frames in, frames out. In a thread and as a process, same assertions."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import mmap
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from mms import wire
+from mms.archive import ModelArchive
+from mms.backend import loop
+from tests.conftest import MakeArchive, MakeGate, digest, eventually
+
+HEADERS: list[bytes] = [b"X-Asked", b"this"]
+
+
+class Backend:
+    """The server's end of one worker's channel."""
+
+    def __init__(self, sock: socket.socket, progress: mmap.mmap, folder: Path, **load: Any) -> None:
+        sock.settimeout(20)
+        self.progress = progress
+        self._sock = sock
+        self._ids = 0
+        defaults = {
+            "model_name": "m", "version": "1.0", "directory": str(folder), "handler": "", "manifest": {},
+            "model_config": {}, "batch_size": 8, "isolate_errors": "auto", "gpu": None, "threads": 1,
+            "max_request_size": 1 << 20, "max_response_size": 1 << 20,
+        }  # fmt: skip
+        sock.sendall(wire.pack(wire.LOAD, wire.Load(**{**defaults, **load})))
+
+    def frame(self) -> tuple[int, Any, bytes]:
+        """The next frame: kind, head, payloads."""
+        kind, head_size, size = wire.parse_header(self._exactly(wire.HEADER.size))
+        head = self._exactly(head_size)
+        kinds = {wire.READY: wire.Ready, wire.FAILED: wire.Failed, wire.RESULT: wire.Result}
+        return kind, wire.decode(kinds[kind], head), self._exactly(size)
+
+    def ready(self) -> wire.Ready:
+        kind, head, _ = self.frame()
+        assert kind == wire.READY, head
+        assert isinstance(head, wire.Ready)
+        return head
+
+    def send(self, *bodies: bytes, batch_size: int = 8, content_type: str = "", encoding: str = "") -> list[int]:
+        heads = []
+        for body in bodies:
+            self._ids += 1
+            heads.append(
+                wire.JobHead(self._ids, b"id-%d" % self._ids, content_type, encoding, b"", False, HEADERS, len(body))
+            )
+        packed = wire.pack(wire.PREDICT, wire.Predict(batch_size, heads), sum(map(len, bodies)))
+        self._sock.sendall(packed + b"".join(bodies))
+        return [head.id for head in heads]
+
+    def results(self, count: int) -> dict[int, tuple[wire.JobResult, bytes]]:
+        """The next `count` outcomes by job."""
+        found: dict[int, tuple[wire.JobResult, bytes]] = {}
+        while len(found) < count:
+            kind, head, payload = self.frame()
+            assert kind == wire.RESULT
+            assert sum(result.size for result in head.jobs) == len(payload)
+            at = 0
+            for result in head.jobs:
+                found[result.id] = (result, payload[at : at + result.size])
+                at += result.size
+        return found
+
+    def predict(self, *bodies: bytes, **how: Any) -> list[tuple[wire.JobResult, bytes]]:
+        ids = self.send(*bodies, **how)
+        results = self.results(len(ids))
+        return [results[number] for number in ids]
+
+    def raw(self, data: bytes) -> None:
+        self._sock.sendall(data)
+
+    def ended(self) -> bool:
+        """Whether the worker has closed its end without another word."""
+        try:
+            return self._sock.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def stop(self) -> None:
+        self._sock.sendall(wire.pack(wire.STOP, None))
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            chunk = self._sock.recv(size - len(data))
+            assert chunk, "the channel ended"
+            data += chunk
+        return data
+
+
+Start = Callable[..., Backend]
+
+
+@pytest.fixture(params=["thread", "process"])
+def start(request: pytest.FixtureRequest, make_archive: MakeArchive, tmp_path: Path) -> Iterator[Start]:
+    """Starts a worker on one of tests/archives; all end with their test."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(name: str, **load: Any) -> Backend:
+            folder = tmp_path / name
+            archive = ModelArchive.open(make_archive(name))
+            archive.extract(folder)
+            ours, theirs = socket.socketpair()
+            page = os.memfd_create("progress")
+            os.ftruncate(page, wire.PROGRESS.size)
+            progress = mmap.mmap(page, wire.PROGRESS.size)
+            run = in_thread if request.param == "thread" else in_process
+            stack.callback(progress.close)
+            stack.callback(os.close, page)
+            stack.enter_context(run(theirs, page, folder))
+            stack.callback(ours.close)
+            backend = Backend(ours, progress, folder, **{"handler": archive.manifest.handler, **load})
+            return backend
+
+        yield begin
+
+
+@contextlib.contextmanager
+def in_thread(theirs: socket.socket, page: int, folder: Path) -> Iterator[None]:
+    path, modules = list(sys.path), set(sys.modules)
+    view = mmap.mmap(page, wire.PROGRESS.size)
+
+    def run() -> None:
+        with contextlib.suppress(OSError), theirs:
+            loop.serve(theirs, view)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(10)
+        assert not thread.is_alive()
+        view.close()
+        gc.unfreeze()
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def in_process(theirs: socket.socket, page: int, folder: Path) -> Iterator[None]:
+    words = ["--channel", str(theirs.fileno()), "--page", str(page), "--server", str(os.getpid()), "--name", "m"]
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "mms.backend", *words],
+        pass_fds=(theirs.fileno(), page),
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    theirs.close()
+    try:
+        yield
+        assert process.wait(10) in (0, 1, 70)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
+@pytest.mark.parametrize(("name", "style"), [("echo", "request"), ("rows", "batch")])
+def test_it_says_ready_and_its_style(start: Start, name: str, style: str) -> None:
+    ready = start(name).ready()
+    assert ready.style == style
+    assert 0 <= ready.load_seconds < 10
+
+
+def test_jobs_are_answered_in_batches_of_the_given_size(start: Start) -> None:
+    backend = start("echo")
+    backend.ready()
+    bodies = [b"%d" % number for number in range(7)]
+    answers = [json.loads(body) for _, body in backend.predict(*bodies, batch_size=3)]
+    assert [answer["sha256"] for answer in answers] == [digest(body) for body in bodies]
+    assert [answer["batch"] for answer in answers] == [3, 3, 3, 3, 3, 3, 1]
+    assert answers[0]["headers"] == {"x-asked": "this"}
+    assert answers[0]["id"] == "id-1"
+
+
+@pytest.mark.parametrize("size", [0, 1, 100_000, 1 << 20])
+def test_bodies_and_answers_of_many_sizes(start: Start, size: int) -> None:
+    backend = start("poison")
+    backend.ready()
+    body = os.urandom(size)
+    for result, answer in backend.predict(body, body):
+        assert (result.status, digest(answer)) == (200, digest(body))
+
+
+def test_times_are_reported_for_each_batch(start: Start) -> None:
+    backend = start("echo")
+    backend.ready()
+    backend.send(b"a", b"b", b"c", batch_size=2)
+    batches: list[wire.BatchTimes] = []
+    while sum(batch.jobs for batch in batches) < 3:
+        batches += backend.frame()[1].batches
+    assert [batch.jobs for batch in batches] == [2, 1]
+    for batch in batches:
+        assert batch.preprocess + batch.inference + batch.postprocess <= batch.handler
+
+
+def test_progress_counts_jobs_as_they_begin(start: Start) -> None:
+    backend = start("echo")
+    backend.ready()
+    assert wire.PROGRESS.unpack_from(backend.progress) == (0, 0, 0.0)
+    backend.predict(b"a", b"b")
+    assert wire.PROGRESS.unpack_from(backend.progress) == (2, 2, 0.0)
+    backend.predict(b"c")
+    assert wire.PROGRESS.unpack_from(backend.progress) == (3, 3, 0.0)
+
+
+def test_progress_tells_finished_from_begun_while_a_batch_runs(start: Start, make_gate: MakeGate) -> None:
+    backend, first, second = start("gate"), make_gate(), make_gate()
+    backend.ready()
+    first.open()
+    ids = backend.send(first.body, second.body, batch_size=1)
+    eventually(second.begun)
+    finished, begun, begun_at = wire.PROGRESS.unpack_from(backend.progress)
+    assert (finished, begun) == (1, 2)
+    assert 0 < begun_at <= time.monotonic()
+    second.open()
+    assert set(backend.results(2)) == set(ids)
+
+
+def test_f9_a_handler_that_does_not_load_is_reported_with_its_traceback(start: Start) -> None:
+    backend = start("crashes_on_load")
+    kind, failed, _ = backend.frame()
+    assert kind == wire.FAILED
+    assert failed.message == "RuntimeError: the weights are missing"
+    assert "in initialize" in failed.traceback
+    assert backend.ended()
+
+
+def test_a_handler_that_is_not_there_is_named(start: Start) -> None:
+    backend = start("echo", handler="echo:Nothing")
+    assert backend.frame()[1].message == "echo defines no Nothing; it defines: Echo"
+    assert backend.ended()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wrong_count", "handle returned 3 results for 2 requests"),
+        ("not_a_list", "handle returned str; a list with one result per request (2)"),
+        ("crashes_on_predict", "the handler raised ValueError"),
+    ],
+)
+def test_f29_a_wrong_answer_fails_its_batch_only(start: Start, name: str, words: str) -> None:
+    backend = start(name)
+    backend.ready()
+    for _ in range(2):
+        for result, message in backend.predict(b"a", b"b"):
+            assert (result.status, result.error) == (500, "HandlerException")
+            assert words in message.decode()
+
+
+@pytest.mark.parametrize("name", ["SystemExit", "KeyboardInterrupt", "GeneratorExit", "CancelledError"])
+def test_f24_exceptions_that_end_processes_do_not(start: Start, name: str) -> None:
+    backend = start("raises")
+    backend.ready()
+    ((result, _),) = backend.predict(name.encode())
+    assert (result.status, result.error) == (500, "HandlerException")
+    ((result, answer),) = backend.predict(b"")
+    assert (result.status, answer) == (200, b"")
+
+
+def test_a_bad_job_fails_alone_in_its_batch(start: Start) -> None:
+    backend = start("request_style")
+    backend.ready()
+    bodies = (b"one", b"preprocess", b"two", b"inference", b"postprocess", b"three")
+    assert [result.status for result, _ in backend.predict(*bodies)] == [203, 422, 203, 500, 400, 203]
+
+
+@pytest.mark.parametrize(("isolate", "statuses"), [("true", [200, 500, 200, 418]), ("auto", [500, 500, 500, 500])])
+def test_batch_style_is_isolated_only_when_it_is_asked_for(start: Start, isolate: str, statuses: list[int]) -> None:
+    backend = start("fails_one", isolate_errors=isolate)
+    backend.ready()
+    answers = backend.predict(b"one", b"bad", b"two", b"unlucky")
+    assert [result.status for result, _ in answers] == statuses
+
+
+def test_a_body_that_cannot_be_decoded_fails_alone(start: Start) -> None:
+    backend = start("rows")
+    backend.ready()
+    answers = backend.predict(b"1", b"{", b"2", content_type="application/json")
+    assert [result.status for result, _ in answers] == [200, 400, 200]
+    assert answers[2][1] == b"{'body': 2}"
+
+
+def test_a_body_that_cannot_be_unpacked_fails_alone(start: Start) -> None:
+    backend = start("echo")
+    backend.ready()
+    ids = backend.send(b"not packed", encoding="gzip") + backend.send(b"plain")
+    results = backend.results(2)
+    assert [results[number][0].status for number in ids] == [400, 200]
+
+
+def test_a_job_may_set_status_type_and_headers(start: Start) -> None:
+    backend = start("status_and_headers")
+    backend.ready()
+    for result, body in backend.predict(b"a", b"b"):
+        assert (result.status, body) == (201, b"hello")
+        assert b"content-type: text/x-greeting\r\n" in result.head
+        assert b"x-request: id-%d\r\n" % result.id in result.head
+        assert b"x-seen: this\r\n" in result.head
+
+
+def test_it_leaves_on_stop_and_at_the_end_of_its_channel(start: Start) -> None:
+    first = start("echo")
+    first.ready()
+    first.stop()
+    assert first.ended()
+    second = start("rows")
+    second.ready()
+    second.close()
+
+
+def test_what_follows_in_the_channel_waits_for_its_turn(start: Start) -> None:
+    backend = start("echo")
+    backend.ready()
+    ids = [number for index in range(50) for number in backend.send(b"%d" % index)]
+    assert set(backend.results(50)) == set(ids)
+
+
+@pytest.mark.parametrize("start", ["process"], indirect=True)
+@pytest.mark.parametrize(
+    "junk",
+    [b"this is no frame, whatever it is", wire.pack(wire.READY, None), b"MM\x02" + bytes(13)],
+    ids=["text", "kind", "version"],
+)
+def test_f33_garbage_ends_the_worker(start: Start, junk: bytes) -> None:
+    backend = start("echo")
+    backend.ready()
+    backend.raw(junk)
+    assert backend.ended()
+
+
+def test_the_head_of_a_job_reads_as_it_was_written() -> None:
+    head = wire.JobHead(1, b"a", "b", "", b"", False, HEADERS, 0)
+    view = wire.decode(wire.PredictView, wire.encode(wire.Predict(1, [head]))).jobs[0]
+    assert wire.decode_headers(view.headers) == HEADERS
+    assert isinstance(view.headers, msgspec.Raw)

@@ -1,0 +1,459 @@
+"""A WorkerPool with real workers and real fork servers, without HTTP: scale, deaths, retries, time limits, output."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import itertools
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import uvloop
+
+from mms import wire
+from mms.archive import ModelArchive
+from mms.errors import MMSError as Error
+from mms.errors import ModelLoadError, QueueFullError
+from mms.metrics import VersionMetrics
+from mms.server import prepare_process
+from mms.workers import environment
+from mms.workers.batching import BatchQueue, Job
+from mms.workers.forkserver import ForkServers
+from mms.workers.output import KEPT_LINES, MAX_LINE, MAX_PER_SECOND, OutputReader
+from mms.workers.pool import PoolSettings, WorkerPool
+from mms.workers.process import Launch
+from tests.conftest import Gate, MakeArchive, MakeGate, T, eventually
+
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+
+
+class Caller:
+    """Turns a job's one outcome into a future."""
+
+    def __init__(self) -> None:
+        self.outcome: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def answer(self, status: int, head: bytes, body: memoryview) -> None:
+        self.outcome.set_result(bytes(body))
+
+    def fail(self, error: Error) -> None:
+        self.outcome.set_exception(error)
+
+
+class Served:
+    """One pool and what surrounds it in a server."""
+
+    def __init__(self, folder: Path, handler: str, forkservers: ForkServers, **how: Any) -> None:
+        self.forkservers = forkservers
+        self.metrics = VersionMetrics()
+        self.queue = BatchQueue(
+            batch_size=how.get("batch_size", 1),
+            max_batch_delay=0.0,
+            capacity=how.get("capacity", 100),
+            timeout=how.get("queue_timeout", 20.0),
+            retry=how.get("retry", 1),
+        )
+        load = wire.Load(
+            model_name="m", version="1", directory=str(folder), handler=handler, manifest={},
+            model_config=how.get("model_config", {}), batch_size=1, isolate_errors="auto", gpu=None, threads=1,
+            max_request_size=1 << 20, max_response_size=16 << 20,
+        )  # fmt: skip
+        launch = Launch(
+            name="mms-m",
+            directory=str(folder),
+            environ=environment.worker_environment(1, ()),
+            preload=how.get("preload", ()),
+            interpreter=how.get("interpreter"),
+        )
+        settings = PoolSettings(
+            label="m 1",
+            load=load,
+            launch=launch,
+            gpus=(),
+            response_timeout=how.get("response_timeout", 20.0),
+            startup_timeout=how.get("startup_timeout", 20.0),
+            stop_grace=0.5,
+        )
+        self.pool = WorkerPool(
+            settings, self.queue, self.metrics, forkservers, asyncio.Semaphore(4), how.get("on_change", lambda: None)
+        )
+        self._ids = 0
+
+    def submit(self, body: bytes) -> asyncio.Future[bytes]:
+        self._ids += 1
+        head = wire.JobHead(self._ids, b"id-%d" % self._ids, "", "", b"", False, [], len(body))
+        caller = Caller()
+        self.pool.submit(Job(head, [body], caller, time.monotonic()))
+        return caller.outcome
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.pid for worker in self.pool.workers if worker.pid and worker.state == "READY"]
+
+
+async def until(predicate: Callable[[], T], within: float = 5.0) -> T:
+    """As eventually, beside a running event loop."""
+    return await asyncio.to_thread(eventually, predicate, within)
+
+
+@pytest.fixture(autouse=True)
+def subreaper() -> Iterator[None]:
+    """This process plays the server: orphans become its children; afterwards it is as before, and none is left."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    known = set(psutil.Process().children())
+    prepare_process()
+    yield
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not [child for child in psutil.Process().children() if child not in known]
+
+
+Serve = Callable[..., contextlib.AbstractAsyncContextManager[Served]]
+
+
+@pytest.fixture
+def serve(make_archive: MakeArchive, tmp_path: Path) -> Serve:
+    """A pool for one of tests/archives; closed at the end, with nothing left in flight."""
+
+    numbers = itertools.count()
+
+    @contextlib.asynccontextmanager
+    async def begin(name: str, *, workers: int = 1, **how: Any) -> AsyncIterator[Served]:
+        archive = ModelArchive.open(make_archive(name))
+        folder = tmp_path / f"{name}-{next(numbers)}"
+        archive.extract(folder)
+        forkservers = ForkServers()
+        served = Served(folder, archive.manifest.handler, forkservers, **how)
+        try:
+            if workers:
+                await served.pool.scale(workers)
+            yield served
+        finally:
+            await served.pool.close(0)
+            for job, error in served.queue.abandon(Error("the test is over")):
+                served.pool.fail(job, error)
+            forkservers.close()
+            assert (served.pool.in_flight, served.pool.workers) == (0, [])
+
+    return begin
+
+
+def test_workers_are_ours_in_sessions_of_their_own_without_foreign_descriptors(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", workers=2) as served:
+            assert len(set(served.pids)) == 2
+            for pid in served.pids:
+                assert psutil.Process(pid).ppid() == os.getpid()
+                assert os.getsid(pid) == os.getpgid(pid) == pid
+                assert psutil.Process(pid).name() == "mms-m"
+                held = {os.readlink(f"/proc/{pid}/fd/{fd}").split(":")[0] for fd in os.listdir(f"/proc/{pid}/fd")}
+                assert held == {"/dev/null", "/memfd", "pipe", "socket"}
+
+    uvloop.run(scenario())
+
+
+def test_scaling_keeps_the_workers_there_are(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison") as served:
+            (first,) = served.pids
+            await served.pool.scale(3)
+            assert first in served.pids
+            assert len(served.pids) == served.pool.ready == 3
+            gone = set(served.pids)
+            await served.pool.scale(1)
+            assert len(served.pids) == 1
+            gone -= set(served.pids)
+            assert not any(psutil.pid_exists(pid) for pid in gone)
+            assert await served.submit(b"x") == b"x"
+            await served.pool.scale(0)
+            assert served.pids == []
+
+    uvloop.run(scenario())
+
+
+def test_jobs_wait_for_the_first_worker(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", workers=0) as served:
+            waiting = served.submit(b"x")
+            served.pool.set_target(1)
+            assert await asyncio.wait_for(waiting, 5) == b"x"
+
+    uvloop.run(scenario())
+
+
+def test_a_full_queue_refuses(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", workers=0, capacity=1) as served:
+            waiting = served.submit(b"x")
+            with pytest.raises(QueueFullError):
+                served.submit(b"y")
+            await served.pool.scale(1)
+            assert await waiting == b"x"
+
+    uvloop.run(scenario())
+
+
+def test_f1_a_dead_worker_is_replaced_within_half_a_second(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison") as served:
+            (pid,) = served.pids
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: served.pids not in ([], [pid]), within=0.5)
+            assert served.metrics.restarts == {"signal 9 (SIGKILL)": 1}
+            assert await served.submit(b"x") == b"x"
+
+    uvloop.run(scenario())
+
+
+def test_f2_a_begun_job_is_run_once_more(serve: Serve, make_gate: MakeGate) -> None:
+    async def scenario(gate: Gate) -> None:
+        async with serve("gate") as served:
+            (pid,) = served.pids
+            outcome = served.submit(gate.body)
+            await until(gate.begun)
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: len(gate.begun()) == 2)
+            gate.open()
+            assert int(await outcome) == gate.begun()[1] != pid
+            assert served.queue.retries == 1
+
+    uvloop.run(scenario(make_gate()))
+
+
+def test_f3_jobs_that_only_waited_are_not_counted(serve: Serve, make_gate: MakeGate) -> None:
+    async def scenario(gates: list[Gate]) -> None:
+        async with serve("gate") as served:
+            outcomes = [served.submit(gate.body) for gate in gates]
+            await until(gates[0].begun)
+            os.kill(served.pids[0], signal.SIGKILL)
+            for gate in gates:
+                gate.open()
+            await asyncio.wait_for(asyncio.gather(*outcomes), 5)
+            assert [len(gate.begun()) for gate in gates] in ([2, 1, 1, 1], [1, 1, 1, 1])
+            assert served.queue.retries <= 1
+
+    uvloop.run(scenario([make_gate() for _ in range(4)]))
+
+
+def test_f6_poison_kills_exactly_two_and_its_neighbours_live(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", batch_size=4, workers=0) as served:
+            bodies = [b"one", b"abort", b"two", b"three"]
+            outcomes = [served.submit(body) for body in bodies]
+            await served.pool.scale(1)
+            results = await asyncio.wait_for(asyncio.gather(*outcomes, return_exceptions=True), 10)
+            assert [results[0], *results[2:]] == [b"one", b"two", b"three"]
+            assert isinstance(results[1], Error)
+            assert (results[1].status, results[1].type) == (500, "WorkerDiedException")
+            assert "signal 6 (SIGABRT)" in results[1].message
+            assert served.metrics.restarts == {"signal 6 (SIGABRT)": 2}
+            assert served.pool.failure is None
+
+    uvloop.run(scenario())
+
+
+def test_f8_without_retry_a_begun_job_fails(serve: Serve, make_gate: MakeGate) -> None:
+    async def scenario(gate: Gate) -> None:
+        async with serve("gate", retry=0) as served:
+            outcome = served.submit(gate.body)
+            await until(gate.begun)
+            os.kill(served.pids[0], signal.SIGKILL)
+            with pytest.raises(Error, match="retry is off for this model") as caught:
+                await asyncio.wait_for(outcome, 5)
+            assert caught.value.status == 503
+            assert len(gate.begun()) == 1
+
+    uvloop.run(scenario(make_gate()))
+
+
+def test_f12_a_batch_that_takes_too_long_is_504_and_its_worker_killed(serve: Serve, make_gate: MakeGate) -> None:
+    async def scenario(gate: Gate, second: Gate) -> None:
+        async with serve("gate", response_timeout=0.2) as served:
+            (pid,) = served.pids
+            outcome, ahead = served.submit(gate.body), served.submit(second.body)
+            second.open()
+            with pytest.raises(Error, match="response_timeout") as caught:
+                await asyncio.wait_for(outcome, 5)
+            assert caught.value.status == 504
+            assert int(await asyncio.wait_for(ahead, 5)) != pid
+            assert not psutil.pid_exists(pid)
+            assert (gate.begun(), len(second.begun())) == ([pid], 1)
+            assert served.metrics.restarts == {"response_timeout": 1}
+
+    uvloop.run(scenario(make_gate(), make_gate()))
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "words"),
+    [
+        ("crashes_on_load", "the handler of m 1 failed to load: RuntimeError: the weights are missing", "initialize"),
+        ("dies_on_load", "a worker of m 1 ended before it was ready: exit code 3", "these are my last words"),
+    ],
+)
+def test_f9_a_pool_that_cannot_boot_is_failed(
+    serve: Serve, name: str, message: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with serve(name, workers=0) as served:
+            with pytest.raises(ModelLoadError) as caught:
+                await served.pool.scale(1)
+            assert caught.value.message == message
+            assert words in caught.value.traceback
+            assert served.pool.failure is caught.value
+            assert served.pool.workers == []
+
+    with caplog.at_level(logging.INFO, "mms"):
+        uvloop.run(scenario())
+    assert len([record for record in caplog.records if "FAILED after 3 tries" in record.message]) == 1
+
+
+def test_f9_a_failed_pool_tries_again_on_request(serve: Serve, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serve("mends", workers=0, model_config={"mended": str(tmp_path / "mended")}) as served:
+            with pytest.raises(ModelLoadError, match="not mended yet"):
+                await served.pool.scale(1)
+            (tmp_path / "mended").touch()
+            await served.pool.scale(1)
+            assert served.pool.failure is None
+            assert await served.submit(b"x") == b"x"
+
+    uvloop.run(scenario())
+
+
+def test_f35_a_load_that_takes_too_long_is_failed(serve: Serve, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config = {"gate": str(tmp_path / "never")}
+        async with serve("loads_slowly", workers=0, startup_timeout=0.2, model_config=config) as served:
+            with pytest.raises(ModelLoadError, match=r"startup_timeout \(0.2 s\)"):
+                await served.pool.scale(1)
+
+    uvloop.run(scenario())
+
+
+@pytest.mark.parametrize("body", [b"close", b"garbage"])
+def test_f20_f33_a_worker_that_breaks_its_channel_is_killed(serve: Serve, body: bytes) -> None:
+    async def scenario() -> None:
+        async with serve("closes_descriptors") as served:
+            (pid,) = served.pids
+            with pytest.raises(Error, match="its channel"):
+                await asyncio.wait_for(served.submit(body), 5)
+            assert await asyncio.wait_for(served.submit(b"good"), 5) == b"good"
+            assert not psutil.pid_exists(pid)
+
+    uvloop.run(scenario())
+
+
+def test_f36_workers_outlive_their_fork_server_and_a_new_one_is_started(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", workers=2) as served:
+            before, (forkserver,) = served.pids, served.forkservers.pids()
+            os.kill(forkserver, signal.SIGKILL)
+            for _ in range(20):
+                assert await served.submit(b"x") == b"x"
+            assert served.pids == before
+            os.kill(before[0], signal.SIGKILL)
+            await until(lambda: len(served.pids) == 2 and before[0] not in served.pids)
+            assert before[1] in served.pids
+            assert served.forkservers.pids() != [forkserver]
+
+    uvloop.run(scenario())
+
+
+def test_preloaded_modules_are_there_before_the_handler(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("uses_preload", preload=("colorsys",)) as served:
+            assert await served.submit(b"") == b"True"
+        async with serve("uses_preload") as served:
+            assert await served.submit(b"") == b"False"
+
+    uvloop.run(scenario())
+
+
+def test_f40_a_preload_that_fails_is_named_once_and_workers_start(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with serve("poison", workers=2, preload=("colorsys", "no_such_module")) as served:
+            assert await served.submit(b"x") == b"x"
+
+    with caplog.at_level(logging.WARNING, "mms"):
+        uvloop.run(scenario())
+    warnings = [record.message for record in caplog.records if "preload failed" in record.message]
+    assert warnings == [
+        "preload failed, workers import it themselves: "
+        "no_such_module: ModuleNotFoundError: No module named 'no_such_module'"
+    ]
+
+
+def test_a_worker_may_have_an_interpreter_of_its_own(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", interpreter=sys.executable) as served:
+            (pid,) = served.pids
+            assert served.forkservers.pids() == []
+            os.kill(pid, signal.SIGKILL)
+            assert await asyncio.wait_for(served.submit(b"x"), 10) == b"x"
+
+    uvloop.run(scenario())
+
+
+def test_closing_waits_for_what_is_in_hand(serve: Serve, make_gate: MakeGate) -> None:
+    async def scenario(gates: list[Gate]) -> None:
+        async with serve("gate") as served:
+            outcomes = [served.submit(gate.body) for gate in gates]
+            await until(gates[0].begun)
+            closing = asyncio.ensure_future(served.pool.close(10))
+            await asyncio.sleep(0)
+            assert not closing.done()
+            for gate in gates:
+                gate.open()
+            await asyncio.wait_for(asyncio.gather(*outcomes), 5)
+            await asyncio.wait_for(closing, 5)
+
+    uvloop.run(scenario([make_gate() for _ in range(3)]))
+
+
+def test_f22_f23_what_workers_print_is_logged_within_bounds(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with serve("prints_a_lot") as served:
+            assert await asyncio.wait_for(served.submit(b"0"), 5) == b"printed"
+            output = served.pool.workers[0].output
+            assert output is not None
+            await until(lambda: "last line" in output.last_lines)
+            assert "\\xff\\x00\\x1b[31m" in output.last_lines
+            assert await asyncio.wait_for(served.submit(b"50"), 10) == b"printed", "a flood does not block the worker"
+            assert sum(map(len, output.last_lines)) <= KEPT_LINES * MAX_LINE
+
+    with caplog.at_level(logging.INFO, "mms.model.m"):
+        uvloop.run(scenario())
+    lines = [record.getMessage() for record in caplog.records if record.name == "mms.model.m"]
+    assert all(line.startswith("[m 1 pid ") for line in lines)
+    assert max(map(len, lines)) <= MAX_LINE * 4 + 100
+    assert sum(map(len, lines)) < 10 * MAX_PER_SECOND
+
+
+def test_dropped_output_is_counted(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("mms.workers.output.time.monotonic", lambda: now)
+    reader = OutputReader(logging.getLogger("mms.model.x"), "x 1 pid 1")
+    with caplog.at_level(logging.INFO, "mms.model.x"):
+        reader.data_received(b"y" * (MAX_PER_SECOND + 1) + b"\n")
+        assert not caplog.records
+        now = 101.0
+        reader.data_received(b"again\n")
+    assert f"{MAX_PER_SECOND + 2} bytes of output dropped" in caplog.records[0].getMessage()
+    assert caplog.records[1].getMessage() == "[x 1 pid 1] again"
+
+
+def test_no_thread_of_these_tests_is_left() -> None:
+    assert [thread.name for thread in threading.enumerate() if not thread.daemon] == ["MainThread"]
