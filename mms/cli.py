@@ -17,7 +17,7 @@ import click
 
 import mms
 from mms.config import Config, load_config, show_setting
-from mms.errors import MMSError
+from mms.errors import MMSError, ModelLoadError
 from mms.rundir import RunDirectory, Running
 
 NOT_READY = 3
@@ -262,7 +262,8 @@ def check(archive: Path, request: Path | None, content_type: str) -> None:
     try:
         answer = run_trial(archive, request, content_type)
     except MMSError as error:
-        click.echo(getattr(error, "traceback", ""), err=True)
+        if isinstance(error, ModelLoadError) and error.traceback:
+            click.echo(error.traceback, err=True)
         _fail(error.message)
     click.echo(answer)
 

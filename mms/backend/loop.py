@@ -38,7 +38,7 @@ class Channel:
         self._buffer = memoryview(bytearray(READ_SIZE))  # kept: a fresh one per read costs three system calls
         self._rest = b""
 
-    def read(self) -> tuple[int, memoryview, bytes | bytearray] | None:
+    def read(self) -> tuple[int, memoryview, memoryview | bytearray] | None:
         """(kind, head, payloads), or None when the server has closed the channel. Raises FrameError."""
         data = self._at_least(self._rest, wire.HEADER.size)
         if data is None:
@@ -52,7 +52,7 @@ class Channel:
         head = memoryview(data)[wire.HEADER.size : start]
         if len(data) >= stop:
             self._rest = data[stop:]
-            return kind, head, data[start:stop]
+            return kind, head, memoryview(data)[start:stop]
         payload = bytearray(payload_size)
         have = len(data) - start
         payload[:have] = data[start:]
@@ -135,12 +135,12 @@ class Loop:
                 raise FrameError(f"unexpected frame of kind {kind}")
             self._predict(wire.decode(wire.PredictView, head), payload)
 
-    def _predict(self, frame: wire.PredictView, payload: bytes | bytearray) -> None:
+    def _predict(self, frame: wire.PredictView, payload: memoryview | bytearray) -> None:
         received = flushed = begun = _monotonic()
         replies = Replies(self._channel)
         stages, progress, limit = self._stages, self._progress, self._limit
         jobs, size, at = frame.jobs, frame.batch_size, 0
-        alone = len(jobs) == 1 and isinstance(payload, bytearray)
+        whole = payload if len(jobs) == 1 and isinstance(payload, bytearray) else None
         view = memoryview(payload)
         for first in range(0, len(jobs), size):
             batch = jobs[first : first + size]
@@ -153,7 +153,7 @@ class Loop:
             requests = []
             for job in batch:
                 end = at + job.size
-                requests.append(Request(job, payload if alone else bytearray(view[at:end]), limit))  # type: ignore[arg-type]
+                requests.append(Request(job, bytearray(view[at:end]) if whole is None else whole, limit))
                 at = end
             answers = stages.run(requests)
             ended = _monotonic()

@@ -7,6 +7,7 @@ import enum
 import logging
 import time
 from bisect import bisect_left
+from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
 from mms import wire
@@ -18,7 +19,6 @@ from mms.workers.process import WorkerProcess
 
 log = logging.getLogger("mms.worker")
 
-JOIN_BELOW = 256 << 10  # a larger frame goes to the transport in pieces, without being joined
 LAST_WORDS = 0.05  # seconds between a process's end and its channel's end, in either order
 
 
@@ -89,10 +89,7 @@ class Worker(asyncio.Protocol):
             size += job.head.size
             parts += job.parts
         parts[0] = wire.pack(wire.PREDICT, wire.Predict(batch_size, heads), size)
-        if size < JOIN_BELOW:
-            self._transport.write(b"".join(parts))
-        else:
-            self._transport.writelines(parts)
+        self._transport.writelines(parts)
 
     def stop(self) -> None:
         """Take no more jobs, leave when those in hand are answered."""
@@ -234,7 +231,7 @@ def describe_worker(worker: Worker, memory: int) -> dict[str, Any]:
     """One entry of `workers` in a model's description."""
     return {
         "id": str(worker.slot),
-        "startTime": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(worker.started_at)) + ".000Z",
+        "startTime": datetime.fromtimestamp(worker.started_at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
         "status": str(worker.state),
         "gpu": worker.gpu is not None,
         **({"gpuId": worker.gpu} if worker.gpu is not None else {}),
