@@ -328,11 +328,12 @@ class Traffic:
     the server takes no more connections or closes one before the request was begun.
     """
 
-    def __init__(self, running: Server, *, clients: int = 8, until_refused: bool = False) -> None:
+    def __init__(self, running: Server, *, model: str = "echo", clients: int = 8, until_refused: bool = False) -> None:
         self.count = 0
         self.failures: list[str] = []
         self.slowest = 0.0
         self._server = running
+        self._path = f"/predictions/{model}"
         self._until_refused = until_refused
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._client, args=(number,)) for number in range(clients)]
@@ -365,7 +366,7 @@ class Traffic:
                 body = b"%d of %d" % (sent, number)
                 begun = time.monotonic()
                 try:
-                    reply = ask(connection, "POST", "/predictions/echo", body)
+                    reply = ask(connection, "POST", self._path, body)
                 except (OSError, http.client.HTTPException) as error:
                     if self._until_refused and isinstance(error, ConnectionError):
                         return

@@ -133,7 +133,9 @@ def test_workers_and_their_resources_are_seen(running: Server) -> None:
     (pid,) = running.workers("echo")
     resident = running.metric("mms_worker_resident_memory_bytes", model="echo", worker="0")
     assert resident == pytest.approx(psutil.Process(pid).memory_info().rss, rel=0.2)
-    assert running.metric("mms_worker_cpu_seconds_total", model="echo") > 0
+    eventually(
+        lambda: running.predict("echo", bytes(1 << 20)) and running.metric("mms_worker_cpu_seconds_total", model="echo")
+    )
     assert running.metric("mms_model_load_duration_seconds", model="echo") > 0
 
 

@@ -133,10 +133,10 @@ def test_f46_a_killed_server_leaves_nothing_and_the_next_one_starts(make_archive
 
 
 def test_f46_a_killed_server_takes_a_worker_that_loads_with_it(make_archive: MakeArchive, tmp_path: Path) -> None:
-    slow = make_archive("loads_slowly", gate=str(tmp_path / "never"))
+    slow = make_archive("loads_slowly", model_name="slow", gate=str(tmp_path / "never"))
     with server(spare=(slow,)) as running:
-        running.manage("POST", "/models?url=loads_slowly-1.0.mar&synchronous=false")
-        eventually(lambda: running.describe("loads_slowly")["workers"][0]["pid"])
+        running.manage("POST", "/models?url=slow-1.0.mar&synchronous=false")
+        eventually(lambda: running.named("mms-slow"))
         running.kill()
         eventually(lambda: not processes_in(running.folder))
 
