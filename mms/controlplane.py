@@ -22,7 +22,7 @@ from mms.models.version import ModelVersion, VersionState
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.pool import PoolSettings, WorkerPool
-from mms.workers.process import Launch
+from mms.workers.process import Launch, reap_orphans
 
 log = logging.getLogger("mms.controlplane")
 
@@ -40,6 +40,8 @@ class ControlPlane:
         self._loads = asyncio.Semaphore(config.parallel_loads)
         self._numbers = itertools.count(1)
         self._gpus = environment.find_gpus()
+        self._versions: set[ModelVersion] = set()  # registered, or still draining
+        self._adding = 0
 
     async def register(
         self,
@@ -60,8 +62,12 @@ class ControlPlane:
         name = name or archive.manifest.model_name
         if not MODEL_NAME.fullmatch(name):
             raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")
-        async with self._locks[name]:
-            version = await self._add(archive, name, handler, changes or {}, at_start)
+        self._adding += 1
+        try:
+            async with self._locks[name]:
+                version = await self._add(archive, name, handler, changes or {}, at_start)
+        finally:
+            self._adding -= 1
         if version.pool is not None:
             version.pool.set_target(version.settings.min_workers)
             if synchronous:
@@ -101,11 +107,19 @@ class ControlPlane:
         versions = [model.version(version)] if version else list(model.versions.values())
         for found in versions:
             self.registry.remove(found)
-        await asyncio.gather(*(found.unload(self._config.drain_timeout) for found in versions))
+        await asyncio.gather(*(self._unload(found, self._config.drain_timeout) for found in versions))
+
+    def reap_orphans(self, others: set[int]) -> None:
+        """Wait for what workers left behind and died; `others` are children of the server that are not ours."""
+        pools = [version.pool for version in self._versions if version.pool is not None]
+        # what is being forked or installed at the moment is ours, but not known yet
+        if not self._adding and not any(pool.starting for pool in pools):
+            workers = {worker.pid for pool in pools for worker in pool.workers if worker.pid is not None}
+            reap_orphans(workers | others | set(self.forkservers.pids()))
 
     async def close(self, drain: float) -> None:
         """Unload everything and end the fork servers."""
-        await asyncio.gather(*(version.unload(drain) for version in self.registry.versions()))
+        await asyncio.gather(*(self._unload(version, drain) for version in list(self._versions)))
         self.forkservers.close()
 
     async def _add(
@@ -127,11 +141,16 @@ class ControlPlane:
             version.at_start = at_start
             version.pool = await self._pool(version, folder, handler or archive.manifest.handler, model_config)
             self.registry.add(version)
+            self._versions.add(version)
         except BaseException:
             if owned is not None:
                 shutil.rmtree(owned, ignore_errors=True)
             raise
         return version
+
+    async def _unload(self, version: ModelVersion, drain: float) -> None:
+        await version.unload(drain)
+        self._versions.discard(version)
 
     async def _make_room(self, name: str, number: str) -> None:
         """A FAILED version gives way to a new registration; any other is a conflict."""
@@ -142,7 +161,7 @@ class ControlPlane:
         if existing.state is not VersionState.FAILED:
             raise ConflictError(f"Model version {number} is already registered for model {name}")
         self.registry.remove(existing)
-        await existing.unload(0)
+        await self._unload(existing, 0)
 
     def _settings(
         self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any]

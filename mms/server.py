@@ -44,6 +44,7 @@ EDGE_WINDOW = 60.0
 EDGE_READ_TIMEOUT = 86_400.0  # the front end answers within its own limits; nginx must not be quicker
 EDGE_KEEPALIVE = 3600.0
 HEARTBEAT = 2.0
+TICK = 1.0
 LISTENERS = ("inference", "management", "metrics")
 
 
@@ -67,6 +68,7 @@ class ModelServer:
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._exit_code = 0
+        self._timer: asyncio.TimerHandle | None = None
         self._gpus: list[GpuFacts] = []
 
     # start
@@ -84,6 +86,7 @@ class ModelServer:
             loads += [asyncio.create_task(self._load(url, name)) for name, url in self._startup]
             await self._serve(sockets)
             self._start_edge()
+            self._tick()
             self._run_dir.record(Running(os.getpid(), *self._addresses()))
             await self._await_loads(loads)
         except BaseException:
@@ -264,6 +267,10 @@ class ModelServer:
         )
         return f"{text}; FAILED: {', '.join(failed)}" if failed else text
 
+    def _tick(self) -> None:
+        self._control.reap_orphans({self._nginx.pid} if self._nginx is not None else set())
+        self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
+
     # signals and the edge's life
 
     def _catch_signals(self) -> None:
@@ -305,6 +312,8 @@ class ModelServer:
 
     async def stop(self) -> None:
         """Edge first, then connections, then workers; requests in hand get drain_timeout; a second signal ends it."""
+        if self._timer is not None:
+            self._timer.cancel()
         drain = asyncio.create_task(self._drain())
         now = asyncio.create_task(self._stop_now.wait())
         await asyncio.wait({drain, now}, return_when=asyncio.FIRST_COMPLETED)

@@ -166,7 +166,7 @@ class Server:
             self.process = subprocess.Popen(
                 arguments, cwd=folder, stdout=subprocess.PIPE, stderr=log, env=environment()
             )
-        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,))
+        self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
         self._reader.start()
 
     @property

@@ -76,18 +76,23 @@ def _predictions() -> Iterable[Operation]:
             )
 
 
+def _invocations() -> Iterable[Operation]:
+    for method in ("post", "put", "get"):
+        yield Operation(
+            method,
+            "/invocations",
+            "Run the only model, or the one that model_name names; the query parameters are inputs, too.",
+            _PREDICTION_STATUSES,
+            (Parameter("model_name", "string", "needed when more than one model is registered"),),
+            body="any" if method != "get" else "",
+            result={},
+            operation_id=f"invoke_{method}",
+        )
+
+
 INFERENCE = (
     *_predictions(),
-    Operation(
-        "post",
-        "/invocations",
-        "Run the only model, or the one that model_name names; the query parameters are inputs, too.",
-        _PREDICTION_STATUSES,
-        (Parameter("model_name", "string", "needed when more than one model is registered"),),
-        body="any",
-        result={},
-        operation_id="invoke",
-    ),
+    *_invocations(),
     Operation(
         "get", "/ping", "Healthy when every version has all its workers, Partial Healthy, or Unhealthy.", (200,),
         operation_id="ping",

@@ -65,6 +65,8 @@ class InferenceApi:
         head = exchange.head
         try:
             path, query = _split(head.target)
+            if path in ("/ping", "/openapi.json") and head.method not in (b"GET", b"HEAD"):
+                raise MethodNotAllowedError("Requested method is not allowed, please refer to API document.")
             if path == "/ping":
                 self._answer(exchange, {"status": self._health()})
                 return None

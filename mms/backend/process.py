@@ -77,6 +77,6 @@ def _await_parent(server: int) -> None:
     """A forked worker is adopted by the server as soon as the process between it and the fork server has ended."""
     until = time.monotonic() + _ADOPTION_LIMIT
     while os.getppid() != server:
-        if time.monotonic() > until:
+        if time.monotonic() > until or not os.path.exists(f"/proc/{server}"):
             os._exit(71)  # EX_OSERR: the server is gone, or no child subreaper
         time.sleep(0.0005)

@@ -312,6 +312,8 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         self._between = True
         self._begun = self.last_activity
+        if self._head.transfer_encoding and self._chunked_raw - self._size > MAX_CHUNK_EXTRA:
+            self._refusal = self._refusal or BadRequestError("the chunked body has too many extensions or trailers")
         if self._refusal is None:
             self._backlog.append(Exchange(self, self._head, self._parts, self._size, self.last_activity))
             if self._draining:

@@ -12,7 +12,7 @@ CHUNK_FRAMING = 20  # a 16-digit size and two CRLFs
 MAX_LEADING = 4  # CRLFs before a request line, in bytes
 MAX_PIPELINED = 16  # requests of one connection that are served at a time
 MAX_BACKLOG = 4096  # requests of one connection that wait for these
-LINGER_BYTES = 64 << 10  # read and dropped after an early error, so that the answer is not reset (RFC 9112, 9.6)
+LINGER_BYTES = 8 << 20  # read and dropped after an early error, so that the answer is not reset (RFC 9112, 9.6)
 LINGER_SECONDS = 1.0
 
 

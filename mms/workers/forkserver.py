@@ -46,6 +46,8 @@ class ForkServer:
         )
         theirs.close()
         self._ready: asyncio.Task[None] | None = None
+        self._readable = asyncio.Event()
+        self._closed = False
 
     @property
     def pid(self) -> int:
@@ -59,6 +61,7 @@ class ForkServer:
         """Wait for the imports; all who ask wait for the same answer. Raises ForkServerDied."""
         if self._ready is None:
             self._ready = asyncio.create_task(self._await_preload())
+            self._ready.add_done_callback(_retrieve)
         await asyncio.shield(self._ready)
 
     async def fork(self, request: wire.ForkRequest, descriptors: Sequence[int]) -> tuple[int, int]:
@@ -78,10 +81,15 @@ class ForkServer:
         return reply.pid, received[0]
 
     def kill(self) -> None:
-        """End the process and reap it; workers that it forked are not its children any more."""
+        """End the process and reap it; who waits for it is told. The workers it has forked live on."""
+        if self._closed:
+            return
+        self._closed = True
+        self._readable.set()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        asyncio.get_running_loop().remove_reader(self._control)
         self._control.close()
 
     async def _await_preload(self) -> None:
@@ -96,20 +104,34 @@ class ForkServer:
             )
 
     async def _receive(self, limit: float) -> tuple[bytes, list[int]]:
+        if self._closed:
+            raise ForkServerDied("the fork server was given up")
         loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
-        loop.add_reader(self._control, readable.set)
+        self._readable.clear()
+        loop.add_reader(self._control, self._readable.set)
         try:
             async with asyncio.timeout(limit):
-                await readable.wait()
-            message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 4)
-        except (TimeoutError, OSError) as error:
-            raise ForkServerDied(f"the fork server does not answer ({type(error).__name__})") from None
+                await self._readable.wait()
+        except TimeoutError:
+            raise ForkServerDied(f"the fork server did not answer within {limit:g} s") from None
         finally:
-            loop.remove_reader(self._control)
+            if not self._closed:
+                loop.remove_reader(self._control)
+        if self._closed:
+            raise ForkServerDied("the fork server was given up")
+        try:
+            message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 4)
+        except OSError as error:
+            raise ForkServerDied(f"the fork server is gone: {error.strerror}") from None
         if not message:
             raise ForkServerDied("the fork server ended")
         return message, list(descriptors)
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Whoever waits for the task gets its exception, too; nobody may be waiting any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 class ForkServers:
@@ -121,38 +143,41 @@ class ForkServers:
     async def fork(
         self, preload: tuple[str, ...], request: wire.ForkRequest, descriptors: Sequence[int]
     ) -> tuple[int, int]:
-        """Fork a worker; a fork server that turns out to be dead is replaced once. Raises ForkServerDied."""
+        """Fork a worker; a fork server that fails is replaced once. Raises ForkServerDied or UnsafeFork."""
+        server = self._get(preload)
         try:
-            return await self._fork(preload, request, descriptors)
+            return await self._fork(server, request, descriptors)
         except (ForkServerDied, FrameError) as error:
             log.warning("%s; starting another", error)
-            self.discard(preload)
-            return await self._fork(preload, request, descriptors)
+            self._discard(server)
+            return await self._fork(self._get(preload), request, descriptors)
 
     def pids(self) -> list[int]:
         return [server.pid for server in self._servers.values()]
 
-    def discard(self, preload: tuple[str, ...]) -> None:
-        server = self._servers.pop(preload, None)
-        if server is not None:
-            server.kill()
-
     def close(self) -> None:
-        for preload in list(self._servers):
-            self.discard(preload)
+        for server in list(self._servers.values()):
+            self._discard(server)
 
-    async def _fork(
-        self, preload: tuple[str, ...], request: wire.ForkRequest, descriptors: Sequence[int]
-    ) -> tuple[int, int]:
+    def _get(self, preload: tuple[str, ...]) -> ForkServer:
         server = self._servers.get(preload)
         if server is not None and not server.alive:
-            self.discard(preload)
+            self._discard(server)
             server = None
         if server is None:
             server = self._servers[preload] = ForkServer(preload)
+        return server
+
+    def _discard(self, server: ForkServer) -> None:
+        """Give up this one; its successor, if another caller was quicker, stays."""
+        if self._servers.get(server.preload) is server:
+            del self._servers[server.preload]
+        server.kill()
+
+    async def _fork(self, server: ForkServer, request: wire.ForkRequest, descriptors: Sequence[int]) -> tuple[int, int]:
         await server.ready()
         if server.threads > 1:
-            raise UnsafeFork(",".join(preload))
+            raise UnsafeFork(",".join(server.preload))
         return await server.fork(request, descriptors)
 
 

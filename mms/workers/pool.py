@@ -91,6 +91,11 @@ class WorkerPool:
         return len(self.ready_workers)
 
     @property
+    def starting(self) -> bool:
+        """Whether processes are being launched."""
+        return bool(self._tasks)
+
+    @property
     def in_flight(self) -> int:
         return sum(len(worker.in_flight.jobs) for worker in self.workers)
 
@@ -238,27 +243,29 @@ class WorkerPool:
 
     async def _boot(self, worker: Worker) -> None:
         """Launch the process and hold one of the server's load places until it is ready or dead."""
-        async with self._loads:
-            if worker.state is not WorkerState.STARTING:
+        try:
+            async with self._loads:
+                if worker.state is WorkerState.STARTING:
+                    worker.launched = time.monotonic()
+                    await self._launch(worker)
+                    while worker.state is WorkerState.STARTING and worker in self.workers:
+                        await self._change(TICK)
+        finally:
+            if worker.process is None:
                 self._forget(worker)
-                return
-            worker.launched = time.monotonic()
-            try:
-                process = await launch(self._launch_of(worker), self._forkservers)
-            except (ForkServerDied, OSError) as error:
-                worker.cause = f"could not be started: {error}"
-                self._forget(worker)
-                self._boot_failed(worker)
-                return
-            except asyncio.CancelledError:
-                self._forget(worker)
-                raise
-            label = f"{self._settings.label} pid {process.pid}"
-            await worker.attach(process, OutputReader(self._log, label), self._settings.load)
-            if worker.state is not WorkerState.STARTING:
-                worker.kill("stopped")
-            while worker.state is WorkerState.STARTING and worker in self.workers:
-                await self._change(TICK)
+        if worker.process is None:
+            self._boot_failed(worker)
+
+    async def _launch(self, worker: Worker) -> None:
+        try:
+            process = await launch(self._launch_of(worker), self._forkservers)
+        except (ForkServerDied, OSError) as error:
+            worker.cause = f"could not be started: {error}"
+            return
+        label = f"{self._settings.label} pid {process.pid}"
+        await worker.attach(process, OutputReader(self._log, label), self._settings.load)
+        if worker.state is not WorkerState.STARTING:
+            worker.kill("stopped")
 
     def _launch_of(self, worker: Worker) -> Launch:
         how = self._settings.launch
@@ -304,6 +311,11 @@ class WorkerPool:
             self._stop_when_idle(worker)
         if self._draining:
             self._changed.set()
+
+    def worker_lost(self, worker: Worker) -> None:
+        """Its channel has ended: it gets no more jobs."""
+        if worker in self.ready_workers:
+            self.ready_workers.remove(worker)
 
     def worker_gone(self, worker: Worker) -> None:
         """The process has ended, and all it has said has been read."""

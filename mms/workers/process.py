@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mms import wire
 from mms.workers.forkserver import ForkServers, UnsafeFork
@@ -59,7 +60,7 @@ class WorkerProcess:
         try:
             status = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:  # it ended before it became our child: the process that forked it is about to end
-            return None
+            return None if os.path.exists(f"/proc/{self.pid}") else "unknown exit"
         if status is None:
             return None
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -134,3 +135,19 @@ def _spawn(how: Launch, interpreter: str, channel: socket.socket, page: int, out
     pidfd = os.pidfd_open(process.pid)
     process.returncode = 0  # the pidfd is waited for, not this object: keeps its destructor from reaping or warning
     return process.pid, pidfd
+
+
+def reap_orphans(known: set[int]) -> None:
+    """Wait for dead children that nobody knows: this process adopts what its workers leave behind."""
+    own = os.getpid()
+    for pid in map(int, Path(f"/proc/{own}/task/{own}/children").read_text().split()):
+        if pid not in known and _is_zombie(pid):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False

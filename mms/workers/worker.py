@@ -37,6 +37,8 @@ class Owner(Protocol):
 
     def worker_free(self, worker: Worker) -> None: ...
 
+    def worker_lost(self, worker: Worker) -> None: ...
+
     def worker_gone(self, worker: Worker) -> None: ...
 
 
@@ -126,6 +128,7 @@ class Worker(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._channel_ended = True
+        self._owner.worker_lost(self)
         if self._exit is not None:
             self._finish()
         else:

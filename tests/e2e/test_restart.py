@@ -231,3 +231,21 @@ def test_no_process_is_left_over_by_all_these_deaths(running: Server) -> None:
     forkservers = {process.pid for process in running.named("mms-forkserver")}
     assert len(forkservers) == 1
     assert {process.pid for process in processes_in(running.folder)} == wanted | forkservers
+
+
+def test_f18_a_killed_helper_is_reaped(make_archive: MakeArchive) -> None:
+    """The server is the subreaper: what it adopts it must wait for."""
+    with server(make_archive("forks_a_helper")) as running:
+        helper = running.predict("forks_a_helper").json()
+        os.kill(helper["pid"], signal.SIGKILL)
+        eventually(lambda: running.workers("forks_a_helper"))
+        eventually(lambda: not psutil.pid_exists(helper["helper"]))
+
+
+def test_f37_the_fork_server_killed_while_workers_start(make_archive: MakeArchive) -> None:
+    """Each start that fails must discard the fork server that failed it, not its successor."""
+    with server(make_archive("echo"), parallel_loads=4) as running:
+        running.manage("PUT", "/models/echo?min_worker=4")
+        for process in running.named("mms-forkserver"):
+            process.kill()
+        eventually(lambda: len(running.workers("echo")) == 4)

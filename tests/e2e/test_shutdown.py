@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,10 +23,12 @@ from tests.conftest import (
     Traffic,
     eventually,
     fetch,
+    free_ports,
     needs_nginx,
     processes_in,
     scratch,
     server,
+    start_arguments,
 )
 
 EDGES = ["none", pytest.param("nginx", marks=needs_nginx)]
@@ -178,3 +181,39 @@ def refuses(running: Server) -> bool:
     except OSError:
         return True
     return False
+
+
+def test_f52_a_stop_during_a_registration_leaves_nothing(make_archive: MakeArchive, tmp_path: Path) -> None:
+    slow = make_archive("loads_slowly", gate=str(tmp_path / "never"))
+    with server(spare=(slow,)) as running:
+        asked = threading.Thread(target=quietly, args=(running, "/models?url=loads_slowly-1.0.mar"))
+        asked.start()
+        eventually(lambda: running.manage("GET", "/models/loads_slowly").status == 200)
+        running.signal(signal.SIGTERM)
+        assert running.stop(5) == 0
+        asked.join()
+
+
+def test_f52_a_stop_during_the_start_never_says_ready(make_archive: MakeArchive, tmp_path: Path) -> None:
+    slow = make_archive("loads_slowly", gate=str(tmp_path / "never"))
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(scratch())
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
+        words = start_arguments(folder, addresses, slow)
+        running = Server(folder, [*words, "--models", slow.name], addresses)
+        stack.callback(running.close)
+        eventually(lambda: not refuses(running))
+        eventually(lambda: running.describe("loads_slowly").get("workers"))
+        running.signal(signal.SIGTERM)
+        assert running.stop(5) == 0
+        eventually(lambda: not running.reads)
+        assert running.ready_line == ""
+
+
+def quietly(running: Server, path: str) -> None:
+    try:
+        running.manage("POST", path)
+    except (OSError, ValueError):
+        return
+    except Exception as error:  # the server may end in the middle of its answer
+        assert "RemoteDisconnected" in repr(error) or "IncompleteRead" in repr(error)
