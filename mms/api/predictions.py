@@ -34,15 +34,16 @@ class InferenceApi:
     def __init__(self, dataplane: DataPlane) -> None:
         self.unknown: Counter[int] = Counter()  # answers that belong to no model, by status
         self._dataplane = dataplane
+        self._registry = dataplane.registry
         self._predict = dataplane.predict
         self._routes: dict[bytes, Route] = {}
         self._generation = -1
 
     def handle(self, exchange: Exchange) -> None:
         head = exchange.head
-        if self._generation != self._dataplane.registry.generation:
+        if self._generation != self._registry.generation:
             self._routes.clear()
-            self._generation = self._dataplane.registry.generation
+            self._generation = self._registry.generation
         route = self._routes.get(head.target)
         if route is None or head.method not in _METHODS:
             route = self._find(exchange)

@@ -30,7 +30,7 @@ from mms.http.limits import (
     Limits,
 )
 from mms.http.request import Head, KnownHeads
-from mms.http.response import CONTINUE, JOIN_BELOW, StatusLines, error_response
+from mms.http.response import CONTINUE, JOIN_BELOW, ResponseHeads, error_response
 
 _HEAD_END = b"\r\n\r\n"
 
@@ -72,28 +72,20 @@ class Exchange:
         """Answer with `head` (complete header lines) and `body`; length, date and id are added here."""
         self.work = None  # it refers back to this exchange: without the cycle, both are freed without the collector
         connection = self.connection
-        if self.keep_alive and status != 204 and self.head.version == "1.1":
-            block = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
-                connection.lines[status],
-                head,
-                self.request_id,
-                len(body),
-            )
+        begin = connection.heads[status, head]
+        size = len(body)
+        if not self.keep_alive or status == 204 or self.head.version != "1.1" or self.head.method == b"HEAD":
+            connection.send(self, self._unusual(begin, status, size), b"" if self.head.method == b"HEAD" else body)
+        elif size < JOIN_BELOW:
+            connection.send(self, b"%b%b\r\ncontent-length: %d\r\n\r\n%b" % (begin, self.request_id, size, body), b"")
         else:
-            block = self._unusual(status, head, body)
-        connection.send(self, block, body if self.head.method != b"HEAD" else b"")
+            connection.send(self, b"%b%b\r\ncontent-length: %d\r\n\r\n" % (begin, self.request_id, size), body)
 
-    def _unusual(self, status: int, head: bytes, body: Buffer) -> bytes:
+    def _unusual(self, begin: bytes, status: int, size: int) -> bytes:
         """The head of an answer that ends the connection, has no body (RFC 9110, 15.3.5) or goes to an old client."""
         close = b"connection: keep-alive\r\n" if self.keep_alive else b"connection: close\r\n"
-        length = b"content-length: %d\r\n" % len(body) if status != 204 else b""
-        return b"%b%bx-request-id: %b\r\n%b%b\r\n" % (
-            self.connection.lines[status],
-            head,
-            self.request_id,
-            close,
-            length,
-        )
+        length = b"content-length: %d\r\n" % size if status != 204 else b""
+        return b"%b%b\r\n%b%b\r\n" % (begin, self.request_id, close, length)
 
     def fail(self, error: MMSError) -> None:
         self.answer(*error_response(error))
@@ -106,13 +98,13 @@ class Connection(asyncio.Protocol):
         self,
         application: Application,
         limits: Limits,
-        lines: StatusLines,
+        heads: ResponseHeads,
         known: KnownHeads,
         peers: set[Connection],
         *,
         edge: bool,
     ) -> None:
-        self.lines = lines
+        self.heads = heads
         self.last_activity = 0.0
         self._application = application
         self._limits = limits
@@ -353,10 +345,10 @@ class Connection(asyncio.Protocol):
     def _write(self, head: bytes, body: Buffer) -> None:
         if self._transport.is_closing():
             return
-        if len(body) < JOIN_BELOW:
-            self._transport.write(head + body)
-        else:
+        if body:
             self._transport.writelines([head, body])
+        else:
+            self._transport.write(head)
 
     def sweep(self, now: float) -> None:
         """Called about once a second: close the connection if its client has been silent for too long."""

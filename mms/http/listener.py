@@ -15,7 +15,7 @@ from mms.errors import StartError
 from mms.http.connection import Application, Connection
 from mms.http.limits import Limits
 from mms.http.request import KnownHeads
-from mms.http.response import StatusLines
+from mms.http.response import ResponseHeads
 
 BACKLOG = 4096
 MAX_UNIX_PATH = 107  # unix(7): sun_path without its final zero
@@ -77,7 +77,7 @@ class HttpServer:
         self._application = application
         self._limits = limits
         self._edge = edge
-        self._lines = StatusLines()
+        self._heads = ResponseHeads()
         self._known = KnownHeads()
         self.connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
@@ -106,11 +106,11 @@ class HttpServer:
         return cut
 
     def _connect(self) -> Connection:
-        return Connection(self._application, self._limits, self._lines, self._known, self.connections, edge=self._edge)
+        return Connection(self._application, self._limits, self._heads, self._known, self.connections, edge=self._edge)
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
-        self._lines.tick()
+        self._heads.tick()
         now = time.monotonic()
         for connection in list(self.connections):
             connection.sweep(now)

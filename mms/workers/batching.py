@@ -132,7 +132,8 @@ class BatchQueue:
             job = self._next_alone()
             if job is not None:
                 worker.exclusive = True
-                return self._hand_over(worker, [job], 1, now)
+                job.taken = now
+                return self._hand_over(worker, [job], 1)
         limit = self._limit(worker, now) if self.depth else 0
         if not limit:
             return None
@@ -143,10 +144,11 @@ class BatchQueue:
                 break
             job = waiting.popleft()
             if not job.settled:
+                job.taken = now
                 jobs.append(job)
                 size += job.head.size
         self.depth -= len(jobs)
-        return self._hand_over(worker, jobs, batch_size, now)
+        return self._hand_over(worker, jobs, batch_size)
 
     def wake_at(self) -> float | None:
         """When an idle worker should look again, if it waits for a fuller batch."""
@@ -255,9 +257,7 @@ class BatchQueue:
         room = ahead * batch_size - len(worker.jobs)
         return min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
 
-    def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int, now: float) -> tuple[int, list[Job]]:
-        for job in jobs:
-            job.taken = now
+    def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int) -> tuple[int, list[Job]]:
         worker.jobs += jobs
         worker.frame_ends.append(jobs[-1].id)
         return batch_size, jobs

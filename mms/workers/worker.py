@@ -83,14 +83,10 @@ class Worker(asyncio.Protocol):
 
     def send(self, batch_size: int, jobs: list[Job]) -> None:
         """One PREDICT frame with all of `jobs`."""
-        size = 0
-        parts: list[bytes] = [b""]
-        heads = []
+        heads = [job.head for job in jobs]
+        parts = [wire.pack(wire.PREDICT, wire.Predict(batch_size, heads), sum([head.size for head in heads]))]
         for job in jobs:
-            heads.append(job.head)
-            size += job.head.size
             parts += job.parts
-        parts[0] = wire.pack(wire.PREDICT, wire.Predict(batch_size, heads), size)
         self._transport.writelines(parts)
 
     def stop(self) -> None:
