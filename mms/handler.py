@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from mms import payload, wire
 
 if TYPE_CHECKING:
@@ -61,18 +63,15 @@ class Headers(Mapping[str, str]):
         return len(self._values)
 
 
-class Request:
+class Request(msgspec.Struct, eq=False):
     """One request, as its handler sees it. Nothing is decoded before it is asked for."""
 
-    __slots__ = ("_body", "_form", "_head", "_headers", "_limit", "_packed")
-
-    def __init__(self, head: wire.JobView, body: bytearray, limit: int) -> None:
-        self._head = head
-        self._body = body
-        self._packed = head.encoding
-        self._form: list[payload.FormPart] | None = None
-        self._headers: Headers | None = None
-        self._limit = limit
+    _head: wire.JobView
+    _body: bytearray
+    _limit: int
+    _unpacked: bool = False
+    _form: list[payload.FormPart] | None = None
+    _headers: Headers | None = None
 
     @property
     def id(self) -> str:
@@ -97,9 +96,9 @@ class Request:
     @property
     def body(self) -> bytearray:
         """The body, unpacked if it came as gzip or deflate. Raises BadRequestError, RequestTooLargeError."""
-        if self._packed:
-            self._body = payload.unpack(self._body, self._packed, self._limit)
-            self._packed = ""
+        if self._head.encoding and not self._unpacked:
+            self._body = payload.unpack(self._body, self._head.encoding, self._limit)
+            self._unpacked = True
         return self._body
 
     @property

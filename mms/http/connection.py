@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Protocol, cast
 
 import httptools
+import msgspec
 
 from mms.errors import BadRequestError, DeadlineError, MMSError, RequestTooLargeError, ServiceUnavailableError
 from mms.http import request as verdicts
@@ -37,7 +38,11 @@ _HEAD_END = b"\r\n\r\n"
 Buffer = bytes | bytearray | memoryview
 
 _id_prefix = os.urandom(6).hex().encode()
-_next_id = itertools.count(1).__next__
+_numbers = itertools.count(1)
+
+
+def _next_id() -> bytes:
+    return b"%b-%x" % (_id_prefix, next(_numbers))
 
 
 class Application(Protocol):
@@ -52,40 +57,37 @@ class Cancellable(Protocol):
     def cancel(self) -> None: ...
 
 
-class Exchange:
-    """One request and the place of its answer."""
+class Exchange(msgspec.Struct, eq=False):
+    """One request and the place of its answer. A Struct, because one is made per request and its constructor runs in C."""
 
-    __slots__ = ("arrived", "connection", "head", "keep_alive", "parts", "request_id", "response", "size", "work")
-
-    def __init__(self, connection: Connection, head: Head, parts: list[bytes], size: int, arrived: float) -> None:
-        self.connection = connection
-        self.head = head
-        self.keep_alive = head.keep_alive
-        self.parts = parts
-        self.size = size
-        self.arrived = arrived
-        self.request_id = head.request_id or b"%b-%x" % (_id_prefix, _next_id())
-        self.response: tuple[bytes, Buffer] | None = None
-        self.work: Cancellable | None = None
+    connection: Connection
+    head: Head
+    keep_alive: bool
+    request_id: bytes
+    parts: list[bytes]
+    size: int
+    arrived: float
+    response: tuple[bytes, Buffer] | None = None
+    work: Cancellable | None = None
 
     def answer(self, status: int, head: bytes, body: Buffer) -> None:
         """Answer with `head` (complete header lines) and `body`; length, date and id are added here."""
         self.work = None  # it refers back to this exchange: without the cycle, both are freed without the collector
         connection = self.connection
-        begin = connection.heads[status, head]
-        size = len(body)
-        if not self.keep_alive or status == 204 or self.head.version != "1.1" or self.head.method == b"HEAD":
-            connection.send(self, self._unusual(begin, status, size), b"" if self.head.method == b"HEAD" else body)
-        elif size < JOIN_BELOW:
-            connection.send(self, b"%b%b\r\ncontent-length: %d\r\n\r\n%b" % (begin, self.request_id, size, body), b"")
+        begin = connection.heads[status]
+        if self.keep_alive and self.head.plain and status != 204:
+            size = len(body)
+            block = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (begin, head, self.request_id, size)
+            connection.send(self, block, body)
         else:
-            connection.send(self, b"%b%b\r\ncontent-length: %d\r\n\r\n" % (begin, self.request_id, size), body)
+            block = self._unusual(begin + head, status, len(body))
+            connection.send(self, block, b"" if self.head.method == b"HEAD" else body)
 
     def _unusual(self, begin: bytes, status: int, size: int) -> bytes:
         """The head of an answer that ends the connection, has no body (RFC 9110, 15.3.5) or goes to an old client."""
         close = b"connection: keep-alive\r\n" if self.keep_alive else b"connection: close\r\n"
         length = b"content-length: %d\r\n" % size if status != 204 else b""
-        return b"%b%b\r\n%b%b\r\n" % (begin, self.request_id, close, length)
+        return b"%bx-request-id: %b\r\n%b%b\r\n" % (begin, self.request_id, close, length)
 
     def fail(self, error: MMSError) -> None:
         self.answer(*error_response(error))
@@ -163,7 +165,7 @@ class Connection(asyncio.Protocol):
         self._steer_reading()
 
     def data_received(self, data: bytes) -> None:
-        self.last_activity = monotonic()
+        now = self.last_activity = monotonic()
         if self._last:
             self._drop(len(data))
             return
@@ -174,7 +176,7 @@ class Connection(asyncio.Protocol):
             end = data.find(_HEAD_END) + 4
             head = self._known.get(data[:end])
             if head is not None and len(data) - end == head.length and not self._pending:
-                self._serve(Exchange(self, head, [data[end:]], head.length, self.last_activity))
+                self._serve(Exchange(self, head, True, _next_id(), [data[end:]], head.length, now))
                 return
             self._begun = self.last_activity
         head = self._head
@@ -281,6 +283,7 @@ class Connection(asyncio.Protocol):
         head.version = parser.get_http_version()
         head.keep_alive = parser.should_keep_alive()
         head.upgrade = parser.should_upgrade()
+        head.plain = head.version == "1.1" and head.method != b"HEAD"
         if self._refusal is not None:
             return
         self._refusal = verdicts.judge_head(head)
@@ -307,7 +310,7 @@ class Connection(asyncio.Protocol):
         if self._head.transfer_encoding and self._chunked_raw - self._size > MAX_CHUNK_EXTRA:
             self._refusal = self._refusal or BadRequestError("the chunked body has too many extensions or trailers")
         if self._refusal is None:
-            self._backlog.append(Exchange(self, self._head, self._parts, self._size, self.last_activity))
+            self._backlog.append(self._exchange(self._parts, self._size))
             if self._draining:
                 self._backlog[-1].keep_alive = False
             if not self._backlog[-1].keep_alive:
@@ -345,10 +348,10 @@ class Connection(asyncio.Protocol):
     def _write(self, head: bytes, body: Buffer) -> None:
         if self._transport.is_closing():
             return
-        if body:
-            self._transport.writelines([head, body])
+        if len(body) < JOIN_BELOW:
+            self._transport.write(head + body)
         else:
-            self._transport.write(head)
+            self._transport.writelines([head, body])
 
     def sweep(self, now: float) -> None:
         """Called about once a second: close the connection if its client has been silent for too long."""
@@ -418,7 +421,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: MMSError) -> None:
         """Answer what came before, then this error, then close without resetting the answer."""
         self._refusal = None
-        exchange = Exchange(self, self._head, [], 0, self.last_activity)
+        exchange = self._exchange([], 0)
         exchange.keep_alive = False
         self._refused = exchange, error
         self._last = True
@@ -460,6 +463,10 @@ class Connection(asyncio.Protocol):
         return RequestTooLargeError(
             f"the request body is over max_request_size ({self._limits.max_request_size} bytes)"
         )
+
+    def _exchange(self, parts: list[bytes], size: int) -> Exchange:
+        head = self._head
+        return Exchange(self, head, head.keep_alive, head.request_id or _next_id(), parts, size, self.last_activity)
 
     def _steer_reading(self) -> None:
         """Read only while there is room for what is read."""

@@ -77,6 +77,7 @@ class Head:
         "keep_alive",
         "length",
         "method",
+        "plain",
         "request_id",
         "size",
         "target",
@@ -101,6 +102,7 @@ class Head:
         self.version = ""
         self.keep_alive = True
         self.upgrade = False
+        self.plain = False  # answered in the usual way: HTTP/1.1, with a body
 
     def add(self, name: bytes, value: bytes) -> None:
         """One header field. Names with an underscore are dropped, as nginx does: CGI cannot tell them from dashes."""

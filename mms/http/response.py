@@ -12,14 +12,13 @@ from mms.errors import MMSError, QueueFullError
 
 JSON = b"content-type: application/json\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-MAX_KINDS = 256
 JOIN_BELOW = 64 << 10  # a larger body goes to the transport as it is, not joined to its head
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
-class ResponseHeads(dict[tuple[int, bytes], bytes]):
-    """(status, header block) → the response up to its request id: made once per kind of answer and second."""
+class ResponseHeads(dict[int, bytes]):
+    """Status line and Date header by status, made once per status and second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,12 +30,9 @@ class ResponseHeads(dict[tuple[int, bytes], bytes]):
         self._date = f"date: {formatdate(usegmt=True)}\r\n".encode()
         self.clear()
 
-    def __missing__(self, kind: tuple[int, bytes]) -> bytes:
-        status, headers = kind
-        line = f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n".encode()
-        begin = line + self._date + headers + b"x-request-id: "
-        if len(self) < MAX_KINDS:
-            self[kind] = begin
+    def __missing__(self, status: int) -> bytes:
+        begin = f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n".encode() + self._date
+        self[status] = begin
         return begin
 
 

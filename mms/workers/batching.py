@@ -10,6 +10,8 @@ import itertools
 from collections import deque
 from typing import Protocol
 
+import msgspec
+
 from mms.errors import DeadlineError, MMSError, QueueFullError, ServiceUnavailableError, WorkerDiedError
 from mms.wire import JobHead
 
@@ -29,21 +31,24 @@ class Caller(Protocol):
     def fail(self, error: MMSError) -> None: ...
 
 
-class Job:
-    """One request on its way through the queue and a worker; `parts` are the pieces in which its body arrived."""
+class Job(msgspec.Struct, eq=False):
+    """One request on its way through the queue and a worker; `parts` are the pieces in which its body arrived.
 
-    __slots__ = ("arrived", "attempts", "caller", "head", "id", "parts", "queue", "settled", "taken")
+    A Struct, because one is made per request and its constructor runs in C.
+    """
 
-    def __init__(self, head: JobHead, parts: list[bytes], caller: Caller, arrived: float) -> None:
-        self.head = head
-        self.id = head.id
-        self.parts = parts
-        self.caller = caller
-        self.arrived = arrived
-        self.queue: BatchQueue | None = None
-        self.taken = 0.0
-        self.attempts = 0
-        self.settled = False
+    head: JobHead
+    parts: list[bytes]
+    caller: Caller
+    arrived: float
+    queue: BatchQueue | None = None
+    taken: float = 0.0
+    attempts: int = 0
+    settled: bool = False
+
+    @property
+    def id(self) -> int:
+        return self.head.id
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more: if the job still waits it never runs, else its answer is dropped."""
@@ -159,7 +164,7 @@ class BatchQueue:
     def finish(self, worker: InFlight, job_id: int) -> Job | None:
         """The job of an answer, no longer in flight. None if it is not the oldest: the worker cannot be trusted."""
         jobs = worker.jobs
-        if not jobs or jobs[0].id != job_id:
+        if not jobs or jobs[0].head.id != job_id:
             return None
         worker.finished += 1
         if job_id == worker.frame_ends[0]:
