@@ -58,7 +58,7 @@ class Cancellable(Protocol):
 
 
 class Exchange(msgspec.Struct, eq=False):
-    """One request and the place of its answer. A Struct, because one is made per request and its constructor runs in C."""
+    """One request and the place of its answer. A Struct: one is made per request, and its constructor runs in C."""
 
     connection: Connection
     head: Head
