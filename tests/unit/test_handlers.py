@@ -16,6 +16,7 @@ import torch
 from mms_handlers.image_classifier import ImageClassifier
 from mms_handlers.tensor import Tensor
 from PIL import Image
+from safetensors.torch import save_file
 
 from mms.errors import BadRequestError
 from mms.handler import Context, Handler, PredictionError, Request
@@ -273,8 +274,7 @@ def test_malformed_json_is_the_clients_fault(tmp_path: Path, make_context: MakeC
 @pytest.mark.parametrize("file", ["weights.pt", "weights.safetensors"])
 def test_weights_go_into_the_model_file(tmp_path: Path, make_context: MakeContext, file: str) -> None:
     if file.endswith(".safetensors"):
-        safetensors = pytest.importorskip("safetensors.torch", reason="the safetensors package is optional")
-        safetensors.save_file({"factor": torch.tensor([3.0])}, tmp_path / file)
+        save_file({"factor": torch.tensor([3.0])}, tmp_path / file)
     else:
         torch.save({"factor": torch.tensor([3.0])}, tmp_path / file)
     (tmp_path / "network.py").write_text(NETWORK_SOURCE)
