@@ -124,7 +124,11 @@ def _tell_parent(text: str) -> None:
 def _start_daemon(config: Config) -> NoReturn:
     """Start the same command in a session of its own, and pass on its ready line or its error."""
     log_file = config.log_file or config.run_dir / "logs" / "mms.log"
-    log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log_file.touch()
+    except OSError as error:
+        _fail(f"cannot write the log {log_file}: {error.strerror}")
     read_end, write_end = os.pipe()
     words = [word for word in sys.argv[1:] if word != "--daemon"]
     with log_file.open("ab") as output:

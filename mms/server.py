@@ -64,6 +64,7 @@ class ModelServer:
         self._http = HttpServer(self._inference, self._limits(), edge=self._nginx_program is not None)
         self._runners: list[web.AppRunner] = []
         self._nginx: Nginx | None = None
+        self._leaving_nginx: Nginx | None = None
         self._edge_deaths: deque[float] = deque()
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -319,6 +320,7 @@ class ModelServer:
         await asyncio.wait({drain, now}, return_when=asyncio.FIRST_COMPLETED)
         now.cancel()
         if not drain.done():
+            self._hasten_edge()
             drain.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await drain
@@ -342,7 +344,15 @@ class ModelServer:
         if nginx is not None:
             if nginx.pidfd != -1:
                 asyncio.get_running_loop().remove_reader(nginx.pidfd)
+            self._leaving_nginx = nginx
             await asyncio.to_thread(nginx.stop, limit)
+
+    def _hasten_edge(self) -> None:
+        """nginx may be waiting for its last requests, in a thread that cannot be cancelled."""
+        nginx = self._leaving_nginx
+        if nginx is not None and nginx.pidfd != -1:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(nginx.pidfd, signal.SIGTERM)
 
 
 def prepare_process() -> None:

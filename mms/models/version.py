@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import shutil
 import time
@@ -48,7 +49,6 @@ class ModelVersion:
         )
         self.pool: WorkerPool | None = None
         self._leaving = VersionState.READY
-        self._was_ready = False
 
     @property
     def label(self) -> str:
@@ -63,9 +63,7 @@ class ModelVersion:
             return VersionState.LOADING
         if pool.failure is not None:
             return VersionState.FAILED
-        if pool.ready or not pool.target:
-            self._was_ready = True
-        return VersionState.READY if self._was_ready else VersionState.LOADING
+        return VersionState.READY if pool.was_ready else VersionState.LOADING
 
     def submit(self, job: Job) -> None:
         """Queue the job. Raises QueueFullError, or ServiceUnavailableError with the reason; both are counted."""
@@ -97,7 +95,7 @@ class ModelVersion:
                 self.pool.fail(job, error)
         self._leaving = VersionState.UNLOADED
         if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
 
     def describe(self) -> dict[str, Any]:
         """The version as MMS describes it, and what users of MMS missed."""

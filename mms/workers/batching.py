@@ -59,7 +59,7 @@ class Job(msgspec.Struct, eq=False):
                 queue.cancelled += 1
                 if not self.taken:
                     queue.depth -= 1
-                    self.parts = []
+                    self.parts.clear()
 
     def fail(self, error: MMSError) -> None:
         if not self.settled:

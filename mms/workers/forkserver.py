@@ -70,9 +70,12 @@ class ForkServer:
         async with self._turn:
             try:
                 socket.send_fds(self._control, [wire.encode(request)], descriptors)
-            except OSError as error:
-                raise ForkServerDied(f"the fork server is gone: {error.strerror}") from None
-            message, received = await self._receive(REPLY_LIMIT)
+                message, received = await self._receive(REPLY_LIMIT)
+            except BaseException as error:
+                self.kill()  # a reply that nobody took would be the next caller's
+                if isinstance(error, OSError):
+                    raise ForkServerDied(f"the fork server is gone: {error.strerror}") from None
+                raise
         reply: wire.ForkReply = wire.decode(wire.ForkReply, message)
         if reply.error or len(received) != 1:
             for descriptor in received:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from mms import wire
@@ -64,6 +65,7 @@ class WorkerPool:
         self.target = 0
         self.workers: list[Worker] = []
         self.failure: ModelLoadError | None = None  # set while the version is FAILED
+        self.was_ready = False  # requests may wait while a worker is replaced
         self._settings = settings
         self._queue = queue
         self._metrics = metrics
@@ -161,6 +163,7 @@ class WorkerPool:
     def set_target(self, count: int) -> None:
         """Begin to run `count` workers; a FAILED pool tries again now."""
         self.target = count
+        self.was_ready = self.was_ready or not count
         self._boot_failures = 0
         self._failed_pause = FAILED_PAUSE
         self.failure = None
@@ -180,10 +183,9 @@ class WorkerPool:
     async def close(self, drain: float) -> None:
         """Let the jobs in hand and in the queue finish for up to `drain` seconds, then end every worker."""
         self._draining = True
-        if drain > 0 and self.ready_workers:
-            until = time.monotonic() + drain
-            while (self._queue.depth or self.in_flight) and self.ready_workers and time.monotonic() < until:
-                await self._change(until - time.monotonic())
+        until = time.monotonic() + drain
+        while self._unfinished() and time.monotonic() < until:
+            await self._change(until - time.monotonic())
         self.target = 0
         self._reconcile()
         for worker in list(self.workers):
@@ -196,6 +198,11 @@ class WorkerPool:
         for handle in (self._wake, self._delay, self._timer):
             if handle is not None:
                 handle.cancel()
+
+    def _unfinished(self) -> bool:
+        """Whether somebody waits for a job that a worker has or can still take."""
+        in_hand = (job for worker in self.workers for job in worker.in_flight.jobs)
+        return bool(self._queue.depth and self.ready_workers) or any(not job.settled for job in in_hand)
 
     async def _change(self, within: float) -> None:
         self._changed.clear()
@@ -242,9 +249,12 @@ class WorkerPool:
             )
 
     async def _boot(self, worker: Worker) -> None:
-        """Launch the process and hold one of the server's load places until it is ready or dead."""
+        """Launch the process and hold one of the server's load places until it is ready or dead.
+
+        A replacement in a pool that has served does not wait behind other models that load.
+        """
         try:
-            async with self._loads:
+            async with nullcontext() if self.was_ready else self._loads:
                 if worker.state is WorkerState.STARTING:
                     worker.launched = time.monotonic()
                     await self._launch(worker)
@@ -297,6 +307,7 @@ class WorkerPool:
         self._boot_failures = 0
         self._failed_pause = FAILED_PAUSE
         self.failure = None
+        self.was_ready = True
         self.ready_workers.append(worker)
         self._metrics.load_seconds = ready.load_seconds
         seconds = time.monotonic() - worker.launched
@@ -366,6 +377,9 @@ class WorkerPool:
         self._boot_failures += 1
         if self.failure is not None:
             return
+        if self.ready_workers:  # the others serve: only this place stays empty for a while
+            self._hold(min(DEATH_PAUSE * 2**self._boot_failures, DEATH_PAUSE_LIMIT))
+            return
         if self._boot_failures < MAX_BOOT_FAILURES:
             self._hold(BOOT_PAUSES[self._boot_failures - 1])
             return
@@ -425,11 +439,11 @@ class WorkerPool:
                 worker.kill(f"not ready within startup_timeout ({settings.startup_timeout:g} s)")
         elif worker.in_flight.jobs:
             done, started, begun_at = worker.process.progress()
-            if begun_at and now - begun_at > settings.response_timeout and worker in self.ready_workers:
+            if begun_at and now - begun_at > settings.response_timeout and not worker.cause:
                 for job, error in self._queue.timed_out(
                     worker.in_flight, started, settings.response_timeout, done=done
                 ):
                     self.fail(job, error)
                 worker.kill("response_timeout")
-                self.ready_workers.remove(worker)
+                self.worker_lost(worker)
                 self._dispatch()

@@ -249,3 +249,12 @@ def test_f37_the_fork_server_killed_while_workers_start(make_archive: MakeArchiv
         for process in running.named("mms-forkserver"):
             process.kill()
         eventually(lambda: len(running.workers("echo")) == 4)
+
+
+def test_requests_wait_while_the_first_worker_is_replaced_although_nobody_has_asked_for_the_state(
+    make_archive: MakeArchive,
+) -> None:
+    with server(make_archive("echo"), workers=1) as running:
+        (process,) = running.named("mms-echo")
+        process.kill()
+        assert [running.predict("echo", b"x").status for _ in range(20)] == [200] * 20
