@@ -7,7 +7,7 @@ import itertools
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ class ControlPlane:
         self.registry = registry
         self.store = store
         self.forkservers = ForkServers()
-        self.on_change: Callable[[], None] = lambda: None  # called when any version's state may have changed
         self._config = config
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._loads = asyncio.Semaphore(config.parallel_loads)
@@ -84,9 +83,10 @@ class ControlPlane:
         found.apply(
             merge_settings(found.settings, {"min_workers": workers, "max_workers": workers}, "scale", strict=True)
         )
-        found.pool.set_target(workers)
         if synchronous:
-            await found.pool.settled()
+            await found.pool.scale(workers)
+        else:
+            found.pool.set_target(workers)
         return found
 
     def configure(self, name: str, version: str, changes: Mapping[str, Any]) -> ModelVersion:
@@ -227,7 +227,7 @@ class ControlPlane:
             startup_timeout=settings.startup_timeout,
             stop_grace=self._config.stop_grace,
         )
-        return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, lambda: self.on_change())
+        return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads)
 
     async def _interpreter(self, version: ModelVersion, folder: Path) -> str | None:
         """The archive's own Python, if it brings requirements and may install them."""

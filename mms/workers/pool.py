@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -60,7 +60,6 @@ class WorkerPool:
         metrics: VersionMetrics,
         forkservers: ForkServers,
         loads: asyncio.Semaphore,
-        on_change: Callable[[], None],
     ) -> None:
         self.target = 0
         self.workers: list[Worker] = []
@@ -71,7 +70,6 @@ class WorkerPool:
         self._metrics = metrics
         self._forkservers = forkservers
         self._loads = loads
-        self._on_change = on_change
         self.ready_workers: list[Worker] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._boot_failures = 0
@@ -224,11 +222,7 @@ class WorkerPool:
         if self._timer is None and (self.workers or self.target):
             self._last_tick = time.monotonic()
             self._timer = self._loop.call_later(TICK, self._tick)
-        self._notify()
-
-    def _notify(self) -> None:
         self._changed.set()
-        self._on_change()
 
     def _start_worker(self) -> None:
         used = {worker.slot for worker in self.workers}
@@ -312,7 +306,7 @@ class WorkerPool:
         self._metrics.load_seconds = ready.load_seconds
         seconds = time.monotonic() - worker.launched
         log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
-        self._notify()
+        self._changed.set()
         self._dispatch()
 
     def worker_free(self, worker: Worker) -> None:
@@ -388,7 +382,7 @@ class WorkerPool:
                   self.failure.message, self._failed_pause)  # fmt: skip
         self._loop.call_later(self._failed_pause, self._retry_failed)
         self._failed_pause = min(self._failed_pause * 2, FAILED_PAUSE_LIMIT)
-        self._notify()
+        self._changed.set()
 
     def _retry_failed(self) -> None:
         if self.failure is not None and self.target:

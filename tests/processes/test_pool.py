@@ -85,9 +85,7 @@ class Served:
             startup_timeout=how.get("startup_timeout", 20.0),
             stop_grace=0.5,
         )
-        self.pool = WorkerPool(
-            settings, self.queue, self.metrics, forkservers, asyncio.Semaphore(4), how.get("on_change", lambda: None)
-        )
+        self.pool = WorkerPool(settings, self.queue, self.metrics, forkservers, asyncio.Semaphore(4))
         self._ids = 0
 
     def submit(self, body: bytes) -> asyncio.Future[bytes]:
