@@ -6,7 +6,7 @@ import itertools
 
 from mms.models.registry import ModelRegistry
 from mms.models.version import ModelVersion
-from mms.wire import JobHead
+from mms.wire import RequestFacts
 from mms.workers.batching import Caller, Job
 
 
@@ -21,12 +21,20 @@ class DataPlane:
         """Raises ModelNotFoundError or ModelVersionNotFoundError."""
         return self.registry.version(name, version)
 
-    def predict(self, version: ModelVersion, head: JobHead, parts: list[bytes], caller: Caller, arrived: float) -> Job:
+    def predict(
+        self,
+        version: ModelVersion,
+        facts: RequestFacts,
+        request_id: bytes,
+        parts: list[bytes],
+        size: int,
+        caller: Caller,
+        arrived: float,
+    ) -> Job:
         """Queue a request; `caller` is told its one outcome. Raises QueueFullError or ServiceUnavailableError instead.
 
-        `head` describes it (its id is set here), `parts` are the pieces of its body, `arrived` is monotonic seconds.
+        `parts` are the pieces of its body, `size` their bytes in all, `arrived` is monotonic seconds.
         """
-        head.id = self._next_id()
-        job = Job(head, parts, caller, arrived)
+        job = Job(self._next_id(), facts, request_id, parts, size, caller, arrived)
         version.submit(job)
         return job

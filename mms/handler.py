@@ -66,7 +66,8 @@ class Headers(Mapping[str, str]):
 class Request(msgspec.Struct, eq=False):
     """One request, as its handler sees it. Nothing is decoded before it is asked for."""
 
-    _head: wire.JobView
+    _facts: wire.RequestFactsView
+    _id: bytes
     _body: bytearray
     _limit: int
     _unpacked: bool = False
@@ -76,28 +77,28 @@ class Request(msgspec.Struct, eq=False):
     @property
     def id(self) -> str:
         """The request id: the client's `x-request-id` where it sent a valid one."""
-        return self._head.request_id.decode()
+        return self._id.decode()
 
     @property
     def content_type(self) -> str:
-        return self._head.content_type
+        return self._facts.content_type
 
     @property
     def headers(self) -> Headers:
         if self._headers is None:
-            self._headers = Headers(wire.decode_headers(self._head.headers))
+            self._headers = Headers(wire.decode_headers(self._facts.headers))
         return self._headers
 
     @property
     def query(self) -> dict[str, str]:
         """The query parameters. Raises BadRequestError."""
-        return payload.parse_query(self._head.query) if self._head.query else {}
+        return payload.parse_query(self._facts.query) if self._facts.query else {}
 
     @property
     def body(self) -> bytearray:
         """The body, unpacked if it came as gzip or deflate. Raises BadRequestError, RequestTooLargeError."""
-        if self._head.encoding and not self._unpacked:
-            self._body = payload.unpack(self._body, self._head.encoding, self._limit)
+        if self._facts.encoding and not self._unpacked:
+            self._body = payload.unpack(self._body, self._facts.encoding, self._limit)
             self._unpacked = True
         return self._body
 
@@ -136,13 +137,14 @@ class Request(msgspec.Struct, eq=False):
 
     def row(self) -> dict[str, Any]:
         """The request as MMS hands it to `handle(data, context)`. Raises BadRequestError."""
-        head = self._head
-        content_type = head.content_type
+        facts = self._facts
+        content_type = facts.content_type
         if content_type and payload.is_form(content_type):
             row = {part.name: part.value() for part in self.form}
         else:
-            row = {"body": payload.decode_value(self.body, content_type) if content_type else self.body}
-        return self.query | row if head.query_is_input else row
+            body = self.body if facts.encoding else self._body
+            row = {"body": payload.decode_value(body, content_type) if content_type else body}
+        return self.query | row if facts.query_is_input else row
 
 
 class Context:

@@ -27,7 +27,7 @@ class _Caller:
     def __init__(self, outcome: asyncio.Future[str]) -> None:
         self._outcome = outcome
 
-    def answer(self, status: int, head: bytes, body: memoryview) -> None:
+    def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None:
         self._outcome.set_result(f"{status}\n{head.decode('latin-1')}\n{str(body, 'utf-8', 'backslashreplace')}")
 
     def fail(self, error: MMSError) -> None:
@@ -57,9 +57,9 @@ async def _try(archive: Path, request: Path | None, content_type: str, folder: P
         body = request.read_bytes()  # noqa: ASYNC240  # nothing else runs here
         outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         kind = content_type or guess_type(request)
-        head = wire.JobHead(0, b"check-%d" % os.getpid(), kind, "", b"", False, [], len(body))
-        now = time.monotonic()
-        DataPlane(control.registry).predict(version, head, [body], _Caller(outcome), now)
+        facts = wire.RequestFacts(kind, "", b"", False, [])
+        request_id, now = b"check-%d" % os.getpid(), time.monotonic()
+        DataPlane(control.registry).predict(version, facts, request_id, [body], len(body), _Caller(outcome), now)
         return f"{loaded}\n{await outcome}"
     finally:
         await control.close(GRACE)

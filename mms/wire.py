@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -46,62 +46,65 @@ class Load(msgspec.Struct, array_like=True):
     max_response_size: int
 
 
-class JobHead(msgspec.Struct, array_like=True, gc=False):
-    """One request of a PREDICT frame; `headers` is [name, value, name, value, ...] as the client sent them.
+class RequestFacts(msgspec.Struct, array_like=True, eq=False, gc=False):
+    """What a request says besides its body; `headers` is [name, value, name, value, ...] as the client sent them.
 
     `encoding` is the lower-case Content-Encoding; `query_is_input` is set for /invocations, where MMS hands query
-    parameters to the handler as inputs.
+    parameters to the handler as inputs. Requests that say the same share one object.
     """
 
-    id: int
-    request_id: bytes
     content_type: str
     encoding: str
     query: bytes
     query_is_input: bool
     headers: list[bytes]
-    size: int
 
 
 class Predict(msgspec.Struct, array_like=True):
-    """Jobs in the order in which they are to run, in batches of up to `batch_size`."""
+    """Jobs in the order in which they are to run, in batches of up to `batch_size`: one column per fact.
+
+    `facts` holds each RequestFacts once, `facts_of` the index of each job's; it is empty while all share the first.
+    """
 
     batch_size: int
-    jobs: list[JobHead]
+    ids: list[int]
+    sizes: list[int]
+    request_ids: list[bytes]
+    facts: list[RequestFacts]
+    facts_of: list[int]
 
 
-class JobView(msgspec.Struct, array_like=True, gc=False):
-    """JobHead as a worker reads it: the headers stay encoded until a handler asks for them."""
+class RequestFactsView(msgspec.Struct, array_like=True, gc=False):
+    """RequestFacts as a worker reads it: the headers stay encoded until a handler asks for them."""
 
-    id: int
-    request_id: bytes
     content_type: str
     encoding: str
     query: bytes
     query_is_input: bool
     headers: msgspec.Raw
-    size: int
 
 
 class PredictView(msgspec.Struct, array_like=True):
     """Predict as a worker reads it."""
 
     batch_size: int
-    jobs: list[JobView]
+    ids: list[int]
+    sizes: list[int]
+    request_ids: list[bytes]
+    facts: list[RequestFactsView]
+    facts_of: list[int]
 
 
-class JobResult(msgspec.Struct, array_like=True, gc=False):
-    """The outcome of one job; the payload is the body.
+class Outcome(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What became of a job; the payload is the body.
 
     `error` is empty for an answer, else the error's type, and the payload its message. `head` is a block of validated
     response header lines, each with its CRLF, that always has a content-type for an answer.
     """
 
-    id: int
     status: int
     head: bytes
     error: str
-    size: int
 
 
 class BatchTimes(msgspec.Struct, array_like=True, gc=False):
@@ -116,9 +119,15 @@ class BatchTimes(msgspec.Struct, array_like=True, gc=False):
 
 
 class Result(msgspec.Struct, array_like=True):
-    """The outcomes of finished jobs, and the times of the batches finished since the last RESULT frame."""
+    """Finished jobs in the order in which they ran, and the times of their batches.
 
-    jobs: list[JobResult]
+    `outcomes` and `outcome_of` are to each other as `facts` and `facts_of` of Predict.
+    """
+
+    ids: list[int]
+    sizes: list[int]
+    outcomes: list[Outcome]
+    outcome_of: list[int]
     batches: list[BatchTimes]
 
 
@@ -173,6 +182,31 @@ _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
 }
 EMPTY_HEADERS = msgspec.Raw(_encoder.encode([]))
 decode_headers = msgspec.msgpack.Decoder(list[bytes]).decode
+
+
+T = TypeVar("T")
+
+
+def share(values: list[T]) -> tuple[list[T], list[int]]:
+    """Each distinct object of `values` once, and the index of each value's; no indexes when there is only one."""
+    if values.count(values[0]) == len(values):
+        return values[:1], []
+    distinct: dict[T, int] = {}
+    places = [distinct.setdefault(value, len(distinct)) for value in values]
+    return list(distinct), places
+
+
+def spread(distinct: list[T], places: list[int], count: int) -> list[T]:
+    """The `count` values that `share` was given. Raises FrameError when the columns do not fit together."""
+    if not places and len(distinct) == 1:
+        return distinct * count
+    try:
+        values = [distinct[place] for place in places]
+    except IndexError:
+        values = []
+    if len(values) != count:
+        raise FrameError(f"a frame with {count} jobs but {len(places)} references to {len(distinct)} values")
+    return values
 
 
 def pack(kind: int, head: Any, payload_size: int = 0) -> bytes:

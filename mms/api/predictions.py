@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import cast
 from urllib.parse import unquote
+
+import msgspec
 
 from mms.api.openapi import inference_document
 from mms.dataplane import DataPlane
@@ -13,7 +16,7 @@ from mms.http.connection import Exchange
 from mms.http.response import JSON, json_body
 from mms.models.version import ModelVersion, VersionState
 from mms.payload import parse_query
-from mms.wire import JobHead
+from mms.wire import RequestFacts
 
 MAX_ROUTES = 4096
 _METHODS = frozenset((b"POST", b"PUT", b"GET"))
@@ -28,6 +31,14 @@ class Route:
     query_is_input: bool
 
 
+class Meaning(msgspec.Struct, eq=False):
+    """What a whole head means, until the registry changes; kept on the head, which may come again."""
+
+    generation: int
+    version: ModelVersion
+    facts: RequestFacts
+
+
 class InferenceApi:
     """The application on the inference port."""
 
@@ -40,26 +51,35 @@ class InferenceApi:
         self._generation = -1
 
     def handle(self, exchange: Exchange) -> None:
-        head = exchange.head
-        if self._generation != self._registry.generation:
+        meaning: Meaning | None = exchange.head.meaning
+        if meaning is None or meaning.generation != self._registry.generation:
+            meaning = self._understand(exchange)
+            if meaning is None:
+                return
+        exchange.work = self._predict(
+            meaning.version,
+            meaning.facts,
+            exchange.request_id,
+            exchange.parts,
+            exchange.size,
+            exchange,
+            exchange.arrived,
+        )
+
+    def _understand(self, exchange: Exchange) -> Meaning | None:
+        """What a head means that was not met since the registry changed; None when the request is answered here."""
+        head, generation = exchange.head, self._registry.generation
+        if self._generation != generation:
             self._routes.clear()
-            self._generation = self._registry.generation
+            self._generation = generation
         route = self._routes.get(head.target)
         if route is None or head.method not in _METHODS:
             route = self._find(exchange)
             if route is None:
-                return
-        job_head = JobHead(
-            0,
-            exchange.request_id,
-            head.content_type,
-            head.encoding,
-            route.query,
-            route.query_is_input,
-            head.headers,
-            exchange.size,
-        )
-        exchange.work = self._predict(route.version, job_head, exchange.parts, exchange, exchange.arrived)
+                return None
+        facts = RequestFacts(head.content_type, head.encoding, route.query, route.query_is_input, head.headers)
+        head.meaning = Meaning(generation, route.version, facts)
+        return cast(Meaning, head.meaning)
 
     def _find(self, exchange: Exchange) -> Route | None:
         """The route of a target that is not known yet, or None when the request is answered here."""

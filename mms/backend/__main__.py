@@ -54,11 +54,11 @@ def run_once(directory: Path, body: bytes, content_type: str) -> int:
         max_response_size=1 << 30,
     )
     stages = load_handler(load)
-    head = wire.JobView(1, b"debug", content_type, "", b"", False, wire.EMPTY_HEADERS, len(body))
-    ((status, headers, answer, error),) = stages.run([Request(head, bytearray(body), load.max_request_size)])
-    sys.stderr.write(f"{status} {error}\n{headers.decode('latin-1')}\n")
+    facts = wire.RequestFactsView(content_type, "", b"", False, wire.EMPTY_HEADERS)
+    ((outcome, answer),) = stages.run([Request(facts, b"debug", bytearray(body), load.max_request_size)])
+    sys.stderr.write(f"{outcome.status} {outcome.error}\n{outcome.head.decode('latin-1')}\n")
     sys.stdout.buffer.write(bytes(answer) + b"\n")
-    return 0 if status < 400 else 1
+    return 0 if outcome.status < 400 else 1
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import msgspec
 
 from mms.errors import HandlerError, MMSError
 from mms.handler import PredictionError, Response
+from mms.wire import Outcome
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
@@ -17,29 +18,28 @@ _FRAMING = frozenset(
     {b"content-length", b"transfer-encoding", b"connection", b"keep-alive", b"upgrade", b"trailer", b"te"}
 )
 
-_BYTES = b"content-type: application/octet-stream\r\n"
-_TEXT = b"content-type: text/plain; charset=utf-8\r\n"
-_JSON = b"content-type: application/json\r\n"
-
+_BYTES = Outcome(200, b"content-type: application/octet-stream\r\n", "")
+_TEXT = Outcome(200, b"content-type: text/plain; charset=utf-8\r\n", "")
+_JSON = Outcome(200, b"content-type: application/json\r\n", "")
 
 Body = bytes | bytearray | memoryview
 
-# The outcome of one request: status, header block, body, error. With an error (a type of errors.py) the body is its
-# message. A plain tuple, because one is made per request.
-Answer = tuple[int, bytes, Body, str]
+# What became of one request, and its body; with an error the body is its message. A plain tuple, because one is made
+# per request, and with an Outcome that is shared wherever the handler has set nothing.
+Answer = tuple[Outcome, Body]
 
 
 def failure(error: MMSError | PredictionError) -> Answer:
     """The answer for a request that failed."""
     kind = "PredictionException" if isinstance(error, PredictionError) else error.type
     status = error.status if isinstance(error.status, int) and 400 <= error.status <= 599 else 500
-    return status, b"", str(error.message).encode("utf-8", "replace"), kind
+    return Outcome(status, b"", kind), str(error.message).encode("utf-8", "replace")
 
 
 def plain_answer(value: Any, limit: int) -> Answer:
     """A handler's result for which it has set nothing. Raises HandlerError when it cannot be sent."""
     if type(value) is bytes and len(value) <= limit:
-        return 200, _BYTES, value, ""
+        return _BYTES, value
     return answer(value, 200, "", {}, limit)
 
 
@@ -50,9 +50,12 @@ def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str
             raise HandlerError(f"the handler set headers to {type(value.headers).__name__}; a dict is needed")
         status, content_type, headers = value.status, value.content_type or content_type, {**headers, **value.headers}
         value = value.body
-    body, head = _body(value)
+    body, plain = _body(value)
     if len(body) > limit:
         raise HandlerError(f"the handler's answer of {len(body)} bytes is over max_response_size ({limit} bytes)")
+    if status == 200 and not content_type and not headers:
+        return plain, body
+    head = plain.head
     if status != 200:
         if not isinstance(status, int) or not 200 <= status <= 599:
             raise HandlerError(f"the handler set status {status!r}; it must be a number from 200 to 599")
@@ -67,10 +70,10 @@ def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str
             head = line
         else:
             extra += line
-    return status, head + extra, body, ""
+    return Outcome(status, head + extra, ""), body
 
 
-def _body(value: Any) -> tuple[Body, bytes]:
+def _body(value: Any) -> tuple[Body, Outcome]:
     if isinstance(value, bytes | bytearray):
         return value, _BYTES
     if isinstance(value, memoryview):

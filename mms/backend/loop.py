@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import mmap
 import os
 import socket
@@ -12,7 +13,7 @@ import traceback
 from collections.abc import Callable
 
 from mms import wire
-from mms.backend.answers import Answer
+from mms.backend.answers import Answer, Body
 from mms.backend.loader import load_handler
 from mms.backend.stages import Stages
 from mms.errors import FrameError, ModelLoadError
@@ -35,46 +36,68 @@ class Channel:
         self._sock = sock
         self._recv_into = sock.recv_into
         self._send = sock.sendmsg
-        self._buffer = memoryview(bytearray(READ_SIZE))  # kept: a fresh one per read costs three system calls
-        self._rest = b""
+        self._buffer = bytearray(READ_SIZE)  # kept: a fresh one per read costs three system calls
+        self._view = memoryview(self._buffer)
+        self._at = self._end = 0  # what was read and not yet handed out
 
-    def read(self) -> tuple[int, memoryview, memoryview | bytearray] | None:
-        """(kind, head, payloads), or None when the server has closed the channel. Raises FrameError."""
-        data = self._at_least(self._rest, wire.HEADER.size)
-        if data is None:
+    def read(self) -> tuple[int, bytes, bytearray, int] | None:
+        """(kind, head, a buffer, where in it the payloads begin), or None when the server has closed the channel.
+
+        The buffer may be overwritten by the next read, unless the payloads are all that it holds. Raises FrameError.
+        """
+        if not self._fill(wire.HEADER.size):
             return None
-        kind, head_size, payload_size = wire.parse_header(data)
+        kind, head_size, payload_size = wire.parse_header(self._buffer, self._at)
         start = wire.HEADER.size + head_size
-        data = self._at_least(data, start)
-        if data is None:
+        if not self._fill(start):
             return None
-        stop = start + payload_size
-        head = memoryview(data)[wire.HEADER.size : start]
-        if len(data) >= stop:
-            self._rest = data[stop:]
-            return kind, head, memoryview(data)[start:stop]
-        payload = bytearray(payload_size)
-        have = len(data) - start
-        payload[:have] = data[start:]
+        begin = self._at + start
+        head = bytes(self._view[self._at + wire.HEADER.size : begin])
+        if start + payload_size > len(self._buffer):
+            self._at = begin
+            payload = self._large(payload_size)
+            return None if payload is None else (kind, head, payload, 0)
+        if not self._fill(start + payload_size):
+            return None
+        begin = self._at + start
+        self._at = begin + payload_size
+        return kind, head, self._buffer, begin
+
+    def _fill(self, size: int) -> bool:
+        """Have `size` bytes in hand; False at the end of the channel."""
+        while self._end - self._at < size:
+            if self._at + size > len(self._buffer) or self._at == self._end:
+                self._move(size)
+            count = self._recv_into(self._view[self._end :])
+            if not count:
+                return False
+            self._end += count
+        return True
+
+    def _move(self, size: int) -> None:
+        """What is in hand goes to the front of a buffer with room for `size` bytes."""
+        rest = self._buffer[self._at : self._end]
+        if size > len(self._buffer):
+            self._buffer = bytearray(size)
+            self._view = memoryview(self._buffer)
+        self._view[: len(rest)] = rest
+        self._at, self._end = 0, len(rest)
+
+    def _large(self, size: int) -> bytearray | None:
+        """A payload that does not fit into the buffer."""
+        payload = bytearray(size)
+        have = self._end - self._at
         view = memoryview(payload)
-        while have < payload_size:
+        view[:have] = self._view[self._at : self._end]
+        self._at = self._end = 0
+        while have < size:
             count = self._recv_into(view[have:])
             if not count:
                 return None
             have += count
-        self._rest = b""
-        return kind, head, payload
+        return payload
 
-    def _at_least(self, data: bytes, size: int) -> bytes | None:
-        """`data` and what follows it on the channel, `size` bytes or more; None at its end."""
-        while len(data) < size:
-            count = self._recv_into(self._buffer)
-            if not count:
-                return None
-            data = data + self._buffer[:count] if data else bytes(self._buffer[:count])
-        return data
-
-    def write(self, kind: int, head: object, payloads: list[bytes | bytearray | memoryview], size: int) -> None:
+    def write(self, kind: int, head: object, payloads: list[Body], size: int) -> None:
         frame = wire.pack(kind, head, size)
         if size < JOIN_BELOW:
             self._sock.sendall(frame + b"".join(payloads))
@@ -89,30 +112,30 @@ class Channel:
 
 
 class Replies:
-    """Finished jobs on their way back: gathered into one frame while the next batches are quick."""
+    """Finished jobs of one frame on their way back: gathered into one frame while the next batches are quick."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, ids: list[int]) -> None:
         self._channel = channel
-        self._jobs: list[wire.JobResult] = []
+        self._ids = ids
+        self._sent = 0
+        self._answers: list[Answer] = []
         self._batches: list[wire.BatchTimes] = []
-        self._payloads: list[bytes | bytearray | memoryview] = []
-        self._size = 0
 
-    def add(self, jobs: list[wire.JobView], answers: list[Answer], times: wire.BatchTimes) -> None:
-        results, payloads = self._jobs, self._payloads
-        size = self._size
-        for job, (status, head, body, error) in zip(jobs, answers, strict=True):
-            length = len(body)
-            results.append(wire.JobResult(job.id, status, head, error, length))
-            payloads.append(body)
-            size += length
-        self._size = size
+    def add(self, answers: list[Answer], times: wire.BatchTimes) -> None:
+        self._answers += answers
         self._batches.append(times)
 
     def flush(self) -> None:
-        if self._jobs:
-            self._channel.write(wire.RESULT, wire.Result(self._jobs, self._batches), self._payloads, self._size)
-            self._jobs, self._batches, self._payloads, self._size = [], [], [], 0
+        answers = self._answers
+        if answers:
+            ids = self._ids[self._sent : self._sent + len(answers)]
+            payloads = [body for _, body in answers]
+            sizes = list(map(len, payloads))
+            outcomes = wire.share([outcome for outcome, _ in answers])
+            result = wire.Result(ids, sizes, *outcomes, self._batches)
+            self._channel.write(wire.RESULT, result, payloads, sum(sizes))
+            self._sent += len(answers)
+            self._answers, self._batches = [], []
 
 
 class Loop:
@@ -128,38 +151,38 @@ class Loop:
     def run(self) -> None:
         """Until the server closes the channel or says STOP."""
         while (frame := self._channel.read()) is not None:
-            kind, head, payload = frame
+            kind, head, payload, at = frame
             if kind == wire.STOP:
                 return
             if kind != wire.PREDICT:
                 raise FrameError(f"unexpected frame of kind {kind}")
-            self._predict(wire.decode(wire.PredictView, head), payload)
+            self._predict(wire.decode(wire.PredictView, head), payload, at)
 
-    def _predict(self, frame: wire.PredictView, payload: memoryview | bytearray) -> None:
+    def _predict(self, frame: wire.PredictView, payload: bytearray, at: int) -> None:
+        """Run the frame's jobs; their bodies lie back to back in `payload`, from `at` on."""
         received = flushed = begun = _monotonic()
-        replies = Replies(self._channel)
+        ids = frame.ids
+        count, size = len(ids), frame.batch_size
+        replies = Replies(self._channel, ids)
         stages, progress, limit = self._stages, self._progress, self._limit
-        jobs, size, at = frame.jobs, frame.batch_size, 0
-        whole = payload if len(jobs) == 1 and isinstance(payload, bytearray) else None
-        view = memoryview(payload)
-        for first in range(0, len(jobs), size):
-            batch = jobs[first : first + size]
+        jobs = zip(wire.spread(frame.facts, frame.facts_of, count), frame.request_ids, frame.sizes, strict=True)
+        whole = count == 1 and len(payload) == frame.sizes[0]
+        for first in range(0, count, size):
             if begun - flushed > ANSWER_WITHIN:
                 replies.flush()
                 flushed = begun
             done = self._started
-            self._started = done + len(batch)
+            self._started = done + min(size, count - first)
             _pack_progress(progress, 0, done, self._started, begun)
             requests = []
-            for job in batch:
-                end = at + job.size
-                requests.append(Request(job, bytearray(view[at:end]) if whole is None else whole, limit))
+            for facts, request_id, length in itertools.islice(jobs, size):
+                end = at + length
+                requests.append(Request(facts, request_id, payload if whole else payload[at:end], limit))
                 at = end
             answers = stages.run(requests)
             ended = _monotonic()
-            replies.add(
-                batch, answers, wire.BatchTimes(len(batch), begun - received, ended - begun, *stages.take_times())
-            )
+            times = wire.BatchTimes(len(requests), begun - received, ended - begun, *stages.take_times())
+            replies.add(answers, times)
             begun = ended
         _pack_progress(progress, 0, self._started, self._started, 0.0)
         replies.flush()

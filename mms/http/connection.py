@@ -31,9 +31,10 @@ from mms.http.limits import (
     Limits,
 )
 from mms.http.request import Head, KnownHeads
-from mms.http.response import CONTINUE, JOIN_BELOW, ResponseHeads, error_response
+from mms.http.response import CONTINUE, JOIN_BELOW, ResponseHeads, error_response, length_lines
 
 _HEAD_END = b"\r\n\r\n"
+_ID = b"x-request-id: "
 
 Buffer = bytes | bytearray | memoryview
 
@@ -74,11 +75,12 @@ class Exchange(msgspec.Struct, eq=False):
         """Answer with `head` (complete header lines) and `body`; length, date and id are added here."""
         self.work = None  # it refers back to this exchange: without the cycle, both are freed without the collector
         connection = self.connection
-        begin = connection.heads[status]
+        begin, size = connection.heads[status], len(body)
         if self.keep_alive and self.head.plain and status != 204:
-            size = len(body)
-            block = b"%b%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (begin, head, self.request_id, size)
-            connection.send(self, block, body)
+            if size < JOIN_BELOW:
+                connection.send(self, b"".join((begin, head, _ID, self.request_id, length_lines(size), body)), b"")
+            else:
+                connection.send(self, b"".join((begin, head, _ID, self.request_id, length_lines(size))), body)
         else:
             block = self._unusual(begin + head, status, len(body))
             connection.send(self, block, b"" if self.head.method == b"HEAD" else body)
@@ -118,6 +120,8 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._held = b""  # the beginning of a request line
         self._between = True  # the parser stands between two requests
+        self._last_raw = b"\0"  # a known head, as this connection sent it last
+        self._last_head: Head | None = None
         self._head = Head()
         self._in_head = True
         self._begun = 0.0  # when the first byte of the request's head arrived
@@ -173,12 +177,23 @@ class Connection(asyncio.Protocol):
         if self._held:
             data, self._held = self._held + data, b""
         elif self._between:
-            end = data.find(_HEAD_END) + 4
-            head = self._known.get(data[:end])
-            if head is not None and len(data) - end == head.length and not self._pending:
-                self._serve(Exchange(self, head, True, _next_id(), [data[end:]], head.length, now))
+            raw, known = self._last_raw, self._last_head
+            end = len(raw)
+            if not data.startswith(raw):
+                end = data.find(_HEAD_END) + 4
+                raw = data[:end]
+                known = self._known.get(raw)
+                if known is not None:
+                    self._last_raw, self._last_head = raw, known
+            if known is not None and len(data) - end == known.length and not self._pending:
+                exchange = Exchange(self, known, True, _next_id(), [data[end:]], known.length, now)
+                self._pending.append(exchange)
+                try:
+                    self._application.handle(exchange)
+                except MMSError as error:
+                    exchange.fail(error)
                 return
-            self._begun = self.last_activity
+            self._begun = now
         head = self._head
         self._parse(data)
         if self._refusal is not None:
@@ -334,7 +349,10 @@ class Connection(asyncio.Protocol):
             exchange.response = head, body
             return
         pending.popleft()
-        self._write(head, body)
+        if not body and not self._transport.is_closing():
+            self._transport.write(head)
+        else:
+            self._write(head, body)
         while exchange.keep_alive and pending and (response := pending[0].response) is not None:
             exchange = pending.popleft()
             self._write(*response)
@@ -348,10 +366,7 @@ class Connection(asyncio.Protocol):
     def _write(self, head: bytes, body: Buffer) -> None:
         if self._transport.is_closing():
             return
-        if len(body) < JOIN_BELOW:
-            self._transport.write(head + body)
-        else:
-            self._transport.writelines([head, body])
+        self._transport.writelines([head, body] if body else [head])
 
     def sweep(self, now: float) -> None:
         """Called about once a second: close the connection if its client has been silent for too long."""

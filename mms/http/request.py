@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, RequestTooLargeError
 from mms.http.limits import MAX_FIELDS, MAX_HEAD, MAX_LINE
 
@@ -76,6 +78,7 @@ class Head:
         "hosts",
         "keep_alive",
         "length",
+        "meaning",
         "method",
         "plain",
         "request_id",
@@ -102,6 +105,7 @@ class Head:
         self.version = ""
         self.keep_alive = True
         self.upgrade = False
+        self.meaning: Any = None  # what the application makes of it: its own note
         self.plain = False  # answered in the usual way: HTTP/1.1, with a body
 
     def add(self, name: bytes, value: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 
@@ -34,6 +35,12 @@ class ResponseHeads(dict[int, bytes]):
         begin = f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n".encode() + self._date
         self[status] = begin
         return begin
+
+
+@lru_cache(maxsize=4096)
+def length_lines(size: int) -> bytes:
+    """The end of a head: of the line before, the one with the length, and of the head."""
+    return b"\r\ncontent-length: %d\r\n\r\n" % size
 
 
 def json_body(value: Any) -> bytes:

@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 
 from mms.errors import DeadlineError, MMSError, QueueFullError, ServiceUnavailableError, WorkerDiedError
-from mms.wire import JobHead
+from mms.wire import RequestFacts
 
 AHEAD_SECONDS = 0.002  # work that may lie at a worker beyond what it needs now: bounds how long one job can hold others
 MAX_FRAME_JOBS = 256
@@ -26,7 +26,7 @@ RETRY_WINDOW = 10.0
 class Caller(Protocol):
     """Who waits for a job: told exactly once, by one of these two."""
 
-    def answer(self, status: int, head: bytes, body: memoryview) -> None: ...
+    def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None: ...
 
     def fail(self, error: MMSError) -> None: ...
 
@@ -37,18 +37,17 @@ class Job(msgspec.Struct, eq=False):
     A Struct, because one is made per request and its constructor runs in C.
     """
 
-    head: JobHead
+    id: int
+    facts: RequestFacts
+    request_id: bytes
     parts: list[bytes]
+    size: int
     caller: Caller
     arrived: float
     queue: BatchQueue | None = None
     taken: float = 0.0
     attempts: int = 0
     settled: bool = False
-
-    @property
-    def id(self) -> int:
-        return self.head.id
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more: if the job still waits it never runs, else its answer is dropped."""
@@ -59,6 +58,7 @@ class Job(msgspec.Struct, eq=False):
                 queue.cancelled += 1
                 if not self.taken:
                     queue.depth -= 1
+                    queue.bytes -= self.size
                     self.parts.clear()
 
     def fail(self, error: MMSError) -> None:
@@ -70,12 +70,12 @@ class Job(msgspec.Struct, eq=False):
 class InFlight:
     """What one worker has in hand: its jobs in the order in which they were sent, and what it may be sent ahead."""
 
-    __slots__ = ("batch_seconds", "exclusive", "finished", "frame_ends", "jobs")
+    __slots__ = ("batch_seconds", "exclusive", "finished", "frames", "jobs")
 
     def __init__(self) -> None:
         self.jobs: deque[Job] = deque()
         self.finished = 0  # results received since the worker started
-        self.frame_ends: deque[int] = deque()  # the last job of each frame that is not yet answered in full
+        self.frames: deque[int] = deque()  # how many jobs of each frame are not yet answered
         self.exclusive = False  # the one job in hand is a retry: nothing else may share its fate
         self.batch_seconds: float | None = None  # time of a batch: follows rises at once, falls slowly
 
@@ -107,6 +107,7 @@ class BatchQueue:
         self.retry = retry
         self.closed = ""  # why nothing is taken any more; empty while open
         self.depth = 0  # waiting jobs that somebody still waits for
+        self.bytes = 0  # of their bodies
         self.submitted = 0
         self.retries = 0
         self.cancelled = 0
@@ -123,6 +124,7 @@ class BatchQueue:
             raise QueueFullError(f"the queue is full: {self.depth} requests wait; try again later")
         self.submitted += 1
         self.depth += 1
+        self.bytes += job.size
         job.queue = self
         self._waiting.append(job)
 
@@ -142,17 +144,16 @@ class BatchQueue:
         limit = self._limit(worker, now) if self.depth else 0
         if not limit:
             return None
-        jobs: list[Job] = []
-        size, batch_size, waiting = 0, self.batch_size, self._waiting
-        while waiting and len(jobs) < limit:
-            if size > MAX_FRAME_BYTES and len(jobs) >= batch_size:
-                break
-            job = waiting.popleft()
-            if not job.settled:
-                job.taken = now
-                jobs.append(job)
-                size += job.head.size
+        waiting, batch_size = self._waiting, self.batch_size
+        if len(waiting) <= limit and self.bytes <= MAX_FRAME_BYTES:
+            jobs = [job for job in waiting if not job.settled]
+            waiting.clear()
+        else:
+            jobs = self._some(limit)
+        for job in jobs:
+            job.taken = now
         self.depth -= len(jobs)
+        self.bytes -= sum([job.size for job in jobs])
         return self._hand_over(worker, jobs, batch_size)
 
     def wake_at(self) -> float | None:
@@ -161,16 +162,23 @@ class BatchQueue:
             return None
         return self._oldest().arrived + self.max_batch_delay
 
-    def finish(self, worker: InFlight, job_id: int) -> Job | None:
-        """The job of an answer, no longer in flight. None if it is not the oldest: the worker cannot be trusted."""
-        jobs = worker.jobs
-        if not jobs or jobs[0].head.id != job_id:
+    def finish(self, worker: InFlight, ids: list[int]) -> list[Job] | None:
+        """The answered jobs, no longer in flight. None if they are not the oldest: the worker cannot be trusted."""
+        jobs, frames, count = worker.jobs, worker.frames, len(ids)
+        done = list(itertools.islice(jobs, count))
+        if [job.id for job in done] != ids:
             return None
-        worker.finished += 1
-        if job_id == worker.frame_ends[0]:
-            worker.frame_ends.popleft()
-            worker.exclusive = False
-        return jobs.popleft()
+        for _ in ids:
+            jobs.popleft()
+        worker.finished += count
+        while count:
+            answered = min(count, frames[0])
+            count -= answered
+            frames[0] -= answered
+            if not frames[0]:
+                frames.popleft()
+                worker.exclusive = False
+        return done
 
     def lose(
         self, worker: InFlight, started: int, cause: str, now: float, *, done: int | None = None
@@ -193,6 +201,7 @@ class BatchQueue:
                 job.taken = 0.0
                 self._alone.append(job)
                 self.depth += 1
+                self.bytes += job.size
         self._alone = _by_arrival(self._alone)
         return failed
 
@@ -211,6 +220,7 @@ class BatchQueue:
                 job = queue.popleft()
                 if not job.settled:
                     self.depth -= 1
+                    self.bytes -= job.size
                     expired.append(
                         (job, DeadlineError(f"no worker was free within queue_timeout ({self.timeout:g} s)"))
                     )
@@ -225,7 +235,7 @@ class BatchQueue:
         jobs = [job for job in itertools.chain(self._alone, self._waiting) if not job.settled]
         self._alone.clear()
         self._waiting.clear()
-        self.depth = 0
+        self.depth = self.bytes = 0
         return [(job, error) for job in jobs]
 
     def _part(self, worker: InFlight, started: int, done: int | None) -> list[Job]:
@@ -237,7 +247,7 @@ class BatchQueue:
         finished = worker.begun(done) if done is not None and self.retry else 0
         jobs = list(worker.jobs)
         worker.jobs.clear()
-        worker.frame_ends.clear()
+        worker.frames.clear()
         worker.exclusive = False
         back = [job for job in jobs[:finished] + jobs[begun:] if not job.settled]
         for job in back:
@@ -247,6 +257,7 @@ class BatchQueue:
             self._waiting = _by_arrival(self._waiting)
             self._alone = _by_arrival(self._alone)
         self.depth += len(back)
+        self.bytes += sum([job.size for job in back])
         return [job for job in jobs[finished:begun] if not job.settled]
 
     def _limit(self, worker: InFlight, now: float) -> int:
@@ -257,14 +268,14 @@ class BatchQueue:
             if self.max_batch_delay and self.depth < batch_size and self._oldest().arrived + self.max_batch_delay > now:
                 return 0
             return min(max(1, ahead) * batch_size, max(MAX_FRAME_JOBS, batch_size))
-        if len(worker.frame_ends) > 1 or self.depth < batch_size:
+        if len(worker.frames) > 1 or self.depth < batch_size:
             return 0
         room = ahead * batch_size - len(worker.jobs)
         return min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
 
     def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int) -> tuple[int, list[Job]]:
         worker.jobs += jobs
-        worker.frame_ends.append(jobs[-1].id)
+        worker.frames.append(len(jobs))
         return batch_size, jobs
 
     def _next_alone(self) -> Job | None:
@@ -272,8 +283,22 @@ class BatchQueue:
             job = self._alone.popleft()
             if not job.settled:
                 self.depth -= 1
+                self.bytes -= job.size
                 return job
         return None
+
+    def _some(self, limit: int) -> list[Job]:
+        """Up to `limit` waiting jobs, fewer (but a batch) when their bodies are large."""
+        jobs: list[Job] = []
+        size, waiting = 0, self._waiting
+        while waiting and len(jobs) < limit:
+            if size > MAX_FRAME_BYTES and len(jobs) >= self.batch_size:
+                break
+            job = waiting.popleft()
+            if not job.settled:
+                jobs.append(job)
+                size += job.size
+        return jobs
 
     def _oldest(self) -> Job:
         """The longest waiting job; only while `depth` is positive."""

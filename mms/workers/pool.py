@@ -105,7 +105,7 @@ class WorkerPool:
         """Queue the job. Raises QueueFullError or ServiceUnavailableError."""
         self._queue.submit(job)
         if self._wake is None:
-            self._wake = self._loop.call_soon(self._dispatch)  # what else arrives in this turn goes along
+            self._wake_soon()
 
     def fail(self, job: Job, error: MMSError) -> None:
         """The job's outcome is `error`; counted."""
@@ -116,6 +116,11 @@ class WorkerPool:
     def count_failure(self, error: MMSError) -> None:
         self._metrics.requests[error.status] += 1
         self._metrics.errors[error.type] += 1
+
+    def _wake_soon(self) -> None:
+        """Hand out jobs at the end of this turn of the event loop: what else arrives in it goes along."""
+        if self._wake is None:
+            self._wake = self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         self._wake = None
@@ -311,7 +316,7 @@ class WorkerPool:
 
     def worker_free(self, worker: Worker) -> None:
         if self._queue.depth:
-            self._dispatch()
+            self._wake_soon()
         if worker.state is WorkerState.STOPPING:
             self._stop_when_idle(worker)
         if self._draining:
@@ -347,8 +352,7 @@ class WorkerPool:
         done, started, _ = worker.process.progress()
         for job, error in self._queue.lose(worker.in_flight, started, worker.cause, time.monotonic(), done=done):
             self.fail(job, error)
-        if self._wake is None:
-            self._wake = self._loop.call_soon(self._dispatch)
+        self._wake_soon()
 
     def _died(self, worker: Worker) -> None:
         worker.state = WorkerState.FAILED

@@ -58,30 +58,28 @@ class Backend:
         return head
 
     def send(self, *bodies: bytes, batch_size: int = 8, content_type: str = "", encoding: str = "") -> list[int]:
-        heads = []
-        for body in bodies:
-            self._ids += 1
-            heads.append(
-                wire.JobHead(self._ids, b"id-%d" % self._ids, content_type, encoding, b"", False, HEADERS, len(body))
-            )
-        packed = wire.pack(wire.PREDICT, wire.Predict(batch_size, heads), sum(map(len, bodies)))
-        self._sock.sendall(packed + b"".join(bodies))
-        return [head.id for head in heads]
+        first, self._ids = self._ids + 1, self._ids + len(bodies)
+        ids, sizes = list(range(first, self._ids + 1)), list(map(len, bodies))
+        facts = wire.RequestFacts(content_type, encoding, b"", False, HEADERS)
+        frame = wire.Predict(batch_size, ids, sizes, [b"id-%d" % number for number in ids], [facts], [])
+        self._sock.sendall(wire.pack(wire.PREDICT, frame, sum(sizes)) + b"".join(bodies))
+        return ids
 
-    def results(self, count: int) -> dict[int, tuple[wire.JobResult, bytes]]:
+    def results(self, count: int) -> dict[int, tuple[wire.Outcome, bytes]]:
         """The next `count` outcomes by job."""
-        found: dict[int, tuple[wire.JobResult, bytes]] = {}
+        found: dict[int, tuple[wire.Outcome, bytes]] = {}
         while len(found) < count:
             kind, head, payload = self.frame()
             assert kind == wire.RESULT
-            assert sum(result.size for result in head.jobs) == len(payload)
+            assert sum(head.sizes) == len(payload)
+            outcomes = wire.spread(head.outcomes, head.outcome_of, len(head.ids))
             at = 0
-            for result in head.jobs:
-                found[result.id] = (result, payload[at : at + result.size])
-                at += result.size
+            for number, outcome, size in zip(head.ids, outcomes, head.sizes, strict=True):
+                found[number] = (outcome, payload[at : at + size])
+                at += size
         return found
 
-    def predict(self, *bodies: bytes, **how: Any) -> list[tuple[wire.JobResult, bytes]]:
+    def predict(self, *bodies: bytes, **how: Any) -> list[tuple[wire.Outcome, bytes]]:
         ids = self.send(*bodies, **how)
         results = self.results(len(ids))
         return [results[number] for number in ids]
@@ -322,10 +320,10 @@ def test_a_body_that_cannot_be_unpacked_fails_alone(start: Start) -> None:
 def test_a_job_may_set_status_type_and_headers(start: Start) -> None:
     backend = start("status_and_headers")
     backend.ready()
-    for result, body in backend.predict(b"a", b"b"):
+    for number, (result, body) in enumerate(backend.predict(b"a", b"b"), 1):
         assert (result.status, body) == (201, b"hello")
         assert b"content-type: text/x-greeting\r\n" in result.head
-        assert b"x-request: id-%d\r\n" % result.id in result.head
+        assert b"x-request: id-%d\r\n" % number in result.head
         assert b"x-seen: this\r\n" in result.head
 
 
@@ -359,8 +357,8 @@ def test_f33_garbage_ends_the_worker(start: Start, junk: bytes) -> None:
     assert backend.ended()
 
 
-def test_the_head_of_a_job_reads_as_it_was_written() -> None:
-    head = wire.JobHead(1, b"a", "b", "", b"", False, HEADERS, 0)
-    view = wire.decode(wire.PredictView, wire.encode(wire.Predict(1, [head]))).jobs[0]
+def test_the_facts_of_a_job_read_as_they_were_written() -> None:
+    facts = wire.RequestFacts("b", "", b"", False, HEADERS)
+    view = wire.decode(wire.PredictView, wire.encode(wire.Predict(1, [1], [0], [b"a"], [facts], []))).facts[0]
     assert wire.decode_headers(view.headers) == HEADERS
     assert isinstance(view.headers, msgspec.Raw)

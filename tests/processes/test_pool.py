@@ -44,7 +44,7 @@ class Caller:
     def __init__(self) -> None:
         self.outcome: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
-    def answer(self, status: int, head: bytes, body: memoryview) -> None:
+    def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None:
         self.outcome.set_result(bytes(body))
 
     def fail(self, error: Error) -> None:
@@ -90,9 +90,9 @@ class Served:
 
     def submit(self, body: bytes) -> asyncio.Future[bytes]:
         self._ids += 1
-        head = wire.JobHead(self._ids, b"id-%d" % self._ids, "", "", b"", False, [], len(body))
+        facts = wire.RequestFacts("", "", b"", False, [])
         caller = Caller()
-        self.pool.submit(Job(head, [body], caller, time.monotonic()))
+        self.pool.submit(Job(self._ids, facts, b"id-%d" % self._ids, [body], len(body), caller, time.monotonic()))
         return caller.outcome
 
     @property

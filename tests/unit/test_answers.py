@@ -17,9 +17,17 @@ TEXT = b"content-type: text/plain; charset=utf-8\r\n"
 BYTES = b"content-type: application/octet-stream\r\n"
 
 
-def make(value: Any, *, status: int = 200, content_type: str = "", limit: int = 1000, **headers: str) -> Answer:
+Reply = tuple[int, bytes, bytes, str]  # status, header block, body, error
+
+
+def reply(made: Answer) -> Reply:
+    outcome, body = made
+    return outcome.status, outcome.head, bytes(body), outcome.error
+
+
+def make(value: Any, *, status: int = 200, content_type: str = "", limit: int = 1000, **headers: str) -> Reply:
     named = {name.replace("_", "-"): text for name, text in headers.items()}
-    return answer(value, status, content_type, named, limit)
+    return reply(answer(value, status, content_type, named, limit))
 
 
 class Tensor:
@@ -158,8 +166,8 @@ def test_a_content_type_with_a_line_break_is_refused() -> None:
         (PredictionError("\ud800", 400), (400, b"", b"?", "PredictionException")),
     ],
 )
-def test_a_failure_has_a_status_of_its_own(error: Any, expected: Answer) -> None:
-    assert failure(error) == expected
+def test_a_failure_has_a_status_of_its_own(error: Any, expected: Reply) -> None:
+    assert reply(failure(error)) == expected
 
 
 def test_a_prediction_error_of_somebodys_own_making_has_a_status() -> None:
@@ -167,9 +175,9 @@ def test_a_prediction_error_of_somebodys_own_making_has_a_status() -> None:
         def __init__(self) -> None:
             pass
 
-    assert failure(Unusual()) == (400, b"", b"", "PredictionException")
+    assert reply(failure(Unusual())) == (400, b"", b"", "PredictionException")
 
 
 def test_a_message_that_is_no_text_is_shown_all_the_same() -> None:
     error: Any = SimpleNamespace(status="x", type="T", message=5)
-    assert failure(error) == (500, b"", b"5", "T")
+    assert reply(failure(error)) == (500, b"", b"5", "T")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mms.errors import DeadlineError, MMSError, QueueFullError, ServiceUnavailableError, WorkerDiedError
-from mms.wire import JobHead
+from mms.wire import RequestFacts
 from mms.workers.batching import MAX_FRAME_BYTES, MAX_FRAME_JOBS, RETRY_MINIMUM, RETRY_WINDOW, BatchQueue, InFlight, Job
 
 NOW = 1000.0
@@ -16,11 +16,14 @@ QUICK = 1e-5  # seconds a batch takes: many fit into the time that may be sent a
 SLOW = 1.0
 
 
+FACTS = RequestFacts("", "", b"", False, [])
+
+
 @dataclass
 class Caller:
     outcomes: list[object] = field(default_factory=list)
 
-    def answer(self, status: int, head: bytes, body: memoryview) -> None:
+    def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None:
         self.outcomes.append(bytes(body))
 
     def fail(self, error: MMSError) -> None:
@@ -40,7 +43,7 @@ def make_worker(batch_seconds: float | None = None) -> InFlight:
 
 
 def make_job(number: int, *, size: int = 10, arrived: float = NOW) -> Job:
-    return Job(JobHead(number, b"r%d" % number, "", "", b"", False, [], size), [b""], Caller(), arrived)
+    return Job(number, FACTS, b"r%d" % number, [b""], size, Caller(), arrived)
 
 
 def fill(queue: BatchQueue, count: int, *, first: int = 1, size: int = 10, arrived: float = NOW) -> list[Job]:
@@ -56,9 +59,9 @@ def take(queue: BatchQueue, worker: InFlight, now: float = NOW) -> list[int]:
 
 
 def finish(queue: BatchQueue, worker: InFlight, *numbers: int) -> None:
-    for number in numbers:
-        job = queue.finish(worker, number)
-        assert job is not None
+    jobs = queue.finish(worker, list(numbers))
+    assert jobs is not None
+    for job in jobs:
         job.settled = True
 
 
@@ -214,9 +217,9 @@ def test_an_answer_to_a_job_that_the_worker_does_not_have_is_refused() -> None:
     queue, worker = make_queue(), make_worker()
     fill(queue, 1)
     take(queue, worker)
-    assert queue.finish(worker, 99) is None
+    assert queue.finish(worker, [99]) is None
     finish(queue, worker, 1)
-    assert queue.finish(worker, 1) is None
+    assert queue.finish(worker, [1]) is None
 
 
 def test_a_frame_is_done_with_its_last_job() -> None:
@@ -224,9 +227,9 @@ def test_a_frame_is_done_with_its_last_job() -> None:
     fill(queue, 2)
     take(queue, worker)
     finish(queue, worker, 1)
-    assert list(worker.frame_ends) == [2]
+    assert list(worker.frames) == [1]
     finish(queue, worker, 2)
-    assert not worker.frame_ends and worker.finished == 2
+    assert not worker.frames and worker.finished == 2
 
 
 # cancellation
@@ -248,7 +251,7 @@ def test_a_cancelled_job_at_a_worker_stays_there_until_its_answer() -> None:
     take(queue, worker)
     job.cancel()
     assert queue.depth == 0
-    assert queue.finish(worker, 1) is job and job.settled
+    assert queue.finish(worker, [1]) == [job] and job.settled
 
 
 def test_cancelling_twice_or_after_the_answer_changes_nothing() -> None:
@@ -509,7 +512,7 @@ def test_an_answer_out_of_order_is_not_accepted() -> None:
     queue, worker = make_queue(), make_worker(QUICK)
     fill(queue, 2)
     take(queue, worker)
-    assert queue.finish(worker, 2) is None
+    assert queue.finish(worker, [2]) is None
 
 
 def test_the_death_of_a_poisonous_retry_does_not_spend_the_budget() -> None:

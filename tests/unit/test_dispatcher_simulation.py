@@ -13,7 +13,7 @@ from collections import Counter, deque
 import pytest
 
 from mms.errors import DeadlineError, MMSError, QueueFullError, ServiceUnavailableError, WorkerDiedError
-from mms.wire import JobHead
+from mms.wire import RequestFacts
 from mms.workers.batching import BatchQueue, InFlight, Job
 
 SEEDS = int(os.environ.get("SEEDS", "2000"))
@@ -21,6 +21,7 @@ FIRST = int(os.environ.get("SEED", "0"))
 STEPS = 40
 TIMEOUT = 3.0
 RESPONSE_TIMEOUT = 1.0
+FACTS = RequestFacts("", "", b"", False, [])
 
 
 class Client:
@@ -34,7 +35,7 @@ class Client:
         self.runs = 0
         self.killed = 0
 
-    def answer(self, status: int, head: bytes, body: memoryview) -> None:
+    def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None:
         assert self.outcome is None, f"a second outcome: {status} after {self.outcome}"
         self.outcome = bytes(body)
 
@@ -118,7 +119,7 @@ class Simulation:
         client.poison = self.random.random() < self.poison_share
         client.hangs = self.random.random() < self.hang_share
         size = self.random.choice((10, 10, 10, 10, 700_000))
-        client.job = Job(JobHead(number, b"", "", "", b"", False, [], size), [], client, self.now)
+        client.job = Job(number, FACTS, b"", [], size, client, self.now)
         full = self.queue.depth >= self.queue.capacity
         self.events.append(f"submit {number}{' poison' * client.poison}{' hangs' * client.hangs}")
         try:
@@ -214,10 +215,10 @@ class Simulation:
         if count and worker.batches:
             worker.in_flight.observe(worker.batches, worker.batches * worker.batch_seconds)
             worker.batches = 0
-        for _ in range(count):
-            answered = worker.written.popleft()
-            job = self.queue.finish(worker.in_flight, answered.id)
-            assert job is answered, "an answer to a job that the worker does not have"
+        answered = [worker.written.popleft() for _ in range(count)]
+        jobs = self.queue.finish(worker.in_flight, [job.id for job in answered])
+        assert jobs == answered, "an answer to a job that the worker does not have"
+        for job in jobs:
             if not job.settled:
                 job.settled = True
                 job.caller.answer(200, b"", memoryview(b"%d" % job.id))
@@ -321,24 +322,27 @@ class Simulation:
     def check(self) -> None:
         queue = self.queue
         waiting = [*queue._alone, *queue._waiting]
-        owned, depth = [], 0
+        owned, depth, size = [], 0, 0
         for job in waiting:
             owned.append(job.id)
             assert not job.taken, "a waiting job counts as taken"
-            depth += not job.settled
+            if not job.settled:
+                depth += 1
+                size += job.size
         for worker in self.workers:
             held = worker.in_flight
             owned += [job.id for job in held.jobs]
-            assert bool(held.jobs) == bool(held.frame_ends)
+            assert sum(held.frames) == len(held.jobs) and 0 not in held.frames
             assert held.finished + len(held.jobs) == worker.sent, "sent is answered or in hand"
             assert not held.exclusive or len(held.jobs) == 1
         places = set(owned)
         assert len(places) == len(owned), "a job has two owners"
         assert self.live <= places, f"lost: {self.live - places}"
         assert queue.depth == depth, f"depth is {queue.depth}, {depth} jobs wait"
+        assert queue.bytes == size, f"bytes is {queue.bytes}, {size} wait"
 
     def at_rest(self) -> None:
-        assert self.queue.depth == 0
+        assert self.queue.depth == self.queue.bytes == 0
         assert self.queue.submitted == len(self.clients)
         outcomes: Counter[str] = Counter()
         for number, client in self.clients.items():

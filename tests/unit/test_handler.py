@@ -27,8 +27,8 @@ def make_request(
     limit: int = 1000,
 ) -> Request:
     raw = msgspec.Raw(wire.encode(list(headers)))
-    head = wire.JobView(1, b"id-1", content_type, encoding, query, query_is_input, raw, len(body))
-    return Request(head, bytearray(body), limit)
+    facts = wire.RequestFactsView(content_type, encoding, query, query_is_input, raw)
+    return Request(facts, b"id-1", bytearray(body), limit)
 
 
 def make_context(directory: str = "/model", **changes: Any) -> Context:

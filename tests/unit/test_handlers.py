@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from mms.errors import BadRequestError
 from mms.handler import Context, Handler, PredictionError, Request
-from mms.wire import JobView, Load
+from mms.wire import EMPTY_HEADERS, Load, RequestFactsView
 
 BATCH = torch.export.Dim("batch")
 NETWORK_SOURCE = """
@@ -90,17 +90,8 @@ def export(path: Path, network: torch.nn.Module, *shape: int, dynamic: bool = Tr
 
 
 def request(body: bytes, content_type: str = "", query: bytes = b"") -> Request:
-    head = JobView(
-        id=1,
-        request_id=b"r1",
-        content_type=content_type,
-        encoding="",
-        query=query,
-        query_is_input=False,
-        headers=msgspec.Raw(b"\x90"),
-        size=len(body),
-    )
-    return Request(head, bytearray(body), 1 << 30)
+    facts = RequestFactsView(content_type, "", query, False, EMPTY_HEADERS)
+    return Request(facts, b"r1", bytearray(body), 1 << 30)
 
 
 def answers(handler: Handler, *requests: Request) -> list[Any]:

@@ -62,11 +62,11 @@ def load(folder: Path, handler: str, *, isolate: str = "auto", gpu: int | None =
 
 def answer(stages: Stages, *bodies: str) -> list[str]:
     requests = [
-        Request(wire.JobView(1, b"r", "text/plain", "", b"", False, wire.EMPTY_HEADERS, len(body)),
+        Request(wire.RequestFactsView("text/plain", "", b"", False, wire.EMPTY_HEADERS), b"r",
                 bytearray(body.encode()), 1000)
         for body in bodies
     ]  # fmt: skip
-    return [str(answer[2], "utf-8") for answer in stages.run(requests)]
+    return [str(body, "utf-8") for _, body in stages.run(requests)]
 
 
 @pytest.mark.parametrize("entry", ["service:handle", "service.py:handle", "service", "service.py"])

@@ -18,7 +18,7 @@ from mms.errors import (
 )
 from mms.models.registry import ModelRegistry
 from mms.models.version import ModelVersion, VersionState
-from mms.wire import JobHead
+from mms.wire import RequestFacts
 from mms.workers.batching import Job
 from tests.unit.test_batching import Caller
 
@@ -121,11 +121,15 @@ def test_every_change_of_meaning_is_a_new_generation(archive: ModelArchive) -> N
 # ModelVersion without its workers
 
 
+def make_job(number: int) -> Job:
+    return Job(number, RequestFacts("", "", b"", False, []), b"", [], 0, Caller(), 0.0)
+
+
 def test_a_version_without_workers_refuses_and_counts(archive: ModelArchive) -> None:
     version = make(archive)
     assert version.state is VersionState.LOADING and version.label == "cat 1.0"
     with pytest.raises(ServiceUnavailableError, match=r"model cat 1\.0 is still loading"):
-        version.submit(Job(JobHead(1, b"", "", "", b"", False, [], 0), [], Caller(), 0.0))
+        version.submit(make_job(1))
     assert version.metrics.requests == {503: 1} and version.metrics.errors == {"ServiceUnavailableException": 1}
 
 
@@ -133,7 +137,7 @@ def test_live_settings_reach_the_queue(archive: ModelArchive) -> None:
     version = make(archive)
     version.apply(dataclasses.replace(version.settings, batch_size=4, max_batch_delay=0.1, queue_size=2))
     assert (version.queue.batch_size, version.queue.max_batch_delay, version.queue.capacity) == (4, 0.1, 2)
-    jobs = [Job(JobHead(number, b"", "", "", b"", False, [], 0), [], Caller(), 0.0) for number in range(3)]
+    jobs = [make_job(number) for number in range(3)]
     version.queue.submit(jobs[0])
     version.queue.submit(jobs[1])
     with pytest.raises(QueueFullError):

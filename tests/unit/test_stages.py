@@ -15,6 +15,7 @@ from mms.errors import BadRequestError
 from mms.handler import Context, Handler, PredictionError, Request, Response
 
 LIMIT = 1000
+Reply = tuple[int, bytes, bytes, str]  # status, header block, body, error
 UNUSUAL = (SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, ValueError, RecursionError)
 
 
@@ -25,7 +26,8 @@ def make_context() -> Context:
 def make_requests(*bodies: str, content_type: str = "text/plain") -> list[Request]:
     return [
         Request(
-            wire.JobView(number, b"id-%d" % number, content_type, "", b"", False, wire.EMPTY_HEADERS, len(body)),
+            wire.RequestFactsView(content_type, "", b"", False, wire.EMPTY_HEADERS),
+            b"id-%d" % number,
             bytearray(body.encode()),
             LIMIT,
         )
@@ -33,19 +35,23 @@ def make_requests(*bodies: str, content_type: str = "text/plain") -> list[Reques
     ]
 
 
-def run_batch(handle: Callable[[Any, Context], Any], requests: list[Request], *, isolate: bool = False) -> list[Answer]:
-    return BatchStages(handle, make_context(), isolate=isolate, limit=LIMIT).run(requests)
+def replies(answers: list[Answer]) -> list[Reply]:
+    return [(outcome.status, outcome.head, bytes(body), outcome.error) for outcome, body in answers]
 
 
-def run_requests(handler: Handler, *bodies: str, isolate: bool = True) -> list[Answer]:
-    return RequestStages(handler, make_context(), isolate=isolate, limit=LIMIT).run(make_requests(*bodies))
+def run_batch(handle: Callable[[Any, Context], Any], requests: list[Request], *, isolate: bool = False) -> list[Reply]:
+    return replies(BatchStages(handle, make_context(), isolate=isolate, limit=LIMIT).run(requests))
 
 
-def statuses(answers: list[Answer]) -> list[int]:
+def run_requests(handler: Handler, *bodies: str, isolate: bool = True) -> list[Reply]:
+    return replies(RequestStages(handler, make_context(), isolate=isolate, limit=LIMIT).run(make_requests(*bodies)))
+
+
+def statuses(answers: list[Reply]) -> list[int]:
     return [answer[0] for answer in answers]
 
 
-def bodies(answers: list[Answer]) -> list[str]:
+def bodies(answers: list[Reply]) -> list[str]:
     return [str(answer[2], "utf-8") for answer in answers]
 
 

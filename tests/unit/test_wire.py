@@ -13,10 +13,13 @@ from mms import wire
 from mms.errors import FrameError
 from mms.wire import FrameReader
 
-JOB = wire.JobHead(7, b"id-7", "application/json", "gzip", b"a=1", True, [b"Host", b"x", b"X-A", b"\xff"], 5)
+FACTS = wire.RequestFacts("application/json", "gzip", b"a=1", True, [b"Host", b"x", b"X-A", b"\xff"])
 LOAD = wire.Load("cat", "1.0", "/m", "h:H", {"a": 1}, {"b": [2]}, 8, "auto", None, 2, 100, 200)
 RESULT = wire.Result(
-    [wire.JobResult(7, 200, b"content-type: a/b\r\n", "", 3), wire.JobResult(8, 500, b"", "HandlerException", 4)],
+    [7, 8],
+    [3, 4],
+    [wire.Outcome(200, b"content-type: a/b\r\n", ""), wire.Outcome(500, b"", "HandlerException")],
+    [0, 1],
     [wire.BatchTimes(2, 0.1, 0.2, 0.0, 0.0, 0.0)],
 )
 READ_KINDS = (wire.Load, wire.PredictView, wire.Result, wire.Ready, wire.Failed, wire.Preloaded, wire.ForkRequest)
@@ -47,14 +50,31 @@ def test_messages_survive_the_trip(message: Any) -> None:
 
 
 def test_a_worker_reads_a_job_without_its_headers_until_it_asks() -> None:
-    frame = wire.decode(wire.PredictView, wire.encode(wire.Predict(4, [JOB])))
-    assert frame.batch_size == 4
-    (job,) = frame.jobs
-    assert (job.id, job.request_id, job.content_type, job.encoding, job.query, job.query_is_input, job.size) == (
-        7, b"id-7", "application/json", "gzip", b"a=1", True, 5,
+    frame = wire.decode(wire.PredictView, wire.encode(wire.Predict(4, [7], [5], [b"id-7"], [FACTS], [])))
+    assert (frame.batch_size, frame.ids, frame.sizes, frame.request_ids, frame.facts_of) == (4, [7], [5], [b"id-7"], [])
+    (facts,) = frame.facts
+    assert (facts.content_type, facts.encoding, facts.query, facts.query_is_input) == (
+        "application/json", "gzip", b"a=1", True,
     )  # fmt: skip
-    assert wire.decode_headers(job.headers) == JOB.headers
+    assert wire.decode_headers(facts.headers) == FACTS.headers
     assert wire.decode_headers(wire.EMPTY_HEADERS) == []
+
+
+@given(st.lists(st.sampled_from([wire.Outcome(status, b"", "") for status in (200, 400, 500)]), min_size=1))
+def test_shared_values_spread_to_what_they_were(values: list[wire.Outcome]) -> None:
+    distinct, places = wire.share(values)
+    assert len(distinct) == len(set(values))
+    assert bool(places) == (len(distinct) > 1)
+    assert wire.spread(distinct, places, len(values)) == values
+
+
+@pytest.mark.parametrize(
+    ("distinct", "places", "count"),
+    [([], [], 1), (["a", "b"], [], 2), (["a"], [0, 1], 2), (["a", "b"], [0, 1], 3)],
+)
+def test_columns_that_do_not_fit_together_are_a_frame_error(distinct: list[str], places: list[int], count: int) -> None:
+    with pytest.raises(FrameError, match=f"a frame with {count} jobs"):
+        wire.spread(distinct, places, count)
 
 
 def test_a_frame_is_header_head_and_payload() -> None:
