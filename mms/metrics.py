@@ -126,12 +126,12 @@ class Collector:
         versions: Callable[[], Iterable[VersionFacts]],
         gpus: Callable[[], Iterable[GpuFacts]],
         connections: Callable[[], int],
-        unknown: Counter[int],
+        failures: Counter[tuple[int, str]],
     ) -> None:
         self._versions = versions
         self._gpus = gpus
         self._connections = connections
-        self._unknown = unknown
+        self._failures = failures  # of requests that reached no model, by status and cause
 
     def collect(self) -> Iterator[Metric]:
         versions = list(self._versions())
@@ -174,8 +174,15 @@ class Collector:
                 restarts.add_metric([*labels, reason], count)
             cancelled.add_metric(labels, facts.cancelled)
             retries.add_metric(labels, facts.retries)
-        for status, count in sorted(self._unknown.items()):
+        statuses: Counter[int] = Counter()
+        causes: Counter[str] = Counter()
+        for (status, cause), count in self._failures.items():
+            statuses[status] += count
+            causes[cause] += count
+        for status, count in sorted(statuses.items()):
             requests.add_metric(["unknown", "", str(status)], count)
+        for cause, count in sorted(causes.items()):
+            errors.add_metric(["unknown", "", cause], count)
         yield from (requests, errors, restarts, cancelled, retries)
 
     def _gauges(self, versions: list[VersionFacts]) -> Iterator[Metric]:

@@ -177,7 +177,7 @@ class ModelServer:
             lambda: (version.facts() for version in self._registry.versions()),
             lambda: self._gpus,
             lambda: len(self._http.connections),
-            self._inference.unknown,
+            self._inference.failures,
         )
 
         def refresh() -> None:

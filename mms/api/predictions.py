@@ -43,7 +43,7 @@ class InferenceApi:
     """The application on the inference port."""
 
     def __init__(self, dataplane: DataPlane) -> None:
-        self.unknown: Counter[int] = Counter()  # answers that belong to no model, by status
+        self.failures: Counter[tuple[int, str]] = Counter()  # of requests that reached no model, by status and cause
         self._dataplane = dataplane
         self._registry = dataplane.registry
         self._predict = dataplane.predict
@@ -65,6 +65,9 @@ class InferenceApi:
             exchange,
             exchange.arrived,
         )
+
+    def refused(self, error: MMSError) -> None:
+        self.failures[error.status, error.type] += 1
 
     def _understand(self, exchange: Exchange) -> Meaning | None:
         """What a head means that was not met since the registry changed; None when the request is answered here."""
@@ -98,7 +101,7 @@ class InferenceApi:
             if head.method not in _METHODS:
                 raise MethodNotAllowedError("Requested method is not allowed, please refer to API document.")
         except MMSError as error:
-            self.unknown[error.status] += 1
+            self.refused(error)
             raise
         if not query and len(self._routes) < MAX_ROUTES:
             self._routes[head.target] = route

@@ -13,23 +13,11 @@ from collections import deque
 from time import monotonic
 from typing import Protocol, cast
 
-import httptools
 import msgspec
 
-from mms.errors import BadRequestError, DeadlineError, MMSError, RequestTooLargeError, ServiceUnavailableError
-from mms.http import request as verdicts
-from mms.http.limits import (
-    CHUNK_FRAMING,
-    LINGER_BYTES,
-    LINGER_SECONDS,
-    MAX_BACKLOG,
-    MAX_CHUNK_EXTRA,
-    MAX_HEAD,
-    MAX_LEADING,
-    MAX_LINE,
-    MAX_PIPELINED,
-    Limits,
-)
+from mms.errors import BadRequestError, DeadlineError, MMSError, ServiceUnavailableError
+from mms.http.limits import LINGER_BYTES, LINGER_SECONDS, MAX_BACKLOG, MAX_PIPELINED, Limits
+from mms.http.reader import RequestReader
 from mms.http.request import Head, KnownHeads
 from mms.http.response import CONTINUE, JOIN_BELOW, ResponseHeads, error_response, length_lines
 
@@ -50,6 +38,10 @@ class Application(Protocol):
     """What the requests are handed to. `handle` must not block and must not raise anything but MMSError."""
 
     def handle(self, exchange: Exchange) -> None: ...
+
+    def refused(self, error: MMSError) -> None:
+        """A request was answered with `error` before it was complete."""
+        ...
 
 
 class Cancellable(Protocol):
@@ -117,24 +109,12 @@ class Connection(asyncio.Protocol):
         self._edge = edge  # nginx is on the other side: it closes idle connections, and its end of stream is a goodbye
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self._parser = httptools.HttpRequestParser(self)
-        self._held = b""  # the beginning of a request line
-        self._between = True  # the parser stands between two requests
+        self._reader = RequestReader(self, limits.max_request_size)
         self._last_raw = b"\0"  # a known head, as this connection sent it last
         self._last_head: Head | None = None
-        self._head = Head()
-        self._in_head = True
-        self._begun = 0.0  # when the first byte of the request's head arrived
-        self._raw_head = 0
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._chunked_raw = 0
-        self._tail = b""  # the last bytes fed, while an empty line is looked for
-        self._refusal: MMSError | None = None
         self._refused: tuple[Exchange, MMSError] | None = None  # to be answered behind the backlog
         self._pending: deque[Exchange] = deque()
         self._backlog: deque[Exchange] = deque()
-        self._draining = False
         self._drained: asyncio.Future[None] | None = None
         self._last = False  # no further request is read from this connection
         self._lingering = -1  # bytes that may still be read and dropped
@@ -155,6 +135,8 @@ class Connection(asyncio.Protocol):
         self._peers.discard(self)
         self._last = True
         self._forget_requests()
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
 
     def eof_received(self) -> bool:
         self._last = True
@@ -173,10 +155,8 @@ class Connection(asyncio.Protocol):
         if self._last:
             self._drop(len(data))
             return
-        end = 0
-        if self._held:
-            data, self._held = self._held + data, b""
-        elif self._between:
+        reader, end = self._reader, 0
+        if reader.between and not reader.held:
             raw, known = self._last_raw, self._last_head
             end = len(raw)
             if not data.startswith(raw):
@@ -193,150 +173,33 @@ class Connection(asyncio.Protocol):
                 except MMSError as error:
                     exchange.fail(error)
                 return
-            self._begun = now
-        head = self._head
-        self._parse(data)
-        if self._refusal is not None:
-            self._refuse(self._refusal)
+        head = reader.head
+        reader.feed(data, now)
+        if reader.refusal is not None:
+            self._refuse(reader.refusal)
         elif self._backlog:
             if end > 3 and len(data) - end == head.length and self._backlog[-1].head is head:
                 self._known.remember(data[:end], head)
             self._admit()
 
-    def _parse(self, data: bytes) -> None:
-        """Feed the parser one piece of one message at a time, so that every request line is judged."""
-        at, view = 0, memoryview(data)
-        while at < len(data) and self._refusal is None and not self._last:
-            if self._between:
-                at = self._begin(data, at)
-                if at < 0:
-                    return
-            stop = self._piece(data, at)
-            self._count(stop - at)
-            if self._refusal is None:
-                self._feed(view[at:stop])
-            at = stop
+    # Sink
 
-    def _begin(self, data: bytes, at: int) -> int:
-        """Where the request that begins at `at` really begins, once its line is whole and right; else -1."""
-        start = at
-        while start < len(data) and data[start] in b"\r\n" and start - at <= MAX_LEADING:
-            start += 1
-        leading = start - at
-        if leading > MAX_LEADING or not (b"\r\n" * MAX_LEADING).startswith(data[at:start]):
-            return self._cannot_begin(BadRequestError("more than empty lines before the request line"))
-        end = data.find(b"\r\n", start)
-        if start < len(data) and end >= 0 and not leading % 2:
-            refusal = verdicts.judge_line(data[start:end])
-            return start if refusal is None else self._cannot_begin(refusal)
-        if leading % 2 and start < len(data):
-            return self._cannot_begin(BadRequestError("a lone CR before the request line"))
-        if data.find(b"\n", start) >= 0 or data.startswith(b"PRI ", start):
-            return self._cannot_begin(BadRequestError("the request line does not end with CR LF"))
-        if len(data) - start > MAX_LINE:
-            return self._cannot_begin(verdicts.too_long())
-        self._held = data[at:]
-        return -1
-
-    def _cannot_begin(self, refusal: MMSError) -> int:
-        self._refusal = refusal
-        return -1
-
-    def _piece(self, data: bytes, at: int) -> int:
-        """Where the bytes end that may be parsed without running into the next request."""
-        if self._in_head or self._head.transfer_encoding:
-            tail = self._tail
-            end = (tail + data[at : at + 3]).find(_HEAD_END) if tail else -1  # both end with an empty line
-            stop = at + end + 4 - len(tail) if end >= 0 else data.find(_HEAD_END, at) + 4
-            if stop < at + 1 or stop < 4:
-                stop = len(data)
-            self._tail = (tail + data[max(at, stop - 3) : stop])[-3:]
-            return stop
-        rest = self._head.length - self._size
-        return min(len(data), at + rest) if rest > 0 else len(data)
-
-    def _count(self, size: int) -> None:
-        if self._in_head:
-            self._raw_head += size
-            if self._raw_head > MAX_HEAD:
-                self._refusal = verdicts.too_large()
-        elif self._head.transfer_encoding:
-            self._chunked_raw += size
-            if self._chunked_raw - self._size > MAX_CHUNK_EXTRA + size:
-                self._refusal = BadRequestError("the chunked body has too many extensions or trailers")
-
-    def _feed(self, piece: memoryview) -> None:
-        try:
-            self._parser.feed_data(piece)
-        except httptools.HttpParserUpgrade:
-            self._refusal = self._refusal or BadRequestError("this server does not change protocols")
-        except httptools.HttpParserError as error:
-            cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
-            if cause is not None:
-                self._loop.call_exception_handler({"message": "a parser callback failed", "exception": cause})
-            self._refusal = self._refusal or BadRequestError(f"not HTTP/1.1: {str(error) or 'malformed request'}")
-
-    # httptools callbacks: they never raise
-
-    def on_message_begin(self) -> None:
-        self._between = False
+    def begun(self) -> MMSError | None:
         if len(self._backlog) >= MAX_BACKLOG:
-            self._refusal = self._refusal or BadRequestError(f"more than {MAX_BACKLOG} requests are pipelined")
+            return BadRequestError(f"more than {MAX_BACKLOG} requests are pipelined")
+        return None
 
-    def on_url(self, url: bytes) -> None:
-        self._head.target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:
-            self._head.add(name, value)
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._tail = b""
-        head, parser = self._head, self._parser
-        head.method = parser.get_method()
-        head.version = parser.get_http_version()
-        head.keep_alive = parser.should_keep_alive()
-        head.upgrade = parser.should_upgrade()
-        head.plain = head.version == "1.1" and head.method != b"HEAD"
-        if self._refusal is not None:
-            return
-        self._refusal = verdicts.judge_head(head)
-        if self._refusal is None and head.length > self._limits.max_request_size:
-            self._refusal = self._too_large()
-        if self._refusal is None and head.expect and not self._pending and not self._backlog:
+    def body_awaited(self) -> None:
+        if not self._pending and not self._backlog:
             self._transport.write(CONTINUE)
 
-    def on_body(self, body: bytes) -> None:
-        if self._refusal is None:
-            self._size += len(body)
-            if self._size > self._limits.max_request_size:
-                self._refusal = self._too_large()
-                self._parts = []
-            else:
-                self._parts.append(body)
-
-    def on_chunk_header(self) -> None:
-        self._chunked_raw -= CHUNK_FRAMING
-
-    def on_message_complete(self) -> None:
-        self._between = True
-        self._begun = self.last_activity
-        if self._head.transfer_encoding and self._chunked_raw - self._size > MAX_CHUNK_EXTRA:
-            self._refusal = self._refusal or BadRequestError("the chunked body has too many extensions or trailers")
-        if self._refusal is None:
-            self._backlog.append(self._exchange(self._parts, self._size))
-            if self._draining:
-                self._backlog[-1].keep_alive = False
-            if not self._backlog[-1].keep_alive:
-                self._last = True
-            self._head = Head()
-            self._in_head = True
-            self._raw_head = 0
-            self._chunked_raw = 0
-            self._tail = b""
-            self._parts = []
-            self._size = 0
+    def complete(self, head: Head, parts: list[bytes], size: int) -> bool:
+        exchange = self._exchange(head, parts, size)
+        if self._drained is not None:
+            exchange.keep_alive = False
+        self._backlog.append(exchange)
+        self._last = not exchange.keep_alive
+        return exchange.keep_alive
 
     # answering
 
@@ -381,35 +244,27 @@ class Connection(asyncio.Protocol):
         elif self._write_paused:
             if silent > limits.body_timeout:
                 self._transport.abort()
-        elif not self._between or self._held:
-            limit = limits.header_timeout if self._in_head else limits.body_timeout
-            if (now - self._begun if self._in_head else silent) > limit:
+        elif not self._reader.idle:
+            in_head = self._reader.in_head
+            limit = limits.header_timeout if in_head else limits.body_timeout
+            if (now - self._reader.begun if in_head else silent) > limit:
                 self._refuse(DeadlineError(f"the request did not arrive within {limit:g} s", status=408))
         elif not self._edge and silent > limits.keepalive_timeout:
             self._transport.close()
 
     def drain(self) -> asyncio.Future[None]:
-        """The server stops: close when the requests in hand are answered; done when nothing is in hand any more."""
+        """The server stops: close when the requests in hand are answered; done when the last answer has left."""
         self._drained = self._loop.create_future()
-        self._draining = True
-        if self._between and not self._held:
+        if self._reader.idle:
             self._last = True
-            if self.busy:
+            if self._pending or self._backlog:
                 (self._backlog or self._pending)[-1].keep_alive = False
             else:
-                self._drained.set_result(None)
                 self._transport.close()
         return self._drained
 
     def abort(self) -> None:
         self._transport.abort()
-
-    def close(self) -> None:
-        self._transport.close()
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._pending or self._backlog)
 
     def _admit(self) -> None:
         """Hand requests to the application, a bounded number at a time."""
@@ -435,14 +290,12 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, error: MMSError) -> None:
         """Answer what came before, then this error, then close without resetting the answer."""
-        self._refusal = None
-        exchange = self._exchange([], 0)
+        exchange = self._exchange(self._reader.head, [], 0)
         exchange.keep_alive = False
+        self._application.refused(error)
         self._refused = exchange, error
         self._last = True
-        self._between = True
-        self._held = b""
-        self._parts = []
+        self._reader.forget()
         self._admit()
 
     def _finish(self) -> None:
@@ -451,7 +304,7 @@ class Connection(asyncio.Protocol):
         self._forget_requests()
         if self._transport.is_closing() or self._lingering >= 0:
             return
-        if self._transport.can_write_eof():
+        if self._drained is None and self._transport.can_write_eof():
             self._lingering = LINGER_BYTES
             self._transport.write_eof()
         else:
@@ -465,8 +318,6 @@ class Connection(asyncio.Protocol):
         self._pending.clear()
         self._backlog.clear()
         self._refused = None
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
 
     def _drop(self, size: int) -> None:
         if self._lingering >= 0:
@@ -474,13 +325,7 @@ class Connection(asyncio.Protocol):
             if self._lingering < 0:
                 self._transport.abort()
 
-    def _too_large(self) -> MMSError:
-        return RequestTooLargeError(
-            f"the request body is over max_request_size ({self._limits.max_request_size} bytes)"
-        )
-
-    def _exchange(self, parts: list[bytes], size: int) -> Exchange:
-        head = self._head
+    def _exchange(self, head: Head, parts: list[bytes], size: int) -> Exchange:
         return Exchange(self, head, head.keep_alive, head.request_id or _next_id(), parts, size, self.last_activity)
 
     def _steer_reading(self) -> None:

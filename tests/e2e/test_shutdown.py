@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.conftest import (
+    CLIENT_TIMEOUT,
     Answering,
     MakeArchive,
     MakeGate,
@@ -59,6 +60,28 @@ def test_f48_a_stop_answers_every_request_in_hand(make_archive: MakeArchive, mak
         for gate in gates:
             gate.open()
         assert [reply.status for reply in answering.results()] == [200] * 4
+        assert running.stop() == 0
+
+
+def test_f48_a_stop_waits_for_an_answer_that_is_being_read(make_archive: MakeArchive) -> None:
+    """Long after the worker is done with it, most of it lies in the server's buffer."""
+    size = 20 << 20
+    with contextlib.ExitStack() as stack:
+        running = stack.enter_context(server(make_archive("big")))
+        host, _, port = running.url.rpartition(":")
+        client = stack.enter_context(socket.create_connection((host, int(port)), CLIENT_TIMEOUT))
+        body = b"%d" % size
+        client.sendall(b"POST /predictions/big HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        head, _, rest = client.recv(4096).partition(b"\r\n\r\n")
+        assert b" 200 " in head
+        eventually(lambda: running.metric("mms_requests_total", model="big") == 1)
+        running.signal(signal.SIGTERM)
+        eventually(lambda: refuses(running))
+        received = len(rest)
+        while piece := client.recv(1 << 18):
+            received += len(piece)
+            threading.Event().wait(0.01)  # a slow client: an idle server would have ended long before it has all
+        assert received == size
         assert running.stop() == 0
 
 

@@ -75,6 +75,7 @@ class Application:
 
     at_once: bool = True
     exchanges: list[Exchange] = field(default_factory=list)
+    refusals: list[MMSError] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
 
     def handle(self, exchange: Exchange) -> None:
@@ -87,6 +88,9 @@ class Application:
             work = Work()
             exchange.work = work
             self.works.append(work)
+
+    def refused(self, error: MMSError) -> None:
+        self.refusals.append(error)
 
     def answer(self, exchange: Exchange, status: int = 200) -> None:
         head = exchange.head
@@ -540,7 +544,7 @@ def test_too_many_pipelined_requests_are_refused() -> None:
     client = connect(at_once=False)
     client.send(GET * 5000)
     assert len(client.application.exchanges) == MAX_PIPELINED
-    assert client.connection.busy
+    assert [error.status for error in client.application.refusals] == [400]
 
 
 # keep-alive
@@ -714,7 +718,7 @@ def test_when_the_client_leaves_its_work_is_cancelled() -> None:
     client.connection.connection_lost(None)
     assert client.application.works[0].cancelled and not client.application.works[1].cancelled
     client.application.answer(client.application.exchanges[0])
-    assert client.transport.sent == b"" and not client.connection.busy
+    assert client.transport.sent == b""
 
 
 def test_a_client_that_closes_its_half_still_gets_its_answers() -> None:
@@ -744,13 +748,15 @@ def test_draining_closes_an_idle_connection_at_once() -> None:
 def test_draining_waits_for_the_requests_in_hand_and_says_close() -> None:
     client = connect(at_once=False)
     client.send(GET * 2)
-    client.connection.drain()
-    assert not client.transport.closed and client.connection.busy
+    drained = client.connection.drain()
+    assert not client.transport.closed
     for exchange in list(client.application.exchanges):
         client.application.answer(exchange)
     first, second = client.answers()
     assert "connection" not in first.headers and second.headers["connection"] == "close"
-    assert client.transport.ended and not client.connection.busy
+    assert client.transport.closed and not drained.done(), "the answers may still be on their way"
+    client.connection.connection_lost(None)
+    assert drained.done()
 
 
 def test_draining_waits_for_a_request_that_is_arriving() -> None:
@@ -759,7 +765,7 @@ def test_draining_waits_for_a_request_that_is_arriving() -> None:
     client.connection.drain()
     assert not client.transport.closed
     client.send(GET[-2:])
-    assert client.answers()[0].headers["connection"] == "close" and client.transport.ended
+    assert client.answers()[0].headers["connection"] == "close" and client.transport.closed
 
 
 def test_draining_twice_changes_nothing() -> None:

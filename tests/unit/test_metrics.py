@@ -34,8 +34,8 @@ Samples = dict[tuple[str, str], float]
 
 def scrape(*versions: VersionFacts, gpus: list[GpuFacts] | None = None) -> Samples:
     """The samples of ours by name and labels (`a=1 b=2`, sorted), read back from the text."""
-    unknown: Counter[int] = Counter({404: 7})
-    known = make_registry(Collector(lambda: versions, lambda: gpus or [], lambda: 5, unknown))
+    failures = Counter({(404, "ModelNotFoundException"): 7, (400, "BadRequestException"): 2})
+    known = make_registry(Collector(lambda: versions, lambda: gpus or [], lambda: 5, failures))
     text = generate_latest(known).decode()
     found: Samples = {}
     for family in text_string_to_metric_families(text):
@@ -78,7 +78,10 @@ def test_a_version_is_shown_in_full() -> None:
         ("mms_requests_total", f"code=200 {cat}", 10),
         ("mms_requests_total", f"code=500 {cat}", 1),
         ("mms_requests_total", "code=404 model=unknown version=", 7),
+        ("mms_requests_total", "code=400 model=unknown version=", 2),
         ("mms_errors_total", f"cause=HandlerException {cat}", 1),
+        ("mms_errors_total", "cause=ModelNotFoundException model=unknown version=", 7),
+        ("mms_errors_total", "cause=BadRequestException model=unknown version=", 2),
         ("mms_worker_restarts_total", "model=cat reason=signal 9 version=1.0", 1),
         ("mms_requests_cancelled_total", cat, 2),
         ("mms_retries_total", cat, 1),
