@@ -66,13 +66,13 @@ class Served:
         )
         load = wire.Load(
             model_name="m", version="1", directory=str(folder), handler=handler, manifest={},
-            model_config=how.get("model_config", {}), batch_size=1, isolate_errors="auto", gpu=None, threads=1,
-            max_request_size=1 << 20, max_response_size=16 << 20,
+            model_config=how.get("model_config", {}), batch_size=1, isolate_errors="auto", gpu=None,
+            threads=how.get("threads", 1), max_request_size=1 << 20, max_response_size=16 << 20,
         )  # fmt: skip
         launch = Launch(
             name="mms-m",
             directory=str(folder),
-            environ=environment.worker_environment(1, ()),
+            environ=environment.worker_environment(()),
             preload=how.get("preload", ()),
             interpreter=how.get("interpreter"),
         )
@@ -80,6 +80,7 @@ class Served:
             label="m 1",
             load=load,
             launch=launch,
+            interpreter=how.get("make_interpreter"),
             gpus=(),
             response_timeout=how.get("response_timeout", 20.0),
             startup_timeout=how.get("startup_timeout", 20.0),
