@@ -1,7 +1,5 @@
 """Answers with the number of CPU threads that its worker was given."""
 
-from __future__ import annotations
-
 import os
 
 
