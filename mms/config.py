@@ -135,7 +135,9 @@ class ModelSettings:
         0.0, _milliseconds, "milliseconds an idle worker waits for a fuller batch (0: takes what is there)", low=0
     )
     min_workers: int = _setting(-1, _integer, "workers to run (-1: one per GPU, without GPUs one per core)", low=-1)
-    max_workers: int = _setting(-1, _integer, "upper bound of workers (-1: as min_workers)", low=-1)
+    max_workers: int = _setting(
+        -1, _integer, "upper bound of workers, kept and shown; nothing scales up to it yet (-1: as min_workers)", low=-1
+    )
     response_timeout: float = _setting(
         120.0, _number, "seconds one batch may run before its worker is killed", low=0.001
     )
@@ -151,8 +153,8 @@ class ModelSettings:
     device: str = _setting(
         "auto", _one_of("auto", "cpu", "gpu"), "where the workers run (auto: GPUs where there are any)"
     )
-    gpus: tuple[int, ...] = _setting((), _integers, "the GPUs to spread the workers over (empty: all)")
-    threads: int = _setting(0, _integer, "CPU threads per worker (0: cores / workers)", low=0)
+    gpus: tuple[int, ...] = _setting((), _integers, "the GPUs to spread the workers over, by number (empty: all)")
+    threads: int = _setting(0, _integer, "CPU threads per worker (0: its share when it starts, cores / workers)", low=0)
     preload: tuple[str, ...] = _setting(
         (), _words, "modules that the fork server imports before the workers are forked"
     )

@@ -7,20 +7,22 @@ import itertools
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mms import wire
 from mms.archive import ModelArchive
 from mms.config import MODEL_NAME, Config, ModelSettings, merge_settings, read_yaml
-from mms.errors import BadRequestError, ConfigError, ConflictError, ModelLoadError
-from mms.logs import open_model_log
+from mms.errors import BadRequestError, ConfigError, ConflictError, NotFoundError, ServiceUnavailableError
+from mms.logs import close_model_log, model_logger, open_model_log
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
+from mms.workers.gpus import find_gpus
 from mms.workers.pool import PoolSettings, WorkerPool
 from mms.workers.process import Launch, reap_orphans
 
@@ -34,13 +36,12 @@ class ControlPlane:
         self.registry = registry
         self.store = store
         self.forkservers = ForkServers()
+        self.gpus = find_gpus()
         self._config = config
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._loads = asyncio.Semaphore(config.parallel_loads)
         self._numbers = itertools.count(1)
-        self._gpus = environment.find_gpus()
         self._versions: set[ModelVersion] = set()  # registered, or still draining
-        self._adding = 0
 
     async def register(
         self,
@@ -61,38 +62,32 @@ class ControlPlane:
         name = name or archive.manifest.model_name
         if not MODEL_NAME.fullmatch(name):
             raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")
-        self._adding += 1
-        try:
-            async with self._locks[name]:
-                version = await self._add(archive, name, handler, changes or {}, at_start)
-        finally:
-            self._adding -= 1
+        async with self._locks[name]:
+            version = await self._add(archive, name, handler, changes or {}, at_start)
         if version.pool is not None:
             version.pool.set_target(version.settings.min_workers)
             if synchronous:
                 await version.pool.settled()
         return version
 
-    async def scale(self, name: str, version: str, workers: int, *, synchronous: bool) -> ModelVersion:
-        """Run `workers` workers. Raises ModelLoadError when synchronous and they cannot be started."""
-        found = self.registry.version(name, version)
-        if workers < 0:
-            raise BadRequestError(f"min_worker = {workers}: must be at least 0")
-        if found.pool is None:
-            raise ConflictError(f"model {found.label} is still being registered; try again soon")
-        found.apply(
-            merge_settings(found.settings, {"min_workers": workers, "max_workers": workers}, "scale", strict=True)
-        )
-        if synchronous:
-            await found.pool.scale(workers)
-        else:
-            found.pool.set_target(workers)
-        return found
+    async def change(
+        self, name: str, version: str, changes: Mapping[str, Any], *, synchronous: bool = False
+    ) -> ModelVersion:
+        """Change batching, queue limits and the number of workers while the version is served: all of it, or nothing.
 
-    def configure(self, name: str, version: str, changes: Mapping[str, Any]) -> ModelVersion:
-        """Change batching and queue limits while the version is served. Raises ConfigError."""
+        With `min_workers` among the changes and `synchronous`, return when that many workers are ready. Raises
+        ConfigError (nothing is changed), and ModelLoadError when synchronous and workers cannot be started.
+        """
         found = self.registry.version(name, version)
-        found.apply(merge_settings(found.settings, changes, "request", strict=True))
+        settings = merge_settings(found.settings, changes, "request", strict=True)
+        pool = found.pool
+        if pool is None:
+            raise ConflictError(f"model {found.label} is still being registered; try again soon")
+        found.apply(settings)
+        if "min_workers" in changes:
+            pool.set_target(settings.min_workers)
+            if synchronous:
+                await pool.settled()
         return found
 
     def set_default(self, name: str, version: str) -> None:
@@ -113,7 +108,7 @@ class ControlPlane:
         """Wait for what workers left behind and died; `others` are children of the server that are not ours."""
         pools = [version.pool for version in self._versions if version.pool is not None]
         # what is being forked or installed at the moment is ours, but not known yet
-        if not self._adding and not any(pool.starting for pool in pools):
+        if not any(pool.starting for pool in pools):
             workers = {worker.pid for pool in pools for worker in pool.workers if worker.pid is not None}
             reap_orphans(workers | others | set(self.forkservers.pids()))
 
@@ -127,41 +122,47 @@ class ControlPlane:
     ) -> ModelVersion:
         """Extract, configure and register; the pool exists afterwards but runs nothing yet."""
         number = archive.manifest.version
-        await self._make_room(name, number)
+        self._failed(name, number)
         target = self._config.run_dir / "models" / f"{name}-{next(self._numbers)}"
         target.parent.mkdir(mode=0o700, exist_ok=True)
         folder = await asyncio.to_thread(archive.extract, target, verify=self._config.verify_archives)
         owned = folder if folder == target else None
         try:
-            open_model_log(self._config.run_dir / "logs", name)
             model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
             settings = self._settings(archive, model_config, changes)
             version = ModelVersion(name, number, archive, settings)
             version.directory = owned
             version.at_start = at_start
-            version.pool = await self._pool(version, folder, handler or archive.manifest.handler, model_config)
+            version.pool = self._pool(version, folder, handler or archive.manifest.handler, model_config)
+            replaced = self._failed(name, number)
+            open_model_log(self._config.run_dir / "logs", name)
+            if replaced is not None:
+                self.registry.remove(replaced)
             self.registry.add(version)
             self._versions.add(version)
         except BaseException:
             if owned is not None:
                 shutil.rmtree(owned, ignore_errors=True)
             raise
+        if replaced is not None:
+            await self._unload(replaced, self._config.drain_timeout)
         return version
 
     async def _unload(self, version: ModelVersion, drain: float) -> None:
         await version.unload(drain)
         self._versions.discard(version)
+        if not any(other.name == version.name for other in self._versions):
+            close_model_log(version.name)
 
-    async def _make_room(self, name: str, number: str) -> None:
-        """A FAILED version gives way to a new registration; any other is a conflict."""
+    def _failed(self, name: str, number: str) -> ModelVersion | None:
+        """The FAILED version that gives way to a new registration, if there is one; any other is a conflict."""
         try:
             existing = self.registry.version(name, number)
-        except Exception:
-            return
+        except (NotFoundError, ServiceUnavailableError):
+            return None
         if existing.state is not VersionState.FAILED:
             raise ConflictError(f"Model version {number} is already registered for model {name}")
-        self.registry.remove(existing)
-        await self._unload(existing, 0)
+        return existing
 
     def _settings(
         self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any]
@@ -177,30 +178,26 @@ class ControlPlane:
         gpus = self._gpus_for(settings)
         if settings.min_workers == -1:
             fixed["min_workers"] = len(gpus) or environment.cores()
-        if not settings.threads:
-            workers = max(1, fixed.get("min_workers", settings.min_workers))
-            fixed["threads"] = max(1, environment.cores() // workers)
         return merge_settings(settings, {**fixed, "gpus": gpus}, "request", strict=True)
 
     def _gpus_for(self, settings: ModelSettings) -> list[int]:
         if settings.device == "cpu":
             return []
-        if settings.device == "gpu" and not self._gpus:
+        if settings.device == "gpu" and not self.gpus:
             raise ConfigError("device = gpu: this machine has no GPU that the server can see")
-        missing = set(settings.gpus) - set(self._gpus)
+        there = [gpu.index for gpu in self.gpus]
+        missing = sorted(set(settings.gpus) - set(there))
         if missing:
-            there = ", ".join(map(str, self._gpus)) or "none"
-            raise ConfigError(f"gpus: {', '.join(map(str, sorted(missing)))} do not exist; this machine has: {there}")
-        return list(settings.gpus or self._gpus)
+            seen = ", ".join(map(str, there)) or "none"
+            raise ConfigError(f"gpus: {', '.join(map(str, missing))} do not exist; this server sees: {seen}")
+        return list(settings.gpus or there)
 
-    async def _pool(
-        self, version: ModelVersion, folder: Path, handler: str, model_config: dict[str, Any]
-    ) -> WorkerPool:
+    def _pool(self, version: ModelVersion, folder: Path, handler: str, model_config: dict[str, Any]) -> WorkerPool:
         settings, manifest = version.settings, version.archive.manifest
         load = wire.Load(
             model_name=version.name,
             version=version.version,
-            directory=str(folder.absolute()),  # noqa: ASYNC240  # looks at names only
+            directory=str(folder.absolute()),
             handler=handler,
             manifest=dict(manifest.raw),
             model_config=model_config,
@@ -214,30 +211,28 @@ class ControlPlane:
         how = Launch(
             name=f"mms-{version.name}",
             directory=load.directory,
-            environ=environment.worker_environment(settings.threads, self._config.worker_env),
+            environ=environment.worker_environment(self._config.worker_env),
             preload=tuple(sorted({*manifest.preload, *settings.preload})),
-            interpreter=await self._interpreter(version, folder),
         )
         pool = PoolSettings(
             label=version.label,
             load=load,
             launch=how,
-            gpus=settings.gpus,
+            interpreter=self._interpreter(version, folder),
+            gpus=[self.gpus[index] for index in settings.gpus],
             response_timeout=settings.response_timeout,
             startup_timeout=settings.startup_timeout,
             stop_grace=self._config.stop_grace,
         )
         return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads)
 
-    async def _interpreter(self, version: ModelVersion, folder: Path) -> str | None:
-        """The archive's own Python, if it brings requirements and may install them."""
+    def _interpreter(self, version: ModelVersion, folder: Path) -> Callable[[], Awaitable[str]] | None:
+        """What makes the archive's own Python, if it brings requirements and may install them."""
         file = version.archive.manifest.requirements_file
         if not file:
             return None
         if not self._config.install_requirements:
             log.warning("%s brings %s, which is not installed: install_requirements is off", version.label, file)
             return None
-        try:
-            return await environment.own_interpreter(folder / file, self._config.run_dir / "venvs")
-        except OSError as error:
-            raise ModelLoadError(f"the archive's requirements cannot be installed: {error}") from None
+        cache = self._config.run_dir / "venvs"
+        return partial(environment.own_interpreter, folder / file, cache, model_logger(version.name), version.label)

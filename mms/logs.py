@@ -48,10 +48,9 @@ def open_model_log(folder: Path, name: str) -> None:
     logger.addHandler(handler)
 
 
-def close_model_logs() -> None:
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("mms.model."):
-            logger = logging.getLogger(name)
-            for handler in logger.handlers[:]:
-                logger.removeHandler(handler)
-                handler.close()
+def close_model_log(name: str) -> None:
+    """Write the model's log no more; what its workers still say goes to the server's log alone."""
+    logger = model_logger(name)
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()

@@ -83,7 +83,7 @@ class WorkerFacts:
 
 @dataclass(frozen=True, slots=True)
 class VersionFacts:
-    """One model version at scrape time."""
+    """One model version at scrape time; `failed_workers` have no process and wait for their next start."""
 
     model: str
     version: str
@@ -94,14 +94,16 @@ class VersionFacts:
     retries: int
     in_flight: int
     workers: list[WorkerFacts]
+    failed_workers: int
 
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
-    """One GPU at scrape time: index, ratio 0 to 1, bytes."""
+    """One GPU at scrape time: index, ratio 0 to 1 (None where it is not known), bytes."""
 
     index: int
-    utilization: float
+    uuid: str
+    utilization: float | None
     memory_used: int
 
 
@@ -211,7 +213,8 @@ class Collector:
         )
         for facts in versions:
             for state in WORKER_STATES:
-                count = sum(worker.state == state for worker in facts.workers)
+                count = facts.failed_workers if state == "FAILED" else 0
+                count += sum(worker.state == state for worker in facts.workers)
                 states.add_metric([facts.model, facts.version, state], count)
             for worker in facts.workers:
                 cpu.add_metric([facts.model, facts.version, str(worker.slot)], worker.cpu_seconds)
@@ -223,11 +226,13 @@ class Collector:
         connections.add_metric([], self._connections())
         build = GaugeMetricFamily("mms_build_info", "Always 1.", labels=["version", "python"])
         build.add_metric([mms.__version__, platform.python_version()], 1)
-        utilization = GaugeMetricFamily("mms_gpu_utilization_ratio", "GPU utilisation, 0 to 1.", labels=["gpu"])
-        used = GaugeMetricFamily("mms_gpu_memory_used_bytes", "GPU memory in use.", labels=["gpu"])
+        utilization = GaugeMetricFamily("mms_gpu_utilization_ratio", "GPU utilisation, 0 to 1.", labels=["gpu", "uuid"])
+        used = GaugeMetricFamily("mms_gpu_memory_used_bytes", "GPU memory in use.", labels=["gpu", "uuid"])
         for gpu in self._gpus():
-            utilization.add_metric([str(gpu.index)], gpu.utilization)
-            used.add_metric([str(gpu.index)], gpu.memory_used)
+            labels = [str(gpu.index), gpu.uuid]
+            if gpu.utilization is not None:
+                utilization.add_metric(labels, gpu.utilization)
+            used.add_metric(labels, gpu.memory_used)
         yield from (connections, build, utilization, used)
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from mms_nginx.find import edge_user, find_nginx
 
-from mms import logs
 from mms.api.predictions import InferenceApi
 from mms.config import Config
 from mms.controlplane import ControlPlane
@@ -29,8 +28,9 @@ from mms.http.listener import HttpServer, bind
 from mms.metrics import Collector, GpuFacts, registry
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
+from mms.models.version import ModelVersion
 from mms.rundir import RunDirectory, Running
-from mms.workers.environment import GpuMonitor
+from mms.workers.gpus import GpuMonitor
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -172,7 +172,7 @@ class ModelServer:
 
         inference, control, scrape = sockets
         await self._http.start(inference)
-        monitor = GpuMonitor()
+        monitor = GpuMonitor(self._control.gpus)
         collector = Collector(
             lambda: (version.facts() for version in self._registry.versions()),
             lambda: self._gpus,
@@ -248,11 +248,17 @@ class ModelServer:
 
     def _loading(self) -> str:
         waiting = [
-            f"{version.label} ({version.pool.ready if version.pool else 0} of {version.settings.min_workers} workers)"
+            f"{version.label} ({self._progress(version)})"
             for version in self._registry.versions()
             if version.pool is None or version.pool.ready < version.pool.target
         ]
         return ", ".join(waiting) or "archives are being extracted"
+
+    def _progress(self, version: ModelVersion) -> str:
+        pool = version.pool
+        if pool is not None and pool.installing:
+            return "installing its requirements"
+        return f"{pool.ready if pool else 0} of {version.settings.min_workers} workers"
 
     def _ready_line(self, seconds: float) -> str:
         versions = self._registry.versions()
@@ -328,7 +334,6 @@ class ModelServer:
             await self._control.close(0)
         for runner in self._runners:
             await runner.cleanup()
-        logs.close_model_logs()
         self._run_dir.release()
 
     async def _drain(self) -> None:

@@ -54,20 +54,25 @@ def make_archive(tmp_path_factory: pytest.TempPathFactory) -> MakeArchive:
     made: dict[str, Path] = {}
     root = tmp_path_factory.mktemp("archives")
 
-    def make(name: str, *, model_name: str = "", version: str = "1.0", **settings: Any) -> Path:
-        key = json.dumps([name, model_name, version, settings], sort_keys=True)
+    def make(name: str, *, model_name: str = "", version: str = "1.0", requirements: str = "", **settings: Any) -> Path:
+        key = json.dumps([name, model_name, version, requirements, settings], sort_keys=True)
         if key not in made:
-            made[key] = _pack(root / str(len(made)), name, model_name or name, version, settings)
+            made[key] = _pack(root / str(len(made)), name, model_name or name, version, requirements, settings)
         return made[key]
 
     return make
 
 
-def _pack(folder: Path, name: str, model_name: str, version: str, settings: Mapping[str, Any]) -> Path:
+def _pack(
+    folder: Path, name: str, model_name: str, version: str, requirements: str, settings: Mapping[str, Any]
+) -> Path:
     folder.mkdir()
     config = folder / "model-config.yaml"
     config.write_text(yaml.safe_dump({"min_workers": 1, **settings}))
     words = ["--model-name", model_name, "--version", version, "--handler", str(HANDLERS / f"{name}.py")]
+    if requirements:
+        (folder / "requirements.txt").write_text(requirements)
+        words += ["--requirements-file", str(folder / "requirements.txt")]
     result = CliRunner().invoke(archiver, [*words, "--config-file", str(config), "--export-path", str(folder)])
     assert result.exit_code == 0, result.output
     return (folder / f"{model_name}.mar").rename(folder / f"{model_name}-{version}.mar")

@@ -11,24 +11,21 @@ from pathlib import Path
 
 from mms.archive import ModelArchive
 from mms.errors import ArchiveError
-from mms_archiver.entry import built_in_handlers
 
-# Runs in a process of its own, in the folder of the archive. The verdict goes to a file: what a handler prints, or
-# a sys.exit in it, must not pass for one.
+# Runs in a process of its own, in the folder of the archive, and finds the handler by the server's own rule.
+# The verdict goes to a file: what a handler prints, or a sys.exit in it, must not pass for one.
 _IMPORT = """
-import importlib, sys
-module, name, verdict = sys.argv[1:]
+import sys
+from pathlib import Path
+from mms.backend.loader import find_entry
+from mms.errors import ModelLoadError
+handler, verdict = sys.argv[1:]
 sys.path.insert(0, "")
 try:
-    found = importlib.import_module(module)
-    own = [n for n, v in vars(found).items() if isinstance(v, type) and v.__module__ == module and n[0] != "_"]
-    name = name or ("handle" if hasattr(found, "handle") else own[0] if len(own) == 1 else "")
-    if not name:
-        text = f"{module} has neither a function handle nor exactly one class; it holds: {', '.join(own) or 'no class'}"
-    elif not callable(getattr(found, name, None)):
-        text = f"{module} has no class or function {name}"
-    else:
-        text = "ok"
+    find_entry(handler, Path())
+    text = "ok"
+except ModelLoadError as error:
+    text = error.message
 except Exception as error:
     text = f"its handler cannot be imported: {type(error).__name__}: {error}"
 with open(verdict, "w", encoding="utf-8") as file:
@@ -41,33 +38,29 @@ def verify_archive(path: Path, *, timeout: float) -> ModelArchive:
     archive = ModelArchive.open(path)
     with tempfile.TemporaryDirectory(prefix="model-archiver-") as folder:
         root = archive.extract(Path(folder) / "archive")
-        module, name = _entry(archive)
-        verdict = _import(root.resolve(), module, name, Path(folder), timeout)
+        _check_place(archive)
+        verdict = _import(root.resolve(), archive.manifest.handler, Path(folder), timeout)
     if verdict != "ok":
         raise ArchiveError(f"{path.name}: {verdict}")
     return archive
 
 
-def _entry(archive: ModelArchive) -> tuple[str, str]:
-    """Module and name of the manifest's handler; the name is empty where the manifest leaves it to the server."""
-    location, _, name = archive.manifest.handler.partition(":")
-    module = location.removesuffix(".py").replace("/", ".")
+def _check_place(archive: ModelArchive) -> None:
+    """The handler must come with the archive or with MMS: what is only installed here may be missing elsewhere."""
+    location = archive.manifest.handler.partition(":")[0]
+    path = location.removesuffix(".py").replace(".", "/")
     files = {file.name for file in archive.files}
-    path = module.replace(".", "/")
-    if module.startswith("mms_handlers.") or {f"{path}.py", f"{path}/__init__.py"} & files:
-        return module, name
-    if not name and module in built_in_handlers():
-        return f"mms_handlers.{module}", ""
-    raise ArchiveError(f"{archive.path.name}: its handler {location} is not in the archive and not built in")
+    if not location.startswith("mms_handlers.") and not {f"{path}.py", f"{path}/__init__.py"} & files:
+        raise ArchiveError(f"{archive.path.name}: its handler {location} is not in the archive and not built in")
 
 
-def _import(root: Path, module: str, name: str, folder: Path, timeout: float) -> str:
+def _import(root: Path, handler: str, folder: Path, timeout: float) -> str:
     verdict, errors = folder / "verdict", folder / "stderr"
     search = [os.path.abspath(place) for place in sys.path if place]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(search), "PYTHONDONTWRITEBYTECODE": "1"}
     with errors.open("wb") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-c", _IMPORT, module, name, str(verdict)],
+            [sys.executable, "-c", _IMPORT, handler, str(verdict)],
             cwd=root,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -153,16 +153,16 @@ async def _change(request: web.Request, parameters: _Parameters) -> web.Response
     name, number = request.match_info["model"], request.match_info.get("version", "")
     version = control.registry.version(name, number)
     changes = {key: parameters[key] for key in _WHILE_SERVED if key in parameters}
-    if changes:
-        control.configure(name, number, changes)
+    synchronous = _flag(parameters, default=False)
     if changes and "min_worker" not in parameters and "max_worker" not in parameters:
+        await control.change(name, number, changes)
         return _status(f"Settings changed for model: {version.label}")
     least = _number(parameters, "min_worker", 1)
     most = _number(parameters, "max_worker", least)
     if most < least:
         raise BadRequestError("max_worker cannot be less than min_worker.")
-    synchronous = _flag(parameters, default=False)
-    await control.scale(name, number, least, synchronous=synchronous)
+    changes |= {"min_workers": least, "max_workers": most}
+    await control.change(name, number, changes, synchronous=synchronous)
     if not synchronous:
         return _status("Processing worker updates...", 202)
     return _status(f"Workers scaled to {least} for model: {name}, version: {version.version}")
@@ -204,7 +204,7 @@ def _number(parameters: _Parameters, name: str, default: int, *, low: int = 0) -
 
 _SCALE = (
     Parameter("min_worker", "integer", "workers to run (default 1)"),
-    Parameter("max_worker", "integer", "upper bound (default: min_worker)"),
+    Parameter("max_worker", "integer", "kept and shown; nothing scales up to it yet (default: min_worker)"),
     _SYNCHRONOUS,
     *setting_parameters(_WHILE_SERVED),
 )

@@ -48,21 +48,29 @@ def load_handler(load: Load) -> Stages:
 
 
 def find_entry(handler: str, directory: Path) -> Any:
-    """The class or function that `module:Name`, `module.py:name` or (as MMS has it) `module` names."""
+    """The class or function that `module:Name`, `module.py:name` or (as MMS has it) `module` names.
+
+    The one place that says what a module alone means: its function `handle`, else its only public class. Raises
+    ModelLoadError; what the module raises passes through.
+    """
     module_name, _, name = handler.partition(":")
     module = _import(module_name.removesuffix(".py"), directory)
     if name:
-        if not hasattr(module, name):
-            raise ModelLoadError(f"{module_name} defines no {name}; it defines: {', '.join(_defined(module))}")
+        if not callable(getattr(module, name, None)):
+            raise ModelLoadError(
+                f"{module_name} defines no class or function {name}; it defines: {', '.join(_defined(module))}"
+            )
         return getattr(module, name)
     if callable(getattr(module, "handle", None)):
         return module.handle
     classes = [
-        value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and value.__module__ == module.__name__ and not value.__name__.startswith("_")
     ]
     if len(classes) != 1:
         raise ModelLoadError(
-            f"{module_name} has no function handle and {len(classes)} classes; "
+            f"{module_name} has no function handle and {len(classes)} public classes; "
             "name the entry in the manifest as module:Name"
         )
     return classes[0]

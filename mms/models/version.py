@@ -84,6 +84,8 @@ class ModelVersion:
         self.queue.max_batch_delay = settings.max_batch_delay
         self.queue.capacity = settings.queue_size
         self.queue.timeout = settings.queue_timeout
+        if self.pool is not None:
+            self.pool.wake()
 
     async def unload(self, drain: float) -> None:
         """Answer what is in hand, for up to `drain` seconds, then end the workers and remove the extracted files."""
@@ -115,6 +117,7 @@ class ModelVersion:
             "responseTimeout": settings.response_timeout,
             "startupTimeout": settings.startup_timeout,
             "queueSize": settings.queue_size,
+            **({"threads": pool.threads} if pool is not None else {}),
             "loadedAtStartup": self.at_start,
             "loadedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.loaded_at)),
             "workers": [describe_worker(worker, _memory(worker.pid)) for worker in (pool.workers if pool else ())],
@@ -141,6 +144,7 @@ class ModelVersion:
                 WorkerFacts(worker.slot, str(worker.state), _cpu(worker.pid), _memory(worker.pid))
                 for worker in (pool.workers if pool else ())
             ],
+            failed_workers=pool.missing if pool else 0,
         )
 
     def _can_wait(self) -> bool:

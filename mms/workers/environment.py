@@ -1,121 +1,181 @@
-"""What surrounds a worker: environment variables, GPUs, CPU threads, an archive's own virtual environment."""
+"""What surrounds a worker: environment variables, CPU threads, an archive's own virtual environment."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import glob
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
+import tempfile
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mms.errors import ModelLoadError
-from mms.metrics import GpuFacts
 
 log = logging.getLogger("mms.environment")
 
 INSTALL_LIMIT = 1800.0
+KEPT_LINES = 20
 _PASSED = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_.*|TZ|TMPDIR|LD_LIBRARY_PATH|LD_PRELOAD|MALLOC_.*|PYTHON[A-Z]*|SSL_CERT_.*|"
     r"CUDA_.*|NVIDIA_.*|NCCL_.*|HIP_.*|ROCR_.*|TORCH.*|PYTORCH_.*|HF_.*|TRANSFORMERS_.*|OMP_.*|KMP_.*|MKL_.*|OPENBLAS_.*|"
     r"XDG_CACHE_HOME|HTTPS?_PROXY|NO_PROXY|https?_proxy|no_proxy"
 )
+_installing: defaultdict[Path, asyncio.Lock] = defaultdict(asyncio.Lock)
 
 
-def worker_environment(threads: int, extra: Sequence[str]) -> dict[str, str]:
-    """The allow-listed variables of this process, those named in `extra`, and thread counts for the usual libraries."""
+def worker_environment(extra: Sequence[str]) -> dict[str, str]:
+    """The allow-listed variables of this process, and those named in `extra`."""
     environ = {name: value for name, value in os.environ.items() if _PASSED.fullmatch(name) or name in extra}
-    counts = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    return environ | counts | {"PYTHONUNBUFFERED": "1"}
+    return environ | {"PYTHONUNBUFFERED": "1"}
+
+
+def thread_counts(threads: int) -> dict[str, str]:
+    """The variables by which the usual libraries take `threads` CPU threads."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
 
 
 def cores() -> int:
-    """The CPU cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """The CPU cores this process may use: its affinity, and of that what its control groups grant (rounded up)."""
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), cpu_quota())))
 
 
-def find_gpus() -> list[int]:
-    """Indexes of the NVIDIA GPUs, as far as CUDA_VISIBLE_DEVICES lets this server see them."""
-    found = [int(path.removeprefix("/dev/nvidia")) for path in glob.glob("/dev/nvidia[0-9]*")]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return sorted(found)
-    wanted = [int(word) for word in visible.split(",") if word.strip().isdigit()]
-    return [index for index in wanted if index in found]
+def cpu_quota(root: Path = Path("/")) -> float:
+    """CPUs by the control groups of this process (v2 `cpu.max`, v1 `cpu.cfs_quota_us`); infinite without a limit.
+
+    A group is bound by those above it. In a container the files of its own group lie where the hierarchy is mounted.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return math.inf
+    quota = math.inf
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounted = root / "sys/fs/cgroup" / controllers
+        own = mounted / path.lstrip("/")
+        for group in (own, *own.parents):
+            quota = min(quota, *_limits(group))
+            if group == mounted:
+                break
+    return quota
 
 
-class GpuMonitor:
-    """Utilisation and memory of the GPUs through NVML, where nvidia-ml-py is installed (extra `gpu`)."""
-
-    def __init__(self) -> None:
-        self._nvml = None
-        if find_gpus():
-            with contextlib.suppress(ImportError):
-                import pynvml
-
-                try:
-                    pynvml.nvmlInit()
-                    self._nvml = pynvml
-                except pynvml.NVMLError as error:
-                    log.warning("NVML is not available, GPU metrics are missing: %s", error)
-
-    def facts(self) -> Iterator[GpuFacts]:
-        """One reading per GPU; nothing without NVML. Blocking: call it outside the event loop."""
-        nvml = self._nvml
-        if nvml is None:
-            return
-        for index in find_gpus():
-            with contextlib.suppress(nvml.NVMLError):
-                handle = nvml.nvmlDeviceGetHandleByIndex(index)
-                used = int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
-                yield GpuFacts(index, nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100, used)
+def _limits(group: Path) -> Iterator[float]:
+    """The group's own limits in CPUs; at least one infinite one."""
+    yield math.inf
+    with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
+        allowed, period = (group / "cpu.max").read_text().split()
+        yield int(allowed) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        allowed, period = (group / "cpu.cfs_quota_us").read_text(), (group / "cpu.cfs_period_us").read_text()
+        if int(allowed) > 0:
+            yield int(allowed) / int(period)
 
 
-async def own_interpreter(requirements: Path, cache: Path) -> str:
-    """The Python of a virtual environment that has `requirements`, made on first use and found again by their hash.
+async def own_interpreter(requirements: Path, cache: Path, output: logging.Logger, label: str) -> str:
+    """The Python of a virtual environment that has `requirements`, made on first use and found again by their content.
 
-    The server's own packages are visible behind its own, so that a worker can run there. Raises ModelLoadError.
+    The server's own packages are visible behind its own, so that a worker can run there. What pip says goes to
+    `output`. Raises ModelLoadError.
     """
     digest = await asyncio.to_thread(_digest, requirements)
     folder = cache / digest
     python = folder / "bin" / "python"
-    if not python.exists():
-        building = cache / f"{digest}.new"
-        await asyncio.to_thread(shutil.rmtree, building, ignore_errors=True)
-        log.info("installing %s into %s", requirements.name, folder)
-        await _run(sys.executable, "-m", "venv", str(building))
-        base = [path for path in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))]
-        site = building / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-        (site / "server.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in base))
-        await _run(str(building / "bin" / "python"), "-m", "pip", "install", "--no-input", "-r", str(requirements))
-        building.rename(folder)
+    async with _installing[folder]:
+        if not python.exists():
+            try:
+                async with asyncio.timeout(INSTALL_LIMIT):
+                    await _install(requirements, folder, output, label)
+            except TimeoutError:
+                limit = f"{INSTALL_LIMIT:g} s"
+                raise ModelLoadError(f"the requirements of {label} could not be installed within {limit}") from None
+            except OSError as error:
+                raise ModelLoadError(f"the requirements of {label} cannot be installed: {error}") from None
     return str(python)
 
 
 def _digest(requirements: Path) -> str:
-    return hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:16]
+    """Of the interpreter, the requirements and the files beside them that they name (wheels in the archive)."""
+    text = requirements.read_bytes()
+    digest = hashlib.sha256(sys.version.encode() + text)
+    for line in text.decode("utf-8", "replace").splitlines():
+        with contextlib.suppress(OSError, ValueError):
+            digest.update((requirements.parent / line.strip()).read_bytes())
+    return digest.hexdigest()[:16]
 
 
-async def _run(*command: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
+async def _install(requirements: Path, folder: Path, output: logging.Logger, label: str) -> None:
+    log.info("%s: installing %s into %s", label, requirements.name, folder)
+    building = _aside(folder)
     try:
-        async with asyncio.timeout(INSTALL_LIMIT):
-            output, _ = await process.communicate()
+        python = str(building / "bin" / "python")
+        await _run(output, label, sys.executable, "-m", "venv", "--without-pip", str(building))
+        if not _show_server_packages(building):
+            await _run(output, label, python, "-m", "ensurepip")
+        pip = (python, "-P", "-m", "pip", "--disable-pip-version-check", "--no-input", "--no-color")
+        await _run(
+            output, label, *pip, "install", "--progress-bar", "off", "-r", str(requirements), cwd=requirements.parent
+        )
+        building.rename(folder)  # what stands at `folder` is complete
+    finally:
+        await asyncio.to_thread(shutil.rmtree, building, ignore_errors=True)
+    log.info("%s: installed %s", label, requirements.name)
+
+
+def _aside(folder: Path) -> Path:
+    """An empty folder beside `folder`; what a server that was killed has left there is removed."""
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{folder.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+
+
+def _show_server_packages(building: Path) -> bool:
+    """Let the environment see the server's packages behind its own; whether pip is among them."""
+    base = list(dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))))
+    site = building / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    (site / "server.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in base))
+    return any(Path(path, "pip").is_dir() for path in base)
+
+
+async def _run(output: logging.Logger, label: str, *command: str, cwd: Path | None = None) -> None:
+    """Run to the end, each line to the log. Raises ModelLoadError; if it is given up, all it has started ends."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd=cwd,
+        limit=1 << 20,  # bytes in one line
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    last: deque[str] = deque(maxlen=KEPT_LINES)
+    try:
+        async for line in process.stdout:
+            last.append(line.decode("utf-8", "backslashreplace").rstrip())
+            output.info("[%s install] %s", label, last[-1])
+        await process.wait()
     except BaseException:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
         raise
     if process.returncode:
-        text = output.decode("utf-8", "replace").strip()
-        last = next(
-            (line for line in reversed(text.splitlines()) if "ERROR" in line), text.splitlines()[-1] if text else ""
+        lines = [line for line in last if line.strip()] or [f"exit code {process.returncode}"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR: ")), lines[-1])
+        raise ModelLoadError(
+            f"the requirements of {label} cannot be installed: {reason.removeprefix('ERROR: ')}",
+            traceback="\n".join(lines),
         )
-        raise ModelLoadError(f"the archive's requirements cannot be installed: {last}", traceback=text[-4000:])

@@ -10,16 +10,21 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
 
 from mms import wire
 from mms.errors import MMSError, ModelLoadError
 from mms.logs import model_logger
 from mms.metrics import VersionMetrics
+from mms.workers import environment
 from mms.workers.batching import BatchQueue, Job
 from mms.workers.forkserver import ForkServerDied, ForkServers
+from mms.workers.gpus import Gpu
 from mms.workers.output import OutputReader
 from mms.workers.process import Launch, launch
 from mms.workers.worker import Worker, WorkerState
@@ -39,12 +44,17 @@ ASLEEP = 1.0  # a tick this late means that this process itself stood still
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSettings:
-    """What a pool needs to know of its version; durations in seconds."""
+    """What a pool needs to know of its version; durations in seconds.
+
+    With `load.threads` 0, each worker gets its share of the cores when it starts. `interpreter` makes the Python that
+    the workers run in, before the first one starts; it raises ModelLoadError.
+    """
 
     label: str
     load: wire.Load
     launch: Launch
-    gpus: Sequence[int]
+    interpreter: Callable[[], Awaitable[str]] | None
+    gpus: Sequence[Gpu]
     response_timeout: float
     startup_timeout: float
     stop_grace: float
@@ -72,6 +82,9 @@ class WorkerPool:
         self._loads = loads
         self.ready_workers: list[Worker] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._installing = False
+        self._installed = ""  # the interpreter that settings.interpreter has made
+        self._standing: dict[Worker, tuple[int, float]] = {}  # jobs done at the last look, and since when that many
         self._boot_failures = 0
         self._failed_pause = FAILED_PAUSE
         self._deaths: deque[float] = deque()
@@ -94,6 +107,21 @@ class WorkerPool:
     def starting(self) -> bool:
         """Whether processes are being launched."""
         return bool(self._tasks)
+
+    @property
+    def installing(self) -> bool:
+        """Whether the archive's requirements are being installed; the workers start afterwards."""
+        return self._installing
+
+    @property
+    def missing(self) -> int:
+        """How many workers wait for their next start, after one that died or did not become ready."""
+        return 0 if self._installing else max(0, self.target - len(self._active()))
+
+    @property
+    def threads(self) -> int:
+        """CPU threads that a worker gets that starts now."""
+        return self._settings.load.threads or max(1, environment.cores() // max(1, self.target))
 
     @property
     def in_flight(self) -> int:
@@ -156,6 +184,14 @@ class WorkerPool:
         self._delay = None
         self._dispatch()
 
+    def wake(self) -> None:
+        """What the queue hands out, or when, has changed: look again."""
+        if self._delay is not None:
+            self._delay.cancel()
+            self._delay = None
+        if self._wake is None:
+            self._wake = self._loop.call_soon(self._dispatch)
+
     # desired state
 
     async def scale(self, count: int) -> None:
@@ -217,10 +253,13 @@ class WorkerPool:
 
     def _reconcile(self) -> None:
         """Start what is missing, stop what is too many."""
-        active = [worker for worker in self.workers if worker.state in (WorkerState.STARTING, WorkerState.READY)]
-        if self.failure is None and time.monotonic() >= self._hold_until:
-            for _ in range(self.target - len(active)):
-                self._start_worker()
+        active = self._active()
+        if len(active) < self.target and self.failure is None and time.monotonic() >= self._hold_until:
+            if self._settings.interpreter is not None and not self._installed:
+                self._install(self._settings.interpreter)
+            else:
+                for _ in range(self.target - len(active)):
+                    self._start_worker()
         surplus = sorted(active, key=lambda worker: (worker.state is WorkerState.READY, -len(worker.in_flight.jobs)))
         for worker in surplus[: max(0, len(active) - self.target)]:
             self._stop_worker(worker)
@@ -229,13 +268,38 @@ class WorkerPool:
             self._timer = self._loop.call_later(TICK, self._tick)
         self._changed.set()
 
+    def _active(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state in (WorkerState.STARTING, WorkerState.READY)]
+
+    def _install(self, make: Callable[[], Awaitable[str]]) -> None:
+        if not self._installing:
+            self._installing = True
+            self._run(self._make_interpreter(make))
+
+    async def _make_interpreter(self, make: Callable[[], Awaitable[str]]) -> None:
+        failure = None
+        try:
+            self._installed = await make()
+        except ModelLoadError as error:
+            failure = error
+        finally:
+            self._installing = False
+        if failure is None:
+            self._reconcile()
+        else:
+            self._fail_version(failure, "")
+
     def _start_worker(self) -> None:
         used = {worker.slot for worker in self.workers}
         slot = next(number for number in range(len(used) + 1) if number not in used)
         gpus = self._settings.gpus
-        worker = Worker(slot, gpus[slot % len(gpus)] if gpus else None, self, self._queue, self._metrics)
+        gpu = gpus[slot % len(gpus)].index if gpus else None
+        worker = Worker(slot, gpu, self, self._queue, self._metrics)
         self.workers.append(worker)
-        task = self._loop.create_task(self._boot(worker))
+        self._run(self._boot(worker))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._booted)
 
@@ -266,24 +330,24 @@ class WorkerPool:
             self._boot_failed(worker)
 
     async def _launch(self, worker: Worker) -> None:
+        load = msgspec.structs.replace(self._settings.load, threads=self.threads)
         try:
-            process = await launch(self._launch_of(worker), self._forkservers)
+            process = await launch(self._launch_of(worker, load.threads), self._forkservers)
         except (ForkServerDied, OSError) as error:
             worker.cause = f"could not be started: {error}"
             return
         label = f"{self._settings.label} pid {process.pid}"
-        await worker.attach(process, OutputReader(self._log, label), self._settings.load)
+        await worker.attach(process, OutputReader(self._log, label), load)
         if worker.state is not WorkerState.STARTING:
             worker.kill("stopped")
 
-    def _launch_of(self, worker: Worker) -> Launch:
+    def _launch_of(self, worker: Worker, threads: int) -> Launch:
         how = self._settings.launch
-        if worker.gpu is None:
-            return how
-        environ = {**how.environ, "CUDA_VISIBLE_DEVICES": str(worker.gpu)}
-        return Launch(
-            name=how.name, directory=how.directory, environ=environ, preload=how.preload, interpreter=how.interpreter
-        )
+        environ = {**how.environ, **environment.thread_counts(threads)}
+        for gpu in self._settings.gpus:
+            if gpu.index == worker.gpu:
+                environ |= gpu.environment()
+        return replace(how, environ=environ, interpreter=self._installed or how.interpreter)
 
     def _stop_worker(self, worker: Worker) -> None:
         starting = worker.state is WorkerState.STARTING
@@ -346,6 +410,7 @@ class WorkerPool:
             self.workers.remove(worker)
         if worker in self.ready_workers:
             self.ready_workers.remove(worker)
+        self._standing.pop(worker, None)
         self._changed.set()
 
     def _take_back(self, worker: Worker) -> None:
@@ -381,9 +446,12 @@ class WorkerPool:
         if self._boot_failures < MAX_BOOT_FAILURES:
             self._hold(BOOT_PAUSES[self._boot_failures - 1])
             return
-        self.failure = self._describe_failure(worker)
-        log.error("%s: FAILED after %d tries: %s; next try in %g s", self._settings.label, self._boot_failures,
-                  self.failure.message, self._failed_pause)  # fmt: skip
+        self._fail_version(self._describe_failure(worker), f" after {self._boot_failures} tries")
+
+    def _fail_version(self, failure: ModelLoadError, tries: str) -> None:
+        self.failure = failure
+        log.error("%s: FAILED%s: %s; next try in %g s", self._settings.label, tries, failure.message,
+                  self._failed_pause)  # fmt: skip
         self._loop.call_later(self._failed_pause, self._retry_failed)
         self._failed_pause = min(self._failed_pause * 2, FAILED_PAUSE_LIMIT)
         self._changed.set()
@@ -437,7 +505,10 @@ class WorkerPool:
                 worker.kill(f"not ready within startup_timeout ({settings.startup_timeout:g} s)")
         elif worker.in_flight.jobs:
             done, started, begun_at = worker.process.progress()
-            if begun_at and now - begun_at > settings.response_timeout and not worker.cause:
+            if not begun_at:  # stopped or stuck between two batches: it owes the next one
+                begun_at = max(worker.in_flight.jobs[0].taken, self._standing_since(worker, done, now))
+                started = max(started, done + self._queue.batch_size)
+            if now - begun_at > settings.response_timeout and not worker.cause:
                 for job, error in self._queue.timed_out(
                     worker.in_flight, started, settings.response_timeout, done=done
                 ):
@@ -445,3 +516,11 @@ class WorkerPool:
                 worker.kill("response_timeout")
                 self.worker_lost(worker)
                 self._dispatch()
+
+    def _standing_since(self, worker: Worker, done: int, now: float) -> float:
+        """When the worker was first seen to have finished as many jobs as now: until then it was at work."""
+        seen, since = self._standing.get(worker, (0, 0.0))
+        if seen != done:
+            since = now
+        self._standing[worker] = done, since
+        return since

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,6 +127,44 @@ def test_batch_settings_change_while_the_model_is_served(bare: Server) -> None:
     assert bare.workers("echo") == before
 
 
+@pytest.mark.parametrize("wrong", ["min_worker=3&max_worker=1", "min_worker=x", "queue_size=0", "synchronous=maybe"])
+def test_a_change_is_made_as_a_whole_or_not_at_all(bare: Server, wrong: str) -> None:
+    bare.manage("POST", "/models?url=echo-1.0.mar&initial_workers=0")
+    before = bare.describe("echo")
+    assert bare.manage("PUT", f"/models/echo?batch_size=7&{wrong}").status == 400
+    assert bare.describe("echo") == before
+
+
+def test_workers_and_settings_change_in_one_call(bare: Server) -> None:
+    bare.manage("POST", "/models?url=echo-1.0.mar")
+    reply = bare.manage("PUT", "/models/echo?batch_size=7&min_worker=0&max_worker=4&synchronous=true")
+    assert reply.json() == {"status": "Workers scaled to 0 for model: echo, version: 1.0"}
+    described = bare.describe("echo")
+    assert (described["batchSize"], described["minWorkers"], described["maxWorkers"]) == (7, 0, 4)
+
+
+def test_a_lower_delay_counts_for_those_who_wait_already(bare: Server) -> None:
+    bare.manage("POST", "/models?url=echo-1.0.mar&batch_size=8&max_batch_delay=30000")
+    answering = Answering()
+    answering.send(bare, "echo", b"x")
+    eventually(lambda: bare.metric("mms_queue_depth", model="echo") == 1)
+    bare.manage("PUT", "/models/echo?max_batch_delay=1")
+    assert [reply.status for reply in answering.results(5)] == [200]
+
+
+def test_a_models_log_is_closed_when_its_last_version_is_gone(bare: Server) -> None:
+    def is_open() -> bool:
+        folder = Path(f"/proc/{bare.pid}/fd")
+        return str(bare.run_dir / "logs" / "dies_on_load.log") in {os.readlink(path) for path in folder.iterdir()}
+
+    bare.manage("POST", "/models?url=dies_on_load-1.0.mar")
+    assert is_open()
+    bare.manage("POST", "/models?url=dies_on_load-1.0.mar")
+    assert is_open(), "the new version's log"
+    bare.manage("DELETE", "/models/dies_on_load")
+    assert not is_open()
+
+
 def test_the_list_is_paged_by_name(bare: Server) -> None:
     for name in ("b", "a", "c"):
         bare.manage("POST", f"/models?url=echo-1.0.mar&initial_workers=0&model_name={name}")
@@ -147,6 +186,7 @@ def test_f9_a_handler_that_does_not_load_is_failed_with_its_traceback(bare: Serv
     assert described["state"] == "FAILED"
     assert "RuntimeError: the weights are missing" in described["failure"]["traceback"]
     assert bare.output.count("crashes_on_load 1.0: FAILED after 3 tries") == 1
+    assert bare.metric("mms_workers", model="crashes_on_load", state="FAILED") == 1
     refused = bare.predict("crashes_on_load")
     assert refused.status == 503
     assert "failed to load" in refused.message
@@ -188,7 +228,7 @@ def test_f30_what_a_handler_changes_stays_in_its_worker(bare: Server) -> None:
         ("POST", "/models?url=echo-1.0.mar&runtime=java", 400, "BadRequestException", "java"),
         ("POST", "/models?url=echo-1.0.mar&batchsize=1", 400, "BadRequestException", "did you mean batch_size?"),
         ("POST", "/models?url=echo-1.0.mar&synchronous=maybe", 400, "BadRequestException", "true or false"),
-        ("POST", "/models?url=echo-1.0.mar&handler=echo:Nothing", 500, "ModelLoadException", "echo defines no Nothing"),
+        ("POST", "/models?url=echo-1.0.mar&handler=echo:Nothing", 500, "ModelLoadException", "function Nothing"),
         ("GET", "/models?limit=0", 400, "BadRequestException", "at least 1"),
         ("GET", "/models/cat", 404, "ModelNotFoundException", "cat"),
         ("PUT", "/models/cat?min_worker=1", 404, "ModelNotFoundException", "cat"),
@@ -202,6 +242,32 @@ def test_what_management_refuses(bare: Server, method: str, path: str, status: i
     reply = bare.manage(method, path)
     assert (reply.status, reply.json()["type"]) == (status, kind)
     assert words in reply.message
+
+
+def test_an_archive_brings_its_requirements(make_archive: MakeArchive, tmp_path: Path) -> None:
+    """Installed in an environment of their own while the server runs; what cannot be is the version's failure."""
+    wheel = tmp_path / "colours-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("colours.py", "NAMES = ['red', 'blue']")
+        file.writestr("colours-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: colours\nVersion: 1.0\n")
+        file.writestr("colours-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("colours-1.0.dist-info/RECORD", "")
+    good = make_archive("needs_colours", requirements=f"--no-index\n{wheel}\n")
+    bad = make_archive("needs_colours", model_name="bad", requirements="--no-index\nno-such-package==9\n")
+    with server(good, spare=(bad,), install_requirements="true") as running:
+        assert running.predict("needs_colours").body == b"red blue"
+        assert "[needs_colours 1.0 install] Successfully installed colours-1.0" in running.output
+        assert running.manage("POST", "/models?url=needs_colours-1.0.mar&model_name=same").status == 200
+        assert running.output.count("Successfully installed") == 1, "the second model finds it there"
+        reply = running.manage("POST", "/models?url=bad-1.0.mar")
+        assert (reply.status, reply.json()["type"]) == (500, "ModelLoadException")
+        assert reply.message == (
+            "the requirements of bad 1.0 cannot be installed: No matching distribution found for no-such-package==9"
+        )
+        described = running.describe("bad")
+        assert (described["state"], described["failure"]["message"]) == ("FAILED", reply.message)
+        assert "ERROR: Could not find a version" in described["failure"]["traceback"]
+        assert running.predict("bad").status == 503
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_f9_a_handler_that_does_not_load_is_reported_with_its_traceback(start: S
 
 def test_a_handler_that_is_not_there_is_named(start: Start) -> None:
     backend = start("echo", handler="echo:Nothing")
-    assert backend.frame()[1].message == "echo defines no Nothing; it defines: Echo"
+    assert backend.frame()[1].message == "echo defines no class or function Nothing; it defines: Echo"
     assert backend.ended()
 
 

@@ -66,13 +66,13 @@ class Served:
         )
         load = wire.Load(
             model_name="m", version="1", directory=str(folder), handler=handler, manifest={},
-            model_config=how.get("model_config", {}), batch_size=1, isolate_errors="auto", gpu=None, threads=1,
-            max_request_size=1 << 20, max_response_size=16 << 20,
+            model_config=how.get("model_config", {}), batch_size=1, isolate_errors="auto", gpu=None,
+            threads=how.get("threads", 1), max_request_size=1 << 20, max_response_size=16 << 20,
         )  # fmt: skip
         launch = Launch(
             name="mms-m",
             directory=str(folder),
-            environ=environment.worker_environment(1, ()),
+            environ=environment.worker_environment(()),
             preload=how.get("preload", ()),
             interpreter=how.get("interpreter"),
         )
@@ -80,6 +80,7 @@ class Served:
             label="m 1",
             load=load,
             launch=launch,
+            interpreter=how.get("make_interpreter"),
             gpus=(),
             response_timeout=how.get("response_timeout", 20.0),
             startup_timeout=how.get("startup_timeout", 20.0),
@@ -295,6 +296,95 @@ def test_f12_a_batch_that_takes_too_long_is_504_and_its_worker_killed(serve: Ser
     uvloop.run(scenario(make_gate(), make_gate()))
 
 
+def test_f12_a_stopped_worker_that_begins_nothing_is_504_and_killed(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", response_timeout=0.2) as served:
+            (pid,) = served.pids
+            assert await served.submit(b"x") == b"x"
+            os.kill(pid, signal.SIGSTOP)
+            begun = time.monotonic()
+            with pytest.raises(Error, match="response_timeout") as caught:
+                await asyncio.wait_for(served.submit(b"y"), 5)
+            assert caught.value.status == 504
+            assert time.monotonic() - begun > 0.2
+            assert await asyncio.wait_for(served.submit(b"z"), 5) == b"z"
+            assert not psutil.pid_exists(pid)
+            assert served.metrics.restarts == {"response_timeout": 1}
+
+    uvloop.run(scenario())
+
+
+def test_a_stopped_worker_costs_only_the_next_batch(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", response_timeout=0.2) as served:
+            for _ in range(8):
+                await served.submit(b"x")  # so quick that several batches make a frame
+            os.kill(served.pids[0], signal.SIGSTOP)
+            outcomes = await asyncio.wait_for(
+                asyncio.gather(*map(served.submit, (b"1", b"2", b"3")), return_exceptions=True), 5
+            )
+            assert isinstance(outcomes[0], Error) and outcomes[1:] == [b"2", b"3"]
+
+    uvloop.run(scenario())
+
+
+def test_a_worker_that_starts_gets_its_share_of_the_cores(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mms.workers.environment.cores", lambda: 6)
+
+    async def scenario() -> None:
+        async with serve("tells_threads", threads=0) as served:
+            (first,) = served.pids
+            assert await served.submit(b"") == b"6"
+            await served.pool.scale(2)
+            assert served.pool.threads == 3
+            assert first in served.pids, "the others go on as they are"
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: len(served.pids) == 2 and first not in served.pids)
+            assert {await served.submit(b"") for _ in range(4)} == {b"3"}
+
+    uvloop.run(scenario())
+
+
+def test_settings_that_change_wake_those_who_wait_for_a_fuller_batch(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", batch_size=8) as served:
+            served.queue.max_batch_delay = 30.0
+            waiting = served.submit(b"x")
+            await asyncio.sleep(0)
+            served.queue.max_batch_delay = 0.0
+            served.pool.wake()
+            assert await asyncio.wait_for(waiting, 5) == b"x"
+
+    uvloop.run(scenario())
+
+
+def test_an_interpreter_that_cannot_be_made_fails_the_version_until_it_can(serve: Serve) -> None:
+    tries = []
+
+    async def make() -> str:
+        tries.append(served_pools[0].installing)
+        if len(tries) == 1:
+            raise ModelLoadError(
+                "the requirements of m 1 cannot be installed: no such package", traceback="pip's words"
+            )
+        return sys.executable
+
+    served_pools: list[WorkerPool] = []
+
+    async def scenario() -> None:
+        async with serve("poison", workers=0, make_interpreter=make) as served:
+            served_pools.append(served.pool)
+            with pytest.raises(ModelLoadError, match="no such package"):
+                await served.pool.scale(2)
+            assert (served.pool.failure is not None, served.pool.missing, tries) == (True, 2, [True])
+            await served.pool.scale(2)
+            assert (served.pool.missing, tries) == (0, [True, True]), "made once for both"
+            assert served.forkservers.pids() == []
+            assert await served.submit(b"x") == b"x"
+
+    uvloop.run(scenario())
+
+
 @pytest.mark.parametrize(
     ("name", "message", "words"),
     [
@@ -312,7 +402,7 @@ def test_f9_a_pool_that_cannot_boot_is_failed(
             assert caught.value.message == message
             assert words in caught.value.traceback
             assert served.pool.failure is caught.value
-            assert served.pool.workers == []
+            assert (served.pool.workers, served.pool.missing) == ([], 1)
 
     with caplog.at_level(logging.INFO, "mms"):
         uvloop.run(scenario())

@@ -277,7 +277,7 @@ def test_inspect_shows_names_as_text_not_as_markup(folder: Path) -> None:
     [
         ("import no_such_module\n", ["cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"]),
         ("raise ValueError('two\\nlines')\n", ["ValueError: two lines"]),
-        ("del handle\n", ["has no class or function handle"]),
+        ("del handle\n", ["defines no class or function handle"]),
         ("import os\nprint('last words', flush=True)\nos._exit(0)\n", ["status 0", "last words"]),
         ("raise SystemExit(0)\n", ["status 0"]),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n", ["status -9"]),
@@ -320,12 +320,22 @@ def test_verify_leaves_a_folder_archive_as_it_was(folder: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("handler", "status"),
-    [("service", 0), ("service.py:handle", 0), ("service.py:nope", 1), ("gone", 1), ("loading", 1)],
+    [
+        ("service", 0),
+        ("service.py:handle", 0),
+        ("service.py:nope", 1),
+        ("gone", 1),
+        ("loading", 1),
+        ("private", 0),
+        ("image_classifier", 1),
+    ],
 )
 def test_verify_understands_archives_of_other_makers(folder: Path, handler: str, status: int) -> None:
+    """As the server does, which names built-in handlers in full."""
     (folder / "old" / "MAR-INF").mkdir(parents=True)
     (folder / "old" / MANIFEST).write_text(json.dumps({"model": {"modelName": "old", "handler": handler}}))
     (folder / "old" / "service.py").write_text(SERVICE)
+    (folder / "old" / "private.py").write_text("class _Base: ...\nclass Service(_Base): ...\n")
     assert call("verify", "old").exit_code == status
 
 

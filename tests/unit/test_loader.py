@@ -113,12 +113,16 @@ def test_imported_classes_are_not_taken_for_the_handler(tmp_path: Path) -> None:
 
 
 def test_two_classes_without_a_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match=r"service has no function handle and 2 classes; .*module:Name"):
+    with pytest.raises(ModelLoadError, match=r"service has no function handle and 2 public classes; .*module:Name"):
         load(write(tmp_path, service=BATCH_CLASS + "class Second:\n    pass\n"), "service")
 
 
+def test_a_private_class_is_not_taken_for_the_handler(tmp_path: Path) -> None:
+    assert load(write(tmp_path, service="class _Base:\n    pass\n" + BATCH_CLASS), "service").style == "batch"
+
+
 def test_a_name_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="service defines no Servise; it defines: Service"):
+    with pytest.raises(ModelLoadError, match="service defines no class or function Servise; it defines: Service"):
         load(write(tmp_path, service=BATCH_CLASS), "service:Servise")
 
 
@@ -149,7 +153,7 @@ def test_a_handler_in_a_folder_is_named_with_dots(tmp_path: Path) -> None:
 
 
 def test_an_installed_module_may_be_the_handler(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="defines no Nothing"):
+    with pytest.raises(ModelLoadError, match="defines no class or function Nothing"):
         load(tmp_path, "mms.handler:Nothing")
 
 

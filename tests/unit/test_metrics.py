@@ -26,6 +26,7 @@ def facts(metrics: VersionMetrics, *, model: str = "cat") -> VersionFacts:
         retries=1,
         in_flight=4,
         workers=workers,
+        failed_workers=3,
     )
 
 
@@ -98,7 +99,7 @@ def test_a_version_is_shown_in_full() -> None:
         ("mms_model_load_duration_seconds", cat, 0.25),
         ("mms_workers", "model=cat state=READY version=1.0", 2),
         ("mms_workers", "model=cat state=STARTING version=1.0", 1),
-        ("mms_workers", "model=cat state=FAILED version=1.0", 0),
+        ("mms_workers", "model=cat state=FAILED version=1.0", 3),
         ("mms_worker_cpu_seconds_total", f"{cat} worker=1", 2.5),
         ("mms_worker_resident_memory_bytes", f"{cat} worker=1", 2000),
         ("mms_connections", "", 5),
@@ -113,10 +114,11 @@ def test_the_build_and_the_process_are_shown() -> None:
 
 
 def test_gpus_are_shown_where_there_are_any() -> None:
-    found = scrape(gpus=[GpuFacts(1, 0.5, 1 << 30)])
-    assert found["mms_gpu_utilization_ratio", "gpu=1"] == 0.5
-    assert found["mms_gpu_memory_used_bytes", "gpu=1"] == 1 << 30
-    assert ("mms_gpu_utilization_ratio", "gpu=1") not in scrape()
+    found = scrape(gpus=[GpuFacts(1, "GPU-a", 0.5, 1 << 30), GpuFacts(2, "MIG-b", None, 1 << 20)])
+    assert found["mms_gpu_utilization_ratio", "gpu=1 uuid=GPU-a"] == 0.5
+    assert found["mms_gpu_memory_used_bytes", "gpu=1 uuid=GPU-a"] == 1 << 30
+    assert found["mms_gpu_memory_used_bytes", "gpu=2 uuid=MIG-b"] == 1 << 20
+    assert ("mms_gpu_utilization_ratio", "gpu=2 uuid=MIG-b") not in found, "NVML does not know it of a part"
 
 
 def test_several_models_are_shown_side_by_side() -> None:

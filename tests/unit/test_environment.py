@@ -1,0 +1,68 @@
+"""What surrounds a worker: the CPUs that control groups grant, and the variables it gets."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mms.workers.environment import cores, cpu_quota, thread_counts, worker_environment
+
+
+def write(root: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+V1 = "4:memory:/box\n3:cpu,cpuacct:/box\n2:cpuset:/box\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, math.inf),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, math.inf),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/cpu.max": "400000 100000\n",
+                "sys/fs/cgroup/a/cpu.max": "200000 100000\n",
+            },
+            2.0,
+        ),
+        ({"proc/self/cgroup": "0::/not/mounted/here\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 0.5),
+        (
+            {
+                "proc/self/cgroup": V1,
+                "sys/fs/cgroup/cpu,cpuacct/box/cpu.cfs_quota_us": "300000\n",
+                "sys/fs/cgroup/cpu,cpuacct/box/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            },
+            3.0,
+        ),
+        ({"proc/self/cgroup": V1}, math.inf),
+    ],
+)
+def test_the_tightest_control_group_counts(tmp_path: Path, files: dict[str, str], cpus: float) -> None:
+    assert cpu_quota(write(tmp_path, **files)) == cpus
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(0.5, 1), (1.5, 2), (2.0, 2), (math.inf, 3)])
+def test_cores_are_what_affinity_and_quota_leave(monkeypatch: pytest.MonkeyPatch, quota: float, expected: int) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr("mms.workers.environment.cpu_quota", lambda: quota)
+    assert cores() == expected
+
+
+def test_workers_get_the_usual_variables_and_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_CACHE_PATH", "SECRET", "WANTED"):
+        monkeypatch.setenv(name, "x")
+    environ = worker_environment(("WANTED",))
+    assert {"CUDA_CACHE_PATH", "WANTED", "PATH"} <= environ.keys() and "SECRET" not in environ
+    assert set(thread_counts(3).values()) == {"3"}
