@@ -189,8 +189,7 @@ class WorkerPool:
         if self._delay is not None:
             self._delay.cancel()
             self._delay = None
-        if self._wake is None:
-            self._wake = self._loop.call_soon(self._dispatch)
+        self._wake_soon()
 
     # desired state
 
