@@ -19,6 +19,7 @@ from mms.logs import open_model_log
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
+from mms.rundir import CacheDirectory
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.pool import PoolSettings, WorkerPool
@@ -30,11 +31,12 @@ log = logging.getLogger("mms.controlplane")
 class ControlPlane:
     """Changes what is served; the data plane only ever sees the result in the registry."""
 
-    def __init__(self, config: Config, registry: ModelRegistry, store: ModelStore) -> None:
+    def __init__(self, config: Config, registry: ModelRegistry, store: ModelStore, cache: CacheDirectory) -> None:
         self.registry = registry
         self.store = store
         self.forkservers = ForkServers()
         self._config = config
+        self._cache = cache
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._loads = asyncio.Semaphore(config.parallel_loads)
         self._numbers = itertools.count(1)
@@ -128,8 +130,7 @@ class ControlPlane:
         """Extract, configure and register; the pool exists afterwards but runs nothing yet."""
         number = archive.manifest.version
         await self._make_room(name, number)
-        target = self._config.run_dir / "models" / f"{name}-{next(self._numbers)}"
-        target.parent.mkdir(mode=0o700, exist_ok=True)
+        target = self._cache.models / f"{name}-{next(self._numbers)}"
         folder = await asyncio.to_thread(archive.extract, target, verify=self._config.verify_archives)
         owned = folder if folder == target else None
         try:
@@ -238,6 +239,6 @@ class ControlPlane:
             log.warning("%s brings %s, which is not installed: install_requirements is off", version.label, file)
             return None
         try:
-            return await environment.own_interpreter(folder / file, self._config.run_dir / "venvs")
+            return await environment.own_interpreter(folder / file, self._cache.venvs, self._cache.own)
         except OSError as error:
             raise ModelLoadError(f"the archive's requirements cannot be installed: {error}") from None

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -77,8 +78,10 @@ class GpuMonitor:
                 yield GpuFacts(index, nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100, used)
 
 
-async def own_interpreter(requirements: Path, cache: Path) -> str:
+async def own_interpreter(requirements: Path, cache: Path, scratch: Path) -> str:
     """The Python of a virtual environment that has `requirements`, made on first use and found again by their hash.
+
+    It is made in `scratch` and moved to `cache` when it is complete, as other servers use that, too.
 
     The server's own packages are visible behind its own, so that a worker can run there. Raises ModelLoadError.
     """
@@ -86,20 +89,27 @@ async def own_interpreter(requirements: Path, cache: Path) -> str:
     folder = cache / digest
     python = folder / "bin" / "python"
     if not python.exists():
-        building = cache / f"{digest}.new"
-        await asyncio.to_thread(shutil.rmtree, building, ignore_errors=True)
         log.info("installing %s into %s", requirements.name, folder)
-        await _run(sys.executable, "-m", "venv", str(building))
-        base = [path for path in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))]
-        site = building / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-        (site / "server.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in base))
-        await _run(str(building / "bin" / "python"), "-m", "pip", "install", "--no-input", "-r", str(requirements))
-        building.rename(folder)
+        building = Path(tempfile.mkdtemp(prefix="venv-", dir=scratch))
+        try:
+            await _run(sys.executable, "-m", "venv", str(building))
+            base = [path for path in dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))]
+            site = building / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+            (site / "server.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in base))
+            await _run(str(building / "bin" / "python"), "-m", "pip", "install", "--no-input", "-r", str(requirements))
+            os.rename(building, folder)
+        except OSError:
+            if not await asyncio.to_thread(python.exists):  # otherwise somebody else was quicker
+                raise
+        finally:
+            await asyncio.to_thread(shutil.rmtree, building, ignore_errors=True)
     return str(python)
 
 
 def _digest(requirements: Path) -> str:
-    return hashlib.sha256(requirements.read_bytes() + sys.version.encode()).hexdigest()[:16]
+    """Of what the environment depends on: the requirements, this Python and where the server's packages are."""
+    python = f"{sys.version} {sys.prefix}".encode()
+    return hashlib.sha256(requirements.read_bytes() + python).hexdigest()[:16]
 
 
 async def _run(*command: str) -> None:

@@ -132,7 +132,7 @@ def test_f46_a_killed_server_leaves_nothing_and_the_next_one_starts(make_archive
             assert fetch(first.url, "POST", "/predictions/echo", b"x").status == 200
             record = json.loads((second.run_dir / "mms.json").read_text())
             assert record["pid"] == second.pid
-            assert len(list((second.run_dir / "models").iterdir())) == 1
+            assert len(second.extracted) == 1
 
 
 def test_f46_a_killed_server_takes_a_worker_that_loads_with_it(make_archive: MakeArchive, tmp_path: Path) -> None:
@@ -166,11 +166,12 @@ def test_f50_a_server_that_slept_kills_no_worker_for_it(make_archive: MakeArchiv
         assert running.workers("echo") == before
 
 
-def test_the_run_directory_holds_only_logs_after_a_stop(make_archive: MakeArchive) -> None:
+def test_only_logs_are_left_after_a_stop(make_archive: MakeArchive) -> None:
     with server(make_archive("echo")) as running:
         running.predict("echo", b"x")
         running.stop()
         assert {path.name for path in running.run_dir.iterdir()} <= {"lock", "logs"}
+        assert not list((running.cache_dir / "servers").iterdir())
         assert os.stat(running.run_dir).st_mode & 0o777 == 0o700
 
 
