@@ -195,7 +195,7 @@ def _nobody(directory: RunDirectory) -> str:
 @_run_dir_option
 @click.option(
     "--timeout",
-    type=float,
+    type=click.FloatRange(min=0),
     default=None,
     help="seconds to wait before the server is killed (default: what its settings allow for)",
 )
@@ -221,14 +221,14 @@ def stop(run_dir: Path | None, timeout: float | None) -> None:
 
 
 def _ended(pidfd: int, pid: int, limit: float) -> bool:
-    """Whether the process ends in time; meanwhile there is a word every few seconds."""
-    begun = time.monotonic()
-    while (left := begun + limit - time.monotonic()) > 0:
-        if select.select([pidfd], [], [], min(left, HEARTBEAT))[0]:
-            return True
+    """Whether the process ends in time; there is a word every two seconds."""
+    begun, waited = time.monotonic(), 0.0
+    while not select.select([pidfd], [], [], min(HEARTBEAT, limit - waited))[0]:
         waited = time.monotonic() - begun
+        if waited >= limit:
+            return False
         click.echo(f"waiting for {waited:.0f} s: pid {pid} finishes requests in hand, at most {limit:g} s", err=True)
-    return False
+    return True
 
 
 @main.command()

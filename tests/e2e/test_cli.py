@@ -57,7 +57,7 @@ def test_status_and_stop_without_a_server(tmp_path: Path) -> None:
 
 
 def test_status_is_3_while_a_model_is_failed(make_archive: MakeArchive) -> None:
-    with server(make_archive("crashes_on_load")) as failed:
+    with server(make_archive("echo"), make_archive("crashes_on_load")) as failed:
         shown = mms("status", "--run-dir", str(failed.run_dir))
         assert shown.returncode == 3
         assert "FAILED" in shown.stdout
@@ -160,6 +160,16 @@ def test_a_daemon_is_ready_when_its_start_returns_and_gone_when_its_stop_does(
         finally:
             for process in processes_in(folder):
                 process.kill()
+
+
+def test_a_daemon_logs_to_a_run_directory_of_its_own_only(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o777)
+    for words in (("start", "--daemon"), ("status",), ("stop",)):
+        failed = mms(*words, "--run-dir", str(tmp_path / "run"))
+        assert failed.returncode == 1
+        assert failed.stderr.startswith(f"mms: error: others may write in the run directory {tmp_path}/run (mode 777)")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_daemon_that_cannot_start_says_why(tmp_path: Path) -> None:
