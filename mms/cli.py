@@ -172,7 +172,7 @@ def _start_daemon(config: Config) -> NoReturn:
 
 
 _run_dir_option = click.option(
-    "--run-dir", type=click.Path(path_type=Path), default=None, help="the server's run directory"
+    "--run-dir", type=click.Path(path_type=Path, readable=False), default=None, help="the server's run directory"
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pwd
 import secrets
 import shutil
 import stat
@@ -174,8 +175,13 @@ class CacheDirectory:
 def check_private(path: Path, kind: str) -> None:
     """Nobody but this user and root may change what lies in `path`. Raises StartError, and OSError if it is missing."""
     facts = path.lstat()
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid not in (os.geteuid(), 0):
-        raise StartError(f"the {kind} directory {path} is not a folder of this user; choose another --{kind}-dir")
+    if not stat.S_ISDIR(facts.st_mode):
+        raise StartError(f"the {kind} directory {path} is a link or a file, not a folder; choose another --{kind}-dir")
+    if facts.st_uid not in (os.geteuid(), 0):
+        raise StartError(
+            f"the {kind} directory {path} is not a folder of this user, but of {_user(facts.st_uid)}; "
+            f"run mms as that user, or choose another --{kind}-dir"
+        )
     if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise StartError(
             f"others may write in the {kind} directory {path} (mode {stat.S_IMODE(facts.st_mode):o}); "
@@ -192,6 +198,13 @@ def check_reachable(path: Path, user: str, kind: str) -> None:
             f"nginx's workers run as {user} and cannot enter {closed} (mode {closed.stat().st_mode & 0o777:o}); "
             f"choose another --{kind}-dir, or start with --edge none"
         )
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def _make(folder: Path, *, parents: bool = False) -> None:

@@ -61,10 +61,10 @@ class Nginx:
 
     def start(self) -> None:
         """Returns when every public address accepts connections, else raises StartError and leaves no process."""
-        self.check()
         addresses = listen_addresses(self._text)
         for address in addresses:
-            check_free(address)
+            check_free(address)  # with a better reason than nginx's
+        self.check()
         (self._directory / "nginx.pid").unlink(missing_ok=True)
         self._spawn()
         try:

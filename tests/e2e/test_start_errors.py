@@ -203,7 +203,7 @@ def test_a_run_directory_that_is_too_long_for_sockets(folder: Path) -> None:
 def test_a_run_directory_that_is_a_link(folder: Path) -> None:
     (folder / "real").mkdir()
     (folder / "link").symlink_to(folder / "real")
-    assert "is not a folder of this user" in refusal(folder, run_dir=folder / "link")
+    assert "is a link or a file, not a folder" in refusal(folder, run_dir=folder / "link")
 
 
 REASON = "the handler of crashes_on_load 1.0 failed to load: RuntimeError: the weights are missing"

@@ -120,7 +120,7 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
 def test_a_link_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StartError, match="not a folder of this user"):
+    with pytest.raises(StartError, match="a link or a file, not a folder"):
         RunDirectory(tmp_path / "run").acquire(None)
 
 
@@ -146,7 +146,7 @@ def test_a_run_directory_that_others_may_write_in_is_refused_and_not_believed(tm
 def test_a_link_to_a_run_directory_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StartError, match="not a folder of this user"):
+    with pytest.raises(StartError, match="a link or a file, not a folder"):
         RunDirectory(tmp_path / "run").running()
 
 
@@ -154,7 +154,7 @@ def test_a_link_to_a_run_directory_is_not_believed(tmp_path: Path) -> None:
 def test_a_run_directory_of_another_user_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o700)
     os.chown(tmp_path / "run", 1, 1)
-    with pytest.raises(StartError, match="not a folder of this user"):
+    with pytest.raises(StartError, match="not a folder of this user, but of"):
         RunDirectory(tmp_path / "run").running()
 
 
