@@ -411,7 +411,7 @@ class ModelServer:
             return "workers are ending"
         pools = [(version.queue, version.pool) for version in self._registry.versions() if version.pool is not None]
         waiting = sum(queue.depth + pool.in_flight for queue, pool in pools)
-        return f"{waiting} requests in hand have {left:.0f} s left (drain_timeout)"
+        return f"requests in hand ({waiting} at workers and in queues) have {left:.0f} s left"
 
     async def _stop_edge(self, limit: float) -> bool:
         """Whether its requests were done in time."""
