@@ -291,7 +291,7 @@ class ModelServer:
             for version in self._registry.versions()
             if version.pool is None or version.pool.ready < version.pool.target
         ]
-        return ", ".join(waiting) or "archives are being extracted"
+        return ", ".join(waiting) or "archives are being extracted, or their requirements installed"
 
     def _failed(self) -> list[str]:
         """Why models do not serve that were to be loaded at start."""
