@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +23,9 @@ from mms.errors import MMSError, ModelLoadError
 from mms.rundir import RunDirectory, Running
 
 NOT_READY = 3
+HEARTBEAT = 2.0
 _READY_FD = "_MMS_READY_FD"
+_LAST_WORDS = ("ready", "mms: error")
 
 _Command = Callable[..., Any]
 
@@ -85,7 +89,8 @@ def start(daemon: bool, foreground: bool, file: Path | None, **options: Any) -> 
     mms start --model-store store --models cat.mar
     mms start --model-store store --models ALL --daemon
     """
-    if _READY_FD in os.environ:
+    is_daemon = _READY_FD in os.environ
+    if is_daemon:
         os.set_inheritable(int(os.environ[_READY_FD]), False)  # nginx would hold it open for its whole life
     config, _ = _load(file, options)
     if daemon and not foreground:
@@ -96,7 +101,10 @@ def start(daemon: bool, foreground: bool, file: Path | None, **options: Any) -> 
     from mms.server import serve
 
     try:
-        logs.setup(config.log_level, config.log_file)
+        if is_daemon and config.log_file is None:
+            logs.setup(config.log_level, _daemon_log(config), logs.RUN_DIR_BYTES)
+        else:
+            logs.setup(config.log_level, config.log_file)
     except OSError as error:
         _fail(f"cannot write the log {config.log_file}: {error.strerror}")
     try:
@@ -109,26 +117,36 @@ def start(daemon: bool, foreground: bool, file: Path | None, **options: Any) -> 
 
 def _announce(text: str) -> None:
     click.echo(text)
-    if text.startswith("ready"):
-        _tell_parent(text)
+    _tell_parent(text)
 
 
 def _tell_parent(text: str) -> None:
-    """The waiting `mms start --daemon`, if that is how this process was started."""
-    descriptor = os.environ.pop(_READY_FD, None)
-    if descriptor is not None:
-        os.write(int(descriptor), text.encode())
+    """The `mms start --daemon` that waits for the ready line or an error, if this process was started by one."""
+    descriptor = os.environ.get(_READY_FD)
+    if descriptor is None:
+        return
+    with contextlib.suppress(BrokenPipeError):
+        os.write(int(descriptor), f"{text}\n".encode())
+    if text.startswith(_LAST_WORDS):
+        del os.environ[_READY_FD]
         os.close(int(descriptor))
+
+
+def _daemon_log(config: Config) -> Path:
+    return RunDirectory(config.run_dir).logs / "mms.log"
 
 
 def _start_daemon(config: Config) -> NoReturn:
     """Start the same command in a session of its own, and pass on its ready line or its error."""
-    log_file = config.log_file or config.run_dir / "logs" / "mms.log"
+    log_file = config.log_file or _daemon_log(config)
     try:
+        RunDirectory(config.run_dir).prepare()
         log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_file.touch()
     except OSError as error:
         _fail(f"cannot write the log {log_file}: {error.strerror}")
+    except MMSError as error:
+        _fail(error.message)
     read_end, write_end = os.pipe()
     words = [word for word in sys.argv[1:] if word != "--daemon"]
     with log_file.open("ab") as output:
@@ -142,43 +160,75 @@ def _start_daemon(config: Config) -> NoReturn:
             env={**os.environ, _READY_FD: str(write_end)},
         )
     os.close(write_end)
-    text = b"".join(iter(lambda: os.read(read_end, 4096), b"")).decode()
-    if not text.startswith("ready"):
-        click.echo(text or f"mms: error: the server ended before it was ready; see {log_file}", err=True)
-        sys.exit(1)
-    click.echo(f"{text}; log {log_file}")
-    sys.exit(0)
+    with open(read_end) as lines:
+        for text in map(str.rstrip, lines):
+            if text.startswith("ready"):
+                click.echo(f"{text}; log {log_file}")
+                sys.exit(0)
+            click.echo(text, err=True)
+            if text.startswith(_LAST_WORDS):
+                sys.exit(1)
+    _fail(f"the server ended before it was ready; see {log_file}")
 
 
 _run_dir_option = click.option(
-    "--run-dir", type=click.Path(path_type=Path), default=None, help="the server's run directory"
+    "--run-dir", type=click.Path(path_type=Path, readable=False), default=None, help="the server's run directory"
 )
 
 
 def _running(run_dir: Path | None) -> tuple[RunDirectory, Running | None]:
     config, _ = _load(None, {"run_dir": str(run_dir) if run_dir else None})
     directory = RunDirectory(config.run_dir)
-    return directory, directory.running()
+    try:
+        return directory, directory.running()
+    except MMSError as error:
+        _fail(error.message)
+
+
+def _nobody(directory: RunDirectory) -> str:
+    killed = directory.recorded()
+    text = f"no server is running in {directory.path}"
+    return f"{text}; the last one there (pid {killed.pid}) was killed" if killed else text
 
 
 @main.command()
 @_run_dir_option
-@click.option("--timeout", default=60.0, show_default=True, help="seconds to wait; then the server is killed")
-def stop(run_dir: Path | None, timeout: float) -> None:
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="seconds to wait before the server is killed (default: what its settings allow for)",
+)
+def stop(run_dir: Path | None, timeout: float | None) -> None:
     """Stop the server: requests in hand are answered first."""
     directory, running = _running(run_dir)
     if running is None:
-        click.echo(f"no server is running in {directory.path}")
+        click.echo(_nobody(directory))
         return
+    limit = running.stop_limit if timeout is None else timeout
     try:
         pidfd = os.pidfd_open(running.pid)
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    except (ProcessLookupError, PermissionError) as error:
+    except ProcessLookupError:
+        _fail(f"the server (pid {running.pid}) is not seen from here: it has just ended, or is in another container")
+    except PermissionError as error:
         _fail(f"cannot stop pid {running.pid}: {error.strerror}")
-    if not select.select([pidfd], [], [], timeout)[0]:
+    if not _ended(pidfd, running.pid, limit):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        _fail(f"the server (pid {running.pid}) did not stop within {timeout:g} s and was killed")
+        select.select([pidfd], [], [], HEARTBEAT)
+        _fail(f"the server (pid {running.pid}) did not stop within {limit:g} s and was killed")
     click.echo(f"stopped the server (pid {running.pid})")
+
+
+def _ended(pidfd: int, pid: int, limit: float) -> bool:
+    """Whether the process ends in time; there is a word every two seconds."""
+    begun, waited = time.monotonic(), 0.0
+    while not select.select([pidfd], [], [], min(HEARTBEAT, limit - waited))[0]:
+        waited = time.monotonic() - begun
+        if waited >= limit:
+            return False
+        click.echo(f"waiting for {waited:.0f} s: pid {pid} finishes requests in hand, at most {limit:g} s", err=True)
+    return True
 
 
 @main.command()
@@ -192,7 +242,7 @@ def status(run_dir: Path | None, as_json: bool, quiet: bool) -> None:
     directory, running = _running(run_dir)
     if running is None:
         if not quiet:
-            click.echo('{"running": false}' if as_json else f"no server is running in {directory.path}")
+            click.echo('{"running": false}' if as_json else _nobody(directory))
         sys.exit(NOT_READY)
     try:
         models = describe_models(running.management_address)
@@ -284,7 +334,7 @@ def predict(model: str, request: Path, content_type: str, number: str, run_dir: 
 
     directory, running = _running(run_dir)
     if running is None:
-        _fail(f"no server is running in {directory.path}", NOT_READY)
+        _fail(_nobody(directory), NOT_READY)
     path = f"/predictions/{model}" + (f"/{number}" if number else "")
     try:
         code, body = send(

@@ -123,6 +123,19 @@ def default_run_dir() -> Path:
     return Path(runtime) / "mms" if runtime else Path(tempfile.gettempdir()) / f"mms-{os.getuid()}"
 
 
+def default_cache_dir() -> Path:
+    """`/var/cache/mms` for root, else `$XDG_CACHE_HOME/mms` or `~/.cache/mms`; without a home, a folder of /var/tmp."""
+    if os.geteuid() == 0 and os.access("/var/cache", os.W_OK):
+        return Path("/var/cache/mms")
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache).absolute() / "mms"
+    home = Path(os.path.expanduser("~"))
+    if home.is_absolute() and any(os.access(folder, os.W_OK) for folder in (home / ".cache", home)):
+        return home / ".cache" / "mms"
+    temporary = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()  # the former is on disk
+    return Path(temporary) / f"mms-cache-{os.getuid()}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """How one model version is served: server defaults < model-config.yaml in the archive < the registration call.
@@ -183,7 +196,13 @@ class Config:
         "nginx in front, or the front end alone (auto: nginx where it is installed)",
     )
     nginx: str = _setting("nginx", _text, "the nginx program")
-    run_dir: Path = _setting(None, _path, "folder for sockets, pid file, extracted archives and logs")  # noqa: RUF009
+    run_dir: Path = _setting(None, _path, "folder for sockets, pid file and logs")  # noqa: RUF009
+    cache_dir: Path = _setting(  # noqa: RUF009
+        None, _path, "folder on disk for extracted archives, their requirements and request bodies that nginx spools"
+    )
+    access_log: Path | None = _setting(  # noqa: RUF009
+        None, _path, "nginx writes a line of JSON per request to this file (SIGUSR1 opens it anew)"
+    )
     log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "how much is logged")
     log_file: Path | None = _setting(  # noqa: RUF009
         None, _path, "log to this file instead of standard error (rotated at 100 MB)"
@@ -350,6 +369,7 @@ def load_config(
     take(named, "environment")
     take(command_line or {}, "command line")
     values["run_dir"] = values.get("run_dir") or default_run_dir()
+    values["cache_dir"] = values.get("cache_dir") or default_cache_dir()
     return Config(**values), origins
 
 

@@ -20,6 +20,7 @@ from mms.logs import close_model_log, model_logger, open_model_log
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
+from mms.rundir import CacheDirectory
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
@@ -32,12 +33,13 @@ log = logging.getLogger("mms.controlplane")
 class ControlPlane:
     """Changes what is served; the data plane only ever sees the result in the registry."""
 
-    def __init__(self, config: Config, registry: ModelRegistry, store: ModelStore) -> None:
+    def __init__(self, config: Config, registry: ModelRegistry, store: ModelStore, cache: CacheDirectory) -> None:
         self.registry = registry
         self.store = store
         self.forkservers = ForkServers()
         self.gpus = find_gpus()
         self._config = config
+        self._cache = cache
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._loads = asyncio.Semaphore(config.parallel_loads)
         self._numbers = itertools.count(1)
@@ -123,8 +125,7 @@ class ControlPlane:
         """Extract, configure and register; the pool exists afterwards but runs nothing yet."""
         number = archive.manifest.version
         self._failed(name, number)
-        target = self._config.run_dir / "models" / f"{name}-{next(self._numbers)}"
-        target.parent.mkdir(mode=0o700, exist_ok=True)
+        target = self._cache.models / f"{name}-{next(self._numbers)}"
         folder = await asyncio.to_thread(archive.extract, target, verify=self._config.verify_archives)
         owned = folder if folder == target else None
         try:
@@ -234,5 +235,5 @@ class ControlPlane:
         if not self._config.install_requirements:
             log.warning("%s brings %s, which is not installed: install_requirements is off", version.label, file)
             return None
-        cache = self._config.run_dir / "venvs"
-        return partial(environment.own_interpreter, folder / file, cache, model_logger(version.name), version.label)
+        make, output = environment.own_interpreter, model_logger(version.name)
+        return partial(make, folder / file, self._cache.venvs, self._cache.own, output, version.label)

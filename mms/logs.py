@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import os
 import time
 from pathlib import Path
 
 MAX_BYTES = 100 << 20
+RUN_DIR_BYTES = 10 << 20  # of a log in the run directory, which is often in memory
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -17,11 +19,24 @@ class _Formatter(logging.Formatter):
     default_msec_format = "%s.%03dZ"
 
 
-def setup(level: str, file: Path | None) -> None:
+class _RotatingFile(logging.handlers.RotatingFileHandler):
+    """Takes standard output and error along when they write to the same file, as those of a daemon do."""
+
+    def doRollover(self) -> None:
+        before = os.stat(self.baseFilename)
+        same = [descriptor for descriptor in (1, 2) if os.path.samestat(os.fstat(descriptor), before)]
+        super().doRollover()
+        stream = self.stream
+        if stream is not None:
+            for descriptor in same:
+                os.dup2(stream.fileno(), descriptor)
+
+
+def setup(level: str, file: Path | None, max_bytes: int = MAX_BYTES) -> None:
     """Configure the `mms` loggers. Raises OSError when the file cannot be written."""
     handler: logging.Handler = logging.StreamHandler()
     if file is not None:
-        handler = logging.handlers.RotatingFileHandler(file, maxBytes=MAX_BYTES, backupCount=1)
+        handler = _RotatingFile(file, maxBytes=max_bytes, backupCount=1)
     handler.setFormatter(_Formatter(_FORMAT))
     logger = logging.getLogger("mms")
     logger.handlers[:] = [handler]
@@ -42,7 +57,7 @@ def open_model_log(folder: Path, name: str) -> None:
         return
     folder.mkdir(mode=0o700, exist_ok=True)
     handler = logging.handlers.RotatingFileHandler(
-        folder / f"{name}.log", maxBytes=MAX_BYTES, backupCount=1, delay=True
+        folder / f"{name}.log", maxBytes=RUN_DIR_BYTES, backupCount=1, delay=True
     )
     handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import itertools
 import logging
 import os
 import resource
@@ -14,7 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mms_nginx.find import edge_user, find_nginx
 
@@ -29,7 +30,7 @@ from mms.metrics import Collector, GpuFacts, registry
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion
-from mms.rundir import RunDirectory, Running
+from mms.rundir import CacheDirectory, RunDirectory, Running
 from mms.workers.gpus import GpuMonitor
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ EDGE_READ_TIMEOUT = 86_400.0  # the front end answers within its own limits; ngi
 EDGE_KEEPALIVE = 3600.0
 HEARTBEAT = 2.0
 TICK = 1.0
+LAST_ANSWERS = 2.0  # seconds for answers of the management API at the end of a stop
+STOP_MARGIN = 10.0  # seconds of a stop beyond drain_timeout and stop_grace
+ANY_HOST = {"0.0.0.0", "*"}
 LISTENERS = ("inference", "management", "metrics")
 
 
@@ -57,8 +61,10 @@ class ModelServer:
         self._store = ModelStore(config.model_store)
         self._registry = ModelRegistry()
         self._startup = self._archives()
+        self._check_addresses()
         self._run_dir = RunDirectory(config.run_dir)
-        self._control = ControlPlane(config, self._registry, self._store)
+        self._cache = CacheDirectory(config.cache_dir)
+        self._control = ControlPlane(config, self._registry, self._store, self._cache)
         self._inference = InferenceApi(DataPlane(self._registry))
         self._nginx_program = self._find_edge()
         self._http = HttpServer(self._inference, self._limits(), edge=self._nginx_program is not None)
@@ -71,25 +77,33 @@ class ModelServer:
         self._exit_code = 0
         self._timer: asyncio.TimerHandle | None = None
         self._gpus: list[GpuFacts] = []
+        self._failures: dict[ModelVersion, ModelLoadError] = {}
+        self._clients_done = False
 
     # start
 
     async def start(self) -> None:
-        """Listen, load, and return when every model is ready or FAILED. Raises MMSError with nothing left running."""
+        """Listen, load, and return when every model is ready or FAILED, but one is ready if there are any.
+
+        Raises MMSError with nothing left running.
+        """
         begun = time.monotonic()
         prepare_process()
         user = edge_user() if self._nginx_program else None
         self._run_dir.acquire(user)
         loads: list[asyncio.Task[None]] = []
         try:
+            self._cache.acquire(user)
             sockets = self._listen(user[1] if user else None)
             self._catch_signals()
+            self._run_dir.record(Running(os.getpid(), *self._addresses(), stop_limit=self._stop_limit()))
             loads += [asyncio.create_task(self._load(url, name)) for name, url in self._startup]
             await self._serve(sockets)
             self._start_edge()
             self._tick()
-            self._run_dir.record(Running(os.getpid(), *self._addresses()))
             await self._await_loads(loads)
+            if not self._stop_asked.is_set():
+                self._check_loaded()
         except BaseException:
             for load in loads:
                 load.cancel()
@@ -128,8 +142,12 @@ class ModelServer:
 
     def _find_edge(self) -> str | None:
         if self._config.edge == "none":
+            if self._config.access_log is not None:
+                raise ConfigError("access_log is written by nginx; start without --edge none, or leave it empty")
             return None
         program = find_nginx(self._config.nginx)
+        if program is None and self._config.access_log is not None:
+            raise StartError("access_log is written by nginx, which is not installed; install it or leave it empty")
         if program is None and self._config.edge == "nginx":
             raise StartError(f"the program {self._config.nginx} is not found; install nginx or start with --edge none")
         if program is None:
@@ -145,6 +163,16 @@ class ModelServer:
             body_timeout=config.body_timeout,
             keepalive_timeout=config.keepalive_timeout,
         )
+
+    def _check_addresses(self) -> None:
+        """No two listeners may share an address; found here, it can be said in terms of the settings."""
+        for (one, first), (two, second) in itertools.combinations(zip(LISTENERS, self._addresses(), strict=True), 2):
+            if _overlap(first, second):
+                where = first if first == second else f"{first} and {second}"
+                raise ConfigError(f"{one}_address and {two}_address would both listen on {where}; each needs its own")
+
+    def _stop_limit(self) -> float:
+        return self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
 
     def _addresses(self) -> tuple[str, str, str]:
         return self._config.inference_address, self._config.management_address, self._config.metrics_address
@@ -190,7 +218,13 @@ class ModelServer:
         for app, sock in apps:
             # behind nginx, nginx must be the side that closes idle connections: it cannot repeat a POST
             keepalive = EDGE_KEEPALIVE if self._nginx_program else self._config.keepalive_timeout
-            runner = web.AppRunner(app, access_log=None, handle_signals=False, keepalive_timeout=keepalive)
+            runner = web.AppRunner(
+                app,
+                access_log=None,
+                handle_signals=False,
+                keepalive_timeout=keepalive,
+                shutdown_timeout=LAST_ANSWERS,
+            )
             await runner.setup()
             self._runners.append(runner)
             await web.SockSite(runner, sock).start()
@@ -217,6 +251,8 @@ class ModelServer:
             body_timeout=config.body_timeout,
             header_timeout=config.header_timeout,
             log_level=config.log_level,
+            spool=self._cache.nginx,
+            access_log=config.access_log,
         )
         self._nginx = Nginx(self._nginx_program, self._run_dir.nginx, text)
         self._nginx.start()
@@ -225,8 +261,10 @@ class ModelServer:
     async def _load(self, url: str, name: str) -> None:
         version = await self._control.register(url, name=name, at_start=True, synchronous=False)
         if version.pool is not None:
-            with contextlib.suppress(ModelLoadError):  # described and retried; the log has named it
+            try:
                 await version.pool.settled()
+            except ModelLoadError as error:  # described and tried again
+                self._failures[version] = error
 
     async def _await_loads(self, loads: list[asyncio.Task[None]]) -> None:
         """Until all are done or one is impossible, with a word every two seconds; a stop signal ends it."""
@@ -252,7 +290,20 @@ class ModelServer:
             for version in self._registry.versions()
             if version.pool is None or version.pool.ready < version.pool.target
         ]
-        return ", ".join(waiting) or "archives are being extracted"
+        return ", ".join(waiting) or "archives are being extracted, or their requirements installed"
+
+    def _failed(self) -> list[str]:
+        """Why models do not serve that were to be loaded at start."""
+        return [
+            error.message
+            for version, error in self._failures.items()
+            if version.pool is not None and not version.pool.ready
+        ]
+
+    def _check_loaded(self) -> None:
+        failed = self._failed()
+        if failed and len(failed) == len(self._registry.versions()):
+            raise StartError(f"no model could be loaded: {'; '.join(failed)} (more in {self._run_dir.logs})")
 
     def _progress(self, version: ModelVersion) -> str:
         pool = version.pool
@@ -261,18 +312,15 @@ class ModelServer:
         return f"{pool.ready if pool else 0} of {version.settings.min_workers} workers"
 
     def _ready_line(self, seconds: float) -> str:
-        versions = self._registry.versions()
-        failed = [
-            version.label for version in versions if version.pool is not None and version.pool.failure is not None
-        ]
+        failed, count = self._failed(), len(self._registry.versions())
         inference, management, metrics = map(_url, self._addresses())
         edge = "behind nginx" if self._nginx is not None else "without nginx"
-        count = len(versions) - len(failed)
+        ready = f"{count - len(failed)} of {count}" if failed else str(count)
         text = (
-            f"ready in {seconds:.1f} s: {count} model{'s' * (count != 1)} at {inference} {edge}, "
+            f"ready in {seconds:.1f} s: {ready} model{'s' * (count != 1)} at {inference} {edge}, "
             f"management {management}, metrics {metrics}/metrics"
         )
-        return f"{text}; FAILED: {', '.join(failed)}" if failed else text
+        return f"{text}; FAILED: {'; '.join(failed)}" if failed else text
 
     def _tick(self) -> None:
         self._control.reap_orphans({self._nginx.pid} if self._nginx is not None else set())
@@ -284,7 +332,12 @@ class ModelServer:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
+        loop.add_signal_handler(signal.SIGUSR1, self._reopen_log)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+    def _reopen_log(self) -> None:
+        if self._nginx is not None:
+            self._nginx.reopen()
 
     def _signalled(self) -> None:
         if self._stop_asked.is_set():
@@ -318,12 +371,18 @@ class ModelServer:
     # stop
 
     async def stop(self) -> None:
-        """Edge first, then connections, then workers; requests in hand get drain_timeout; a second signal ends it."""
+        """Edge, connections, workers; requests in hand get drain_timeout in all, cut short by a second signal.
+
+        Takes at most `_stop_limit`; there is a word every two seconds.
+        """
+        begun = time.monotonic()
         if self._timer is not None:
             self._timer.cancel()
-        drain = asyncio.create_task(self._drain())
+        until = begun + self._config.drain_timeout
+        drain = asyncio.create_task(self._drain(until))
         now = asyncio.create_task(self._stop_now.wait())
-        await asyncio.wait({drain, now}, return_when=asyncio.FIRST_COMPLETED)
+        while not await _first_of(drain, now):
+            self._say(f"stopping for {time.monotonic() - begun:.0f} s: {self._leaving(until)}")
         now.cancel()
         if not drain.done():
             self._hasten_edge()
@@ -334,23 +393,39 @@ class ModelServer:
             await self._control.close(0)
         for runner in self._runners:
             await runner.cleanup()
+        self._cache.release()
         self._run_dir.release()
 
-    async def _drain(self) -> None:
+    async def _drain(self, until: float) -> None:
+        def left() -> float:
+            return max(0.0, until - time.monotonic())
+
         timeout = self._config.drain_timeout
-        await self._stop_edge(timeout)
-        cut = await self._http.drain(timeout)
+        if not await self._stop_edge(left()):
+            log.warning("nginx was ended: its requests took longer than drain_timeout (%g s)", timeout)
+        cut = await self._http.drain(left())
         if cut:
             log.warning("%d connections were cut: their requests took longer than drain_timeout (%g s)", cut, timeout)
-        await self._control.close(timeout)
+        self._clients_done = True
+        await self._control.close(left())
 
-    async def _stop_edge(self, limit: float) -> None:
+    def _leaving(self, until: float) -> str:
+        left = until - time.monotonic()
+        if self._clients_done or left < 0:
+            return "workers are ending"
+        pools = [(version.queue, version.pool) for version in self._registry.versions() if version.pool is not None]
+        waiting = sum(queue.depth + pool.in_flight for queue, pool in pools)
+        return f"requests in hand ({waiting} at workers and in queues) have {left:.0f} s left"
+
+    async def _stop_edge(self, limit: float) -> bool:
+        """Whether its requests were done in time."""
         nginx, self._nginx = self._nginx, None
-        if nginx is not None:
-            if nginx.pidfd != -1:
-                asyncio.get_running_loop().remove_reader(nginx.pidfd)
-            self._leaving_nginx = nginx
-            await asyncio.to_thread(nginx.stop, limit)
+        if nginx is None:
+            return True
+        if nginx.pidfd != -1:
+            asyncio.get_running_loop().remove_reader(nginx.pidfd)
+        self._leaving_nginx = nginx
+        return await asyncio.to_thread(nginx.stop, limit)
 
     def _hasten_edge(self) -> None:
         """nginx may be waiting for its last requests, in a thread that cannot be cancelled."""
@@ -369,6 +444,22 @@ def prepare_process() -> None:
 
 def _url(address: str) -> str:
     return address if address.startswith("unix:") else f"http://{address}"
+
+
+async def _first_of(*tasks: asyncio.Task[Any]) -> bool:
+    """Whether one of them is done within a heartbeat."""
+    done, _ = await asyncio.wait(tasks, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
+    return bool(done)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether nobody can listen on both addresses."""
+    if one.startswith("unix:") or other.startswith("unix:"):
+        return one == other
+    parts = [address.replace("localhost", "127.0.0.1").rpartition(":") for address in (one, other)]
+    hosts, ports = {host for host, _, _ in parts}, {port for _, _, port in parts}
+    any_host = bool(hosts & ANY_HOST) and not any(host.startswith("[") for host in hosts)
+    return len(ports) == 1 and "0" not in ports and (len(hosts) == 1 or any_host)
 
 
 async def serve(config: Config, say: Callable[[str], None]) -> int:

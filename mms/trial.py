@@ -16,6 +16,7 @@ from mms.dataplane import DataPlane
 from mms.errors import MMSError, ModelNotFoundError
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
+from mms.rundir import CacheDirectory
 from mms.server import prepare_process
 
 GRACE = 5.0
@@ -47,7 +48,9 @@ def run_trial(archive: Path, request: Path | None, content_type: str) -> str:
 async def _try(archive: Path, request: Path | None, content_type: str, folder: Path) -> str:
     prepare_process()
     config = Config(model_store=archive.parent, run_dir=folder, workers=1)
-    control = ControlPlane(config, ModelRegistry(), ModelStore(config.model_store))
+    cache = CacheDirectory(folder)
+    cache.acquire(None)
+    control = ControlPlane(config, ModelRegistry(), ModelStore(config.model_store), cache)
     begun = time.monotonic()
     try:
         version = await control.register(archive.name, changes={"min_workers": 1})
@@ -63,3 +66,4 @@ async def _try(archive: Path, request: Path | None, content_type: str, folder: P
         return f"{loaded}\n{await outcome}"
     finally:
         await control.close(GRACE)
+        cache.release()

@@ -161,6 +161,7 @@ class Server:
     def __init__(self, folder: Path, arguments: list[str], addresses: list[str]) -> None:
         self.folder = folder
         self.run_dir = folder / "run"
+        self.cache_dir = folder / "cache"
         self.url, self.management, self.metrics = addresses
         self.ready_line = ""
         self.expected_exit = 0
@@ -182,6 +183,11 @@ class Server:
     def reads(self) -> bool:
         """Whether its standard output is still open."""
         return self._reader.is_alive()
+
+    @property
+    def extracted(self) -> list[Path]:
+        """The folders of extracted archives."""
+        return list(self.cache_dir.glob("servers/*/models/*"))
 
     @property
     def output(self) -> str:
@@ -296,6 +302,7 @@ def start_arguments(folder: Path, addresses: list[str], *archives: Path, **setti
     defaults = {
         "model_store": store,
         "run_dir": folder / "run",
+        "cache_dir": folder / "cache",
         "edge": "none",
         **dict(zip(names, addresses, strict=True)),
     }
@@ -481,8 +488,11 @@ def edged(make_archive: MakeArchive) -> Iterator[Server]:
     """A server behind nginx, for tests that leave it as it is."""
     if find_nginx("nginx") is None:
         pytest.skip("nginx is not installed")
-    with server(make_archive("echo"), make_archive("big"), max_request_size="2MiB", edge="nginx") as running:
-        yield running
+    archives = make_archive("echo"), make_archive("big")
+    with scratch() as folder:
+        log = folder / "access.log"
+        with server(*archives, folder=folder, max_request_size="2MiB", edge="nginx", access_log=log) as running:
+            yield running
 
 
 @pytest.fixture(params=["direct", "edged"])

@@ -108,7 +108,7 @@ def _start(run_dir: Path, ports: dict[str, int]) -> Server:
     addresses = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
     options = [word for name, address in addresses.items() for word in (f"--{name}-address", address)]
     command = [f"{sysconfig.get_path('scripts')}/mms", "start", "--models", f"{MODEL}.mar", *options]
-    command += ["--model-store", str(STORE), "--run-dir", str(run_dir)]
+    command += ["--model-store", str(STORE), "--run-dir", str(run_dir), "--cache-dir", str(run_dir / "cache")]
     with LOG.open("wb") as log:
         # A session of its own: Ctrl-C reaches this program alone, which then stops the server in good order.
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

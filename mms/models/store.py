@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -16,8 +17,8 @@ class ModelStore:
     """Finds archives by file name; nothing outside its folder can be named."""
 
     def __init__(self, folder: Path | None) -> None:
-        if folder is not None and not folder.is_dir():
-            raise ConfigError(f"the model store {folder} is not a folder; create it or name another with --model-store")
+        if folder is not None:
+            _check(folder)
         self._folder = folder
 
     def names(self) -> list[str]:
@@ -27,7 +28,7 @@ class ModelStore:
         return sorted(
             path.name
             for path in self._folder.iterdir()
-            if path.name.endswith(_SUFFIXES) or (path / "MAR-INF" / "MANIFEST.json").is_file()
+            if path.name.endswith(_SUFFIXES) or os.path.isfile(path / "MAR-INF" / "MANIFEST.json")
         )
 
     def path(self, url: str) -> Path:
@@ -47,3 +48,14 @@ class ModelStore:
     def open(self, url: str) -> ModelArchive:
         """The archive, structurally checked. Raises ArchiveError as well."""
         return ModelArchive.open(self.path(url))
+
+
+def _check(folder: Path) -> None:
+    try:
+        os.scandir(folder).close()
+    except PermissionError:
+        raise ConfigError(f"this user cannot read the model store {folder}; name another with --model-store") from None
+    except OSError:
+        raise ConfigError(
+            f"the model store {folder} is not a folder; create it or name another with --model-store"
+        ) from None

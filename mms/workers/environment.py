@@ -83,11 +83,12 @@ def _limits(group: Path) -> Iterator[float]:
             yield int(allowed) / int(period)
 
 
-async def own_interpreter(requirements: Path, cache: Path, output: logging.Logger, label: str) -> str:
+async def own_interpreter(requirements: Path, cache: Path, scratch: Path, output: logging.Logger, label: str) -> str:
     """The Python of a virtual environment that has `requirements`, made on first use and found again by their content.
 
-    The server's own packages are visible behind its own, so that a worker can run there. What pip says goes to
-    `output`. Raises ModelLoadError.
+    It is made in `scratch` and moved to `cache` when it is complete, as other servers use that, too. The server's own
+    packages are visible behind its own, so that a worker can run there. What pip says goes to `output`. Raises
+    ModelLoadError.
     """
     digest = await asyncio.to_thread(_digest, requirements)
     folder = cache / digest
@@ -96,7 +97,7 @@ async def own_interpreter(requirements: Path, cache: Path, output: logging.Logge
         if not python.exists():
             try:
                 async with asyncio.timeout(INSTALL_LIMIT):
-                    await _install(requirements, folder, output, label)
+                    await _install(requirements, folder, scratch, output, label)
             except TimeoutError:
                 limit = f"{INSTALL_LIMIT:g} s"
                 raise ModelLoadError(f"the requirements of {label} could not be installed within {limit}") from None
@@ -108,16 +109,16 @@ async def own_interpreter(requirements: Path, cache: Path, output: logging.Logge
 def _digest(requirements: Path) -> str:
     """Of the interpreter, the requirements and the files beside them that they name (wheels in the archive)."""
     text = requirements.read_bytes()
-    digest = hashlib.sha256(sys.version.encode() + text)
+    digest = hashlib.sha256(f"{sys.version} {sys.prefix}".encode() + text)
     for line in text.decode("utf-8", "replace").splitlines():
         with contextlib.suppress(OSError, ValueError):
             digest.update((requirements.parent / line.strip()).read_bytes())
     return digest.hexdigest()[:16]
 
 
-async def _install(requirements: Path, folder: Path, output: logging.Logger, label: str) -> None:
+async def _install(requirements: Path, folder: Path, scratch: Path, output: logging.Logger, label: str) -> None:
     log.info("%s: installing %s into %s", label, requirements.name, folder)
-    building = _aside(folder)
+    building = Path(tempfile.mkdtemp(prefix="venv-", dir=scratch))
     try:
         python = str(building / "bin" / "python")
         await _run(output, label, sys.executable, "-m", "venv", "--without-pip", str(building))
@@ -127,18 +128,13 @@ async def _install(requirements: Path, folder: Path, output: logging.Logger, lab
         await _run(
             output, label, *pip, "install", "--progress-bar", "off", "-r", str(requirements), cwd=requirements.parent
         )
-        building.rename(folder)  # what stands at `folder` is complete
+        os.rename(building, folder)  # what stands at `folder` is complete
+    except OSError:
+        if not await asyncio.to_thread(folder.exists):  # otherwise another server was quicker
+            raise
     finally:
         await asyncio.to_thread(shutil.rmtree, building, ignore_errors=True)
     log.info("%s: installed %s", label, requirements.name)
-
-
-def _aside(folder: Path) -> Path:
-    """An empty folder beside `folder`; what a server that was killed has left there is removed."""
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for left in folder.parent.glob(f"{folder.name}.*"):
-        shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
 
 
 def _show_server_packages(building: Path) -> bool:

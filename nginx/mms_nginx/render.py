@@ -110,12 +110,19 @@ def render(
     body_timeout: float,
     header_timeout: float,
     log_level: str,
+    spool: Path | None = None,
+    access_log: Path | None = None,
 ) -> str:
-    """The file for an nginx in `directory`; `response_timeout` is the longest that the front end may take to answer."""
+    """The file for an nginx in `directory`; `response_timeout` is the longest that the front end may take to answer.
+
+    Bodies that do not fit into memory are spooled to `spool`, or to `directory`.
+    """
     descriptors, connections = _limits()
     return _template().render(
         listeners=listeners,
         directory=directory,
+        spool=spool or directory,
+        access_log=str(access_log) if access_log else None,
         errors=_errors(max_request_size),
         max_request_size=max_request_size,
         user=user,

@@ -1,4 +1,4 @@
-"""One nginx, as a child of the server process: check, start, reload, stop.
+"""One nginx, as a child of the server process: check, start, reload, reopen, stop.
 
 Everything here blocks, `start` for some 50 ms. `start` must be called in the main thread: nginx gets SIGTERM when the
 thread that started it ends (PR_SET_PDEATHSIG), so that it never outlives the server.
@@ -61,10 +61,10 @@ class Nginx:
 
     def start(self) -> None:
         """Returns when every public address accepts connections, else raises StartError and leaves no process."""
-        self.check()
         addresses = listen_addresses(self._text)
         for address in addresses:
-            check_free(address)
+            check_free(address)  # with a better reason than nginx's
+        self.check()
         (self._directory / "nginx.pid").unlink(missing_ok=True)
         self._spawn()
         try:
@@ -93,11 +93,22 @@ class Nginx:
         signal.pidfd_send_signal(self.pidfd, signal.SIGHUP)
         self._wait_reloaded(before)
 
-    def stop(self, timeout: float) -> None:
-        """Lets requests in hand finish for `timeout` seconds, then insists; returns when no process of it is left."""
+    def reopen(self) -> None:
+        """Has the access log opened anew, after somebody has moved it away."""
+        if self.pidfd != -1:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGUSR1)
+
+    def stop(self, timeout: float) -> bool:
+        """Lets requests in hand finish for `timeout` seconds, then insists; returns when no process of it is left.
+
+        The result is whether it ended within `timeout`.
+        """
+        in_time = True
         for number, patience in ((signal.SIGQUIT, timeout), (signal.SIGTERM, TERM_TIMEOUT)):
             if not self.pid or self.exit_code() is not None:
                 break
+            in_time = number == signal.SIGQUIT
             signal.pidfd_send_signal(self.pidfd, number)
             self._wait_exit(patience)
         if self.pid and self.exit_code() is None:
@@ -107,15 +118,14 @@ class Nginx:
         if self.pidfd != -1:
             os.close(self.pidfd)
             self.pidfd = -1
+        return in_time
 
     def _prepare_directory(self) -> None:
-        temporary = self._directory / "temporary"
-        temporary.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
         user = edge_user()
-        for folder in (self._directory, temporary):
-            if user is not None:
-                os.chown(folder, -1, user[1])
-                folder.chmod(0o710)
+        if user is not None:
+            os.chown(self._directory, -1, user[1])
+            self._directory.chmod(0o710)
 
     def _adopt(self, text: str, addresses: list[str] | None = None) -> None:
         self._candidate.write_text(text)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,7 @@ from tests.conftest import (
     MakeArchive,
     Server,
     digest,
+    environment,
     eventually,
     fetch,
     free_ports,
@@ -57,7 +61,7 @@ def test_status_and_stop_without_a_server(tmp_path: Path) -> None:
 
 
 def test_status_is_3_while_a_model_is_failed(make_archive: MakeArchive) -> None:
-    with server(make_archive("crashes_on_load")) as failed:
+    with server(make_archive("echo"), make_archive("crashes_on_load")) as failed:
         shown = mms("status", "--run-dir", str(failed.run_dir))
         assert shown.returncode == 3
         assert "FAILED" in shown.stdout
@@ -162,6 +166,16 @@ def test_a_daemon_is_ready_when_its_start_returns_and_gone_when_its_stop_does(
                 process.kill()
 
 
+def test_a_daemon_logs_to_a_run_directory_of_its_own_only(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(0o777)
+    for words in (("start", "--daemon"), ("status",), ("stop",)):
+        failed = mms(*words, "--run-dir", str(tmp_path / "run"))
+        assert failed.returncode == 1
+        assert failed.stderr.startswith(f"mms: error: others may write in the run directory {tmp_path}/run (mode 777)")
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_a_daemon_that_cannot_start_says_why(tmp_path: Path) -> None:
     failed = mms("start", "--daemon", "--run-dir", str(tmp_path / "run"), "--model-store", str(tmp_path / "nowhere"))
     assert failed.returncode == 1
@@ -197,3 +211,49 @@ def test_a_handler_runs_in_the_foreground_for_a_debugger(make_archive: MakeArchi
     )
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["sha256"] == digest(b"hello")
+
+
+@pytest.fixture
+def other_user() -> dict[str, Any]:
+    """How `subprocess` runs something as a user without rights: this one, or another if this one is root."""
+    if os.geteuid() != 0:
+        return {}
+    nobody = pwd.getpwnam("nobody")
+    how: dict[str, Any] = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+    try:
+        subprocess.run([sys.executable, "-c", "import mms"], cwd="/", check=True, capture_output=True, **how)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip(f"other users than root cannot run {sys.executable}")
+    return how
+
+
+def test_a_user_without_rights_serves_in_the_default_folders(
+    make_archive: MakeArchive, other_user: dict[str, Any]
+) -> None:
+    with scratch() as folder:
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
+        words = start_arguments(folder, addresses, make_archive("echo"), run_dir="", cache_dir="", edge="auto")
+        for name in ("home", "tmp"):
+            (folder / name).mkdir()
+            os.chown(folder / name, other_user.get("user", -1), -1)
+        environ = environment(HOME=str(folder / "home"), TMPDIR=str(folder / "tmp"))
+        for name in ("XDG_RUNTIME_DIR", "XDG_CACHE_HOME"):
+            environ.pop(name, None)
+
+        def run(*words: str) -> str:
+            done = subprocess.run(
+                words, env=environ, cwd=folder, capture_output=True, text=True, timeout=30, check=False, **other_user
+            )
+            assert (done.returncode, done.stderr) == (0, ""), done
+            return str(done.stdout)
+
+        try:
+            assert run(*words, "--models", "ALL", "--daemon").startswith("ready in ")
+            assert fetch(addresses[0], "POST", "/predictions/echo", bytes(1 << 20)).status == 200
+            (run_dir,) = (folder / "tmp").glob("mms-*")
+            assert list((folder / "home/.cache/mms/servers").glob("*/models/echo-1"))
+            assert run(*words[:4], "stop").startswith("stopped the server")
+            assert not (run_dir / "sockets").exists()
+        finally:
+            for process in processes_in(folder):
+                process.kill()

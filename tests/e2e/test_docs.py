@@ -97,7 +97,12 @@ class Reader:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         (folder / ".curlrc").write_text("silent\nshow-error\nmax-time = 20\n")
         self._environment = environment(
-            PATH=path, CURL_HOME=str(folder), COLUMNS="120", MMS_RUN_DIR=str(folder / "run"), **addresses
+            PATH=path,
+            CURL_HOME=str(folder),
+            COLUMNS="120",
+            MMS_RUN_DIR=str(folder / "run"),
+            MMS_CACHE_DIR=str(folder / "cache"),
+            **addresses,
         )
 
     def follow(self, page: Path, *, until: str = "") -> None:

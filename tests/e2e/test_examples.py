@@ -93,7 +93,7 @@ def examples(store: Path, run_dir: str, tmp_path_factory: pytest.TempPathFactory
     inference, management, metrics = (f"127.0.0.1:{port}" for port in free_ports(3))
     command = [
         *(f"{sysconfig.get_path('scripts')}/mms", "start"),
-        *("--model-store", str(store), "--models", "ALL", "--run-dir", run_dir),
+        *("--model-store", str(store), "--models", "ALL", "--run-dir", run_dir, "--cache-dir", f"{run_dir}/cache"),
         *("--inference-address", inference, "--management-address", management, "--metrics-address", metrics),
     ]
     with log.open("wb") as output:

@@ -55,7 +55,7 @@ def test_a_model_is_registered_described_used_and_unregistered(bare: Server) -> 
     assert bare.manage("DELETE", "/models/echo").json() == {"status": 'Model "echo" unregistered'}
     assert bare.predict("echo").status == 404
     assert not any(psutil.pid_exists(pid) for pid in pids)
-    assert not list((bare.run_dir / "models").iterdir())
+    assert not bare.extracted
 
 
 def test_an_asynchronous_registration_answers_at_once(bare: Server) -> None:
@@ -314,4 +314,4 @@ def test_a_broken_archive_is_refused_and_nothing_is_left(bare: Server, damage: s
     finally:
         (store / "broken.mar").unlink()
     assert bare.manage("GET", "/models/broken").status == 404
-    assert not list((bare.run_dir / "models").iterdir())
+    assert not bare.extracted

@@ -103,7 +103,7 @@ def test_nothing_of_ours_listens_beside_nginx(edged: Server) -> None:
 
 def test_the_access_log_names_requests_without_their_query(edged: Server) -> None:
     fetch(edged.url, "POST", "/predictions/echo?token=secret", b"x", {"X-Request-Id": "in-the-access-log"})
-    log = edged.run_dir / "nginx" / "access.log"
+    log = edged.folder / "access.log"
     eventually(lambda: "in-the-access-log" in log.read_text())
     (line,) = (line for line in log.read_text().splitlines() if "in-the-access-log" in line)
     entry = json.loads(line)

@@ -25,6 +25,7 @@ from tests.conftest import (
     eventually,
     fetch,
     free_ports,
+    mms,
     needs_nginx,
     processes_in,
     scratch,
@@ -123,6 +124,33 @@ def test_f48_a_stop_waits_no_longer_than_the_drain_time(make_archive: MakeArchiv
         assert "1 connections were cut" in running.output
 
 
+@needs_nginx
+def test_f48_all_parts_of_a_stop_share_the_drain_time(make_archive: MakeArchive, make_gate: MakeGate) -> None:
+    """nginx waits for the answer, so would the front end, so would the pool: each only for what the one before left."""
+    gate, answering = make_gate(), Answering()
+    with server(make_archive("gate"), edge="nginx", drain_timeout=2.5) as running:
+        answering.send(running, "gate", gate.body)
+        eventually(gate.begun)
+        begun = time.monotonic()
+        stopped = mms("stop", "--run-dir", str(running.run_dir))
+        assert 2.5 <= time.monotonic() - begun < 5
+        assert stopped.returncode == 0, stopped
+        assert stopped.stderr == f"waiting for 2 s: pid {running.pid} finishes requests in hand, at most 17.5 s\n"
+        assert "nginx was ended: its requests took longer than drain_timeout (2.5 s)" in running.output
+
+
+def test_f48_a_stop_that_takes_too_long_becomes_a_kill(make_archive: MakeArchive, make_gate: MakeGate) -> None:
+    gate, answering = make_gate(), Answering()
+    with server(make_archive("gate")) as running:
+        answering.send(running, "gate", gate.body)
+        eventually(gate.begun)
+        stopped = mms("stop", "--run-dir", str(running.run_dir), "--timeout", "0.1")
+        assert stopped.returncode == 1
+        text = f"mms: error: the server (pid {running.pid}) did not stop within 0.1 s and was killed\n"
+        assert stopped.stderr == text
+        running.expected_exit = -signal.SIGKILL
+
+
 @pytest.mark.parametrize("edge", EDGES)
 def test_f48_a_second_signal_ends_the_server_at_once(make_archive: MakeArchive, make_gate: MakeGate, edge: str) -> None:
     gate, answering = make_gate(), Answering()
@@ -151,11 +179,13 @@ def test_f46_a_killed_server_leaves_nothing_and_the_next_one_starts(make_archive
             "management_address": first.management,
             "metrics_address": first.metrics,
         }
+        killed = f"no server is running in {folder}/run; the last one there (pid {first.pid}) was killed\n"
+        assert [mms(word, "--run-dir", str(folder / "run")).stdout for word in ("status", "stop")] == [killed] * 2
         with server(echo, folder=folder, edge=edge, **addresses) as second:
             assert fetch(first.url, "POST", "/predictions/echo", b"x").status == 200
             record = json.loads((second.run_dir / "mms.json").read_text())
             assert record["pid"] == second.pid
-            assert len(list((second.run_dir / "models").iterdir())) == 1
+            assert len(second.extracted) == 1
 
 
 def test_f46_a_killed_server_takes_a_worker_that_loads_with_it(make_archive: MakeArchive, tmp_path: Path) -> None:
@@ -189,11 +219,12 @@ def test_f50_a_server_that_slept_kills_no_worker_for_it(make_archive: MakeArchiv
         assert running.workers("echo") == before
 
 
-def test_the_run_directory_holds_only_logs_after_a_stop(make_archive: MakeArchive) -> None:
+def test_only_logs_are_left_after_a_stop(make_archive: MakeArchive) -> None:
     with server(make_archive("echo")) as running:
         running.predict("echo", b"x")
         running.stop()
         assert {path.name for path in running.run_dir.iterdir()} <= {"lock", "logs"}
+        assert not list((running.cache_dir / "servers").iterdir())
         assert os.stat(running.run_dir).st_mode & 0o777 == 0o700
 
 

@@ -96,6 +96,36 @@ def test_a_changed_archive(folder: Path, make_archive: MakeArchive) -> None:
     assert "changed.mar" in refusal(folder, models=("changed.mar",))
 
 
+def test_no_model_that_loads(folder: Path, make_archive: MakeArchive) -> None:
+    words = start_arguments(folder, [f"127.0.0.1:{port}" for port in free_ports(3)], make_archive("crashes_on_load"))
+    ended = mms(*words[4:], "--models", "ALL", "--daemon", cwd=folder)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    error = f"mms: error: no model could be loaded: {REASON} (more in {folder}/run/logs)"
+    assert ended.stderr.splitlines()[-1] == error
+    eventually(lambda: not processes_in(folder))
+    assert "the weights are missing" in (folder / "run/logs/crashes_on_load.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("management", "where"),
+    [
+        ("127.0.0.1:9001", "127.0.0.1:9001"),
+        ("localhost:9001", "127.0.0.1:9001 and localhost:9001"),
+        ("0.0.0.0:9001", "127.0.0.1:9001 and 0.0.0.0:9001"),
+    ],
+)
+def test_one_address_for_two_listeners(folder: Path, management: str, where: str) -> None:
+    text = refusal(folder, inference_address="127.0.0.1:9001", management_address=management)
+    assert text == (f"inference_address and management_address would both listen on {where}; each needs its own")
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("edge", ["none", "auto"])
+def test_an_access_log_without_nginx(folder: Path, edge: str) -> None:
+    text = refusal(folder, edge=edge, nginx="no-such-nginx", access_log=folder / "access.log")
+    assert text.startswith("access_log is written by nginx")
+
+
 def test_two_archives_of_one_model(folder: Path, make_archive: MakeArchive) -> None:
     text = refusal(folder, make_archive("echo"), models=("echo-1.0.mar", "echo=echo-1.0.mar"))
     assert "both hold model echo 1.0" in text
@@ -111,6 +141,7 @@ def test_two_archives_of_one_model(folder: Path, make_archive: MakeArchive) -> N
         ("max_request_size", "1 apple", "a size is needed"),
         ("response_timeout", "nan", "a finite number is needed"),
         ("run_dir", "/proc/mms", "cannot use the run directory /proc/mms"),
+        ("cache_dir", "/proc/mms", "cannot use the cache directory /proc/mms"),
         ("nginx", "no-such-nginx", "no-such-nginx"),
         ("log_file", "/nowhere/mms.log", "/nowhere/mms.log"),
     ],
@@ -172,11 +203,15 @@ def test_a_run_directory_that_is_too_long_for_sockets(folder: Path) -> None:
 def test_a_run_directory_that_is_a_link(folder: Path) -> None:
     (folder / "real").mkdir()
     (folder / "link").symlink_to(folder / "real")
-    assert "is not a folder of this user" in refusal(folder, run_dir=folder / "link")
+    assert "is a link or a file, not a folder" in refusal(folder, run_dir=folder / "link")
+
+
+REASON = "the handler of crashes_on_load 1.0 failed to load: RuntimeError: the weights are missing"
 
 
 def test_a_model_that_does_not_load_is_no_reason_not_to_start(make_archive: MakeArchive) -> None:
     with server(make_archive("echo"), make_archive("crashes_on_load")) as running:
-        assert running.ready_line.endswith("; FAILED: crashes_on_load 1.0")
+        assert " s: 1 of 2 models at " in running.ready_line
+        assert running.ready_line.endswith(f"; FAILED: {REASON}")
         assert running.predict("echo", b"x").status == 200
         assert running.predict("crashes_on_load", b"x").status == 503

@@ -171,6 +171,7 @@ def configuration(directory: Path, *listeners: Listener, log_level: str = "info"
         body_timeout=5.0,
         header_timeout=5.0,
         log_level=log_level,
+        access_log=directory / "access.log",
     )
 
 
@@ -212,7 +213,7 @@ class Edge:
         return head.split()[1].decode(), json.loads(body)
 
     def access_log(self) -> list[Any]:
-        return [json.loads(line) for line in (self.directory / "nginx/access.log").read_text().splitlines()]
+        return [json.loads(line) for line in (self.directory / "access.log").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -362,7 +363,15 @@ def test_access_log_is_json_without_the_query(edge: Edge) -> None:
     assert (first["method"], first["path"], first["status"]) == ("POST", "/predictions/m", 200)
     assert (first["listener"], first["request_id"], first["client"]) == ("inference", "abc-7", "127.0.0.1")
     assert second["status"] == 400
-    assert not {"secret", "hidden"} & set((edge.directory / "nginx/access.log").read_text().replace("=", " ").split())
+    assert not {"secret", "hidden"} & set((edge.directory / "access.log").read_text().replace("=", " ").split())
+
+
+def test_an_access_log_that_was_moved_away_is_opened_anew(edge: Edge) -> None:
+    log = edge.directory / "access.log"
+    log.rename(log.with_suffix(".1"))
+    edge.nginx.reopen()
+    eventually(log.exists)
+    eventually(lambda: edge.request("GET", "/after") and log.read_text())
 
 
 def test_error_log_does_not_quote_requests(edge: Edge, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mms.config import (
     MAX_FILE,
     Config,
     ModelSettings,
+    default_cache_dir,
     default_run_dir,
     load_config,
     merge_settings,
@@ -51,7 +53,7 @@ def test_each_source_overrides_the_one_before_and_is_named(tmp_path: Path) -> No
 
 def test_without_sources_everything_is_default() -> None:
     config, origins = load_config(environ={})
-    assert config == Config(run_dir=default_run_dir())
+    assert config == Config(run_dir=default_run_dir(), cache_dir=default_cache_dir())
     assert set(origins.values()) == {"default"}
 
 
@@ -62,6 +64,17 @@ def test_the_process_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_an_empty_run_directory_is_the_default_one() -> None:
     assert load_config(environ={"MMS_RUN_DIR": ""})[0].run_dir == default_run_dir()
+
+
+def test_the_cache_is_on_disk_wherever_there_is_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / ".cache/mms"
+    monkeypatch.setenv("HOME", "/nonexistent")
+    assert default_cache_dir() == Path(f"/var/tmp/mms-cache-{os.getuid()}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert default_cache_dir() == tmp_path / "cache/mms"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,13 @@ FILES = {"root", "alias", "try_files", "slice", "mp4", "autoindex", "dav_methods
 PROTOCOLS = {"http2", "http3", "quic", "scgi_pass", "uwsgi_pass", "fastcgi_pass", "proxy_set_body"}
 
 
-def rendered(*listeners: Listener, user: str | None = None, log_level: str = "info", **timeouts: float) -> str:
+def rendered(
+    *listeners: Listener,
+    user: str | None = None,
+    log_level: str = "info",
+    access_log: Path | None = None,
+    **timeouts: float,
+) -> str:
     durations = {"response_timeout": 120.0, "body_timeout": 60.0, "header_timeout": 10.0, **timeouts}
     return render(
         listeners or (INFERENCE, MANAGEMENT),
@@ -28,7 +34,10 @@ def rendered(*listeners: Listener, user: str | None = None, log_level: str = "in
         max_request_size=1000,
         user=user,
         log_level=log_level,
-        **durations,
+        access_log=access_log,
+        response_timeout=durations["response_timeout"],
+        body_timeout=durations["body_timeout"],
+        header_timeout=durations["header_timeout"],
     )
 
 
@@ -82,8 +91,13 @@ def test_error_log_stays_above_the_levels_that_quote_requests(log_level: str) ->
     assert "error_log stderr crit;" in rendered(log_level=log_level)
 
 
+def test_there_is_no_access_log_unless_one_is_named() -> None:
+    assert "access_log off;" in rendered() and "log_format" not in rendered()
+
+
 def test_access_log_has_no_query_header_or_body() -> None:
-    text = rendered()
+    text = rendered(access_log=Path("/logs/a b.log"))
+    assert 'access_log "/logs/a b.log" mms' in text
     format_ = text[text.index("log_format") : text.index("access_log")]
     assert set(re.findall(r"\$\w+", format_)) == {
         "$time_iso8601",

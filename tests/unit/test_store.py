@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,14 @@ def test_a_store_that_is_no_folder_is_refused(tmp_path: Path, name: str) -> None
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is not a folder"):
         ModelStore(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_store_and_folders_in_it_that_cannot_be_read(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    (tmp_path / "empty").chmod(0)  # such as lost+found
+    assert store.names() == ["a.tar.gz", "b.mar", "unpacked"]
+    tmp_path.chmod(0o300)
+    with pytest.raises(ConfigError, match="this user cannot read the model store"):
+        ModelStore(tmp_path)
+    tmp_path.chmod(0o700)
