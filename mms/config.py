@@ -78,6 +78,10 @@ def _path(value: Any) -> Path | None:
     return None if value in (None, "") else Path(_text(str(value))).expanduser().absolute()
 
 
+def _paths(value: Any) -> tuple[str, ...]:
+    return tuple(str(Path(word).expanduser().absolute()) for word in _words(value))
+
+
 def _words(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [word for word in re.split(r"[,\s]+", value) if word]
@@ -171,6 +175,21 @@ class ModelSettings:
     preload: tuple[str, ...] = _setting(
         (), _words, "modules that the fork server imports before the workers are forked"
     )
+    max_requests: int = _setting(
+        0, _integer, "requests after which a worker is replaced by a new one (0: never)", low=0
+    )
+    max_rss: int = _setting(
+        0, _size, "resident memory above which a worker is replaced by a new one (0: no bound)", low=0
+    )
+    worker_fs: str = _setting(
+        "open",
+        _one_of("open", "restricted"),
+        "restricted: workers read the system, Python and their archive, and write only their temporary folder",
+    )
+    worker_network: str = _setting("open", _one_of("open", "none"), "none: workers can open no network sockets")
+    worker_memory: int = _setting(
+        0, _size, "address space that a worker may use, for models on CPUs (0: no bound); prefer max_rss", low=0
+    )
 
     @property
     def worker_limit(self) -> int:
@@ -229,6 +248,14 @@ class Config:
     worker_env: tuple[str, ...] = _setting(
         (), _words, "names of environment variables that workers get beside the usual ones"
     )
+    worker_user: str = _setting("", _text, "run the workers as this user (the server must be root)")
+    worker_fs: str = _setting("open", _one_of("open", "restricted"), "for all models: see worker_fs of a model")
+    worker_read: tuple[str, ...] = _setting((), _paths, "further files and folders that restricted workers may read")
+    worker_network: str = _setting("open", _one_of("open", "none"), "for all models: see worker_network of a model")
+    worker_memory: int = _setting(0, _size, "for all models: see worker_memory of a model", low=0)
+    worker_nice: int = _setting(
+        0, _integer, "how far workers stand back for the server when CPUs are short (0 to 19, as nice)", low=0
+    )
     batch_size: int = _setting(1, _integer, "default for models: see batch_size of a model", low=1)
     max_batch_delay: float = _setting(0.0, _milliseconds, "default for models, milliseconds", low=0)
     workers: int = _setting(
@@ -248,6 +275,9 @@ class Config:
             startup_timeout=self.startup_timeout,
             queue_size=self.queue_size,
             queue_timeout=self.queue_timeout,
+            worker_fs=self.worker_fs,
+            worker_network=self.worker_network,
+            worker_memory=self.worker_memory,
         )
 
 

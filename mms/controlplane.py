@@ -24,8 +24,9 @@ from mms.rundir import CacheDirectory
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
-from mms.workers.pool import PoolSettings, WorkerPool
+from mms.workers.pool import PoolSettings, Restarts, WorkerPool
 from mms.workers.process import Launch, reap_orphans
+from mms.workers.sandbox import Sandboxes, only_stricter
 
 log = logging.getLogger("mms.controlplane")
 
@@ -42,8 +43,14 @@ class ControlPlane:
         self._cache = cache
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._loads = asyncio.Semaphore(config.parallel_loads)
+        self._restarts = Restarts()
+        self._sandboxes = Sandboxes(config, cache.scratch)
         self._numbers = itertools.count(1)
         self._versions: set[ModelVersion] = set()  # registered, or still draining
+
+    async def check_sandbox(self) -> None:
+        """Whether this machine can give workers what the server's settings demand. Raises ConfigError."""
+        await self._sandboxes.check(self._sandboxes.of(self._config.model_defaults()))
 
     async def register(
         self,
@@ -112,7 +119,8 @@ class ControlPlane:
         # what is being forked or installed at the moment is ours, but not known yet
         if not any(pool.starting for pool in pools):
             workers = {worker.pid for pool in pools for worker in pool.workers if worker.pid is not None}
-            reap_orphans(workers | others | set(self.forkservers.pids()))
+            for pid in reap_orphans(workers | others | set(self.forkservers.pids())):
+                log.warning("process %d, which a worker had started, had left its session; killed", pid)
 
     async def close(self, drain: float) -> None:
         """Unload everything and end the fork servers."""
@@ -131,10 +139,15 @@ class ControlPlane:
         try:
             model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
             settings = self._settings(archive, model_config, changes)
+            sandbox = self._sandboxes.of(settings)
+            await self._sandboxes.check(sandbox)
+            if owned is not None:
+                await asyncio.to_thread(self._sandboxes.hand_over, owned)
             version = ModelVersion(name, number, archive, settings)
             version.directory = owned
             version.at_start = at_start
-            version.pool = self._pool(version, folder, handler or archive.manifest.handler, model_config)
+            version.sandbox = self._sandboxes.describe(settings)
+            version.pool = self._pool(version, folder, handler or archive.manifest.handler, model_config, sandbox)
             replaced = self._failed(name, number)
             open_model_log(self._config.run_dir / "logs", name)
             if replaced is not None:
@@ -174,7 +187,9 @@ class ControlPlane:
             f"{archive.path.name}: {archive.manifest.config_file}",
             strict=False,
         )
+        only_stricter(settings, self._config.model_defaults(), f"{archive.path.name}: {archive.manifest.config_file}")
         settings = merge_settings(settings, changes, "request", strict=True)
+        only_stricter(settings, self._config.model_defaults(), "request")
         fixed: dict[str, Any] = {}
         gpus = self._gpus_for(settings)
         if settings.min_workers == -1:
@@ -193,7 +208,9 @@ class ControlPlane:
             raise ConfigError(f"gpus: {', '.join(map(str, missing))} do not exist; this server sees: {seen}")
         return list(settings.gpus or there)
 
-    def _pool(self, version: ModelVersion, folder: Path, handler: str, model_config: dict[str, Any]) -> WorkerPool:
+    def _pool(
+        self, version: ModelVersion, folder: Path, handler: str, model_config: dict[str, Any], sandbox: wire.Sandbox
+    ) -> WorkerPool:
         settings, manifest = version.settings, version.archive.manifest
         load = wire.Load(
             model_name=version.name,
@@ -214,6 +231,8 @@ class ControlPlane:
             directory=load.directory,
             environ=environment.worker_environment(self._config.worker_env),
             preload=tuple(sorted({*manifest.preload, *settings.preload})),
+            scratch=self._sandboxes.scratch,
+            sandbox=sandbox,
         )
         pool = PoolSettings(
             label=version.label,
@@ -224,8 +243,10 @@ class ControlPlane:
             response_timeout=settings.response_timeout,
             startup_timeout=settings.startup_timeout,
             stop_grace=self._config.stop_grace,
+            max_requests=settings.max_requests,
+            max_rss=settings.max_rss,
         )
-        return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads)
+        return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, self._restarts)
 
     def _interpreter(self, version: ModelVersion, folder: Path) -> Callable[[], Awaitable[str]] | None:
         """What makes the archive's own Python, if it brings requirements and may install them."""

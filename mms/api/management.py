@@ -25,6 +25,7 @@ PAGE = 100
 _AT_REGISTRATION = (
     "batch_size", "max_batch_delay", "min_workers", "max_workers", "response_timeout", "startup_timeout", "queue_size",
     "queue_timeout", "retry", "isolate_errors", "device", "gpus", "threads", "preload",
+    "max_requests", "max_rss", "worker_fs", "worker_network", "worker_memory",
 )  # fmt: skip
 _WHILE_SERVED = ("batch_size", "max_batch_delay", "queue_size", "queue_timeout")
 _SYNCHRONOUS = Parameter("synchronous", "boolean", "answer when the workers are ready, not at once")

@@ -39,6 +39,7 @@ class ModelVersion:
         self.at_start = False
         self.loaded_at = time.time()
         self.directory: Path | None = None  # a folder of ours with the extracted archive, removed at the end
+        self.sandbox: dict[str, Any] = {}  # what its workers give up, as it is described
         self.metrics = VersionMetrics()
         self.queue = BatchQueue(
             batch_size=settings.batch_size,
@@ -118,6 +119,9 @@ class ModelVersion:
             "startupTimeout": settings.startup_timeout,
             "queueSize": settings.queue_size,
             **({"threads": pool.threads} if pool is not None else {}),
+            **({"maxRequests": settings.max_requests} if settings.max_requests else {}),
+            **({"maxRss": settings.max_rss} if settings.max_rss else {}),
+            **({"sandbox": self.sandbox} if self.sandbox else {}),
             "loadedAtStartup": self.at_start,
             "loadedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.loaded_at)),
             "workers": [describe_worker(worker, _memory(worker.pid)) for worker in (pool.workers if pool else ())],
@@ -125,7 +129,24 @@ class ModelVersion:
                 "remainingCapacity": max(0, self.queue.capacity - self.queue.depth),
                 "pendingRequests": self.queue.depth,
             },
+            **self._troubles(),
             **({"failure": {"message": failure.message, "traceback": failure.traceback}} if failure else {}),
+        }
+
+    def _troubles(self) -> dict[str, Any]:
+        """The latest death or failed start, and when missing workers are started; nothing while all was well."""
+        pool = self.pool
+        if pool is None or pool.last_failure is None:
+            return {}
+        failure, wait = pool.last_failure, pool.next_start
+        return {
+            "lastFailure": {
+                "cause": failure.cause,
+                "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(failure.at)),
+                "output": list(failure.output),
+            },
+            "deathsInWindow": pool.deaths,
+            **({"nextStartIn": round(wait, 1)} if wait is not None else {}),
         }
 
     def facts(self) -> VersionFacts:

@@ -23,6 +23,7 @@ import uvloop
 
 from mms import wire
 from mms.archive import ModelArchive
+from mms.config import Config
 from mms.errors import MMSError as Error
 from mms.errors import ModelLoadError, QueueFullError
 from mms.metrics import VersionMetrics
@@ -31,8 +32,9 @@ from mms.workers import environment
 from mms.workers.batching import BatchQueue, Job
 from mms.workers.forkserver import ForkServers
 from mms.workers.output import KEPT_LINES, MAX_LINE, MAX_PER_SECOND, OutputReader
-from mms.workers.pool import PoolSettings, WorkerPool
+from mms.workers.pool import PoolSettings, Restarts, WorkerPool
 from mms.workers.process import Launch
+from mms.workers.sandbox import Sandboxes
 from tests.conftest import Gate, MakeArchive, MakeGate, T, eventually
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -54,7 +56,7 @@ class Caller:
 class Served:
     """One pool and what surrounds it in a server."""
 
-    def __init__(self, folder: Path, handler: str, forkservers: ForkServers, **how: Any) -> None:
+    def __init__(self, folder: Path, handler: str, forkservers: ForkServers, scratch: Path, **how: Any) -> None:
         self.forkservers = forkservers
         self.metrics = VersionMetrics()
         self.queue = BatchQueue(
@@ -74,6 +76,8 @@ class Served:
             directory=str(folder),
             environ=environment.worker_environment(()),
             preload=how.get("preload", ()),
+            scratch=scratch,
+            sandbox=how.get("sandbox", wire.Sandbox()),
             interpreter=how.get("interpreter"),
         )
         settings = PoolSettings(
@@ -85,8 +89,10 @@ class Served:
             response_timeout=how.get("response_timeout", 20.0),
             startup_timeout=how.get("startup_timeout", 20.0),
             stop_grace=0.5,
+            max_requests=how.get("max_requests", 0),
+            max_rss=how.get("max_rss", 0),
         )
-        self.pool = WorkerPool(settings, self.queue, self.metrics, forkservers, asyncio.Semaphore(4))
+        self.pool = WorkerPool(settings, self.queue, self.metrics, forkservers, asyncio.Semaphore(4), Restarts())
         self._ids = 0
 
     def submit(self, body: bytes) -> asyncio.Future[bytes]:
@@ -136,7 +142,11 @@ def serve(make_archive: MakeArchive, tmp_path: Path) -> Serve:
         folder = tmp_path / f"{name}-{next(numbers)}"
         archive.extract(folder)
         forkservers = ForkServers()
-        served = Served(folder, archive.manifest.handler, forkservers, **how)
+        if "sandbox" in how and how["sandbox"].uid != -1:
+            Sandboxes(Config(worker_user=str(how["sandbox"].uid)), tmp_path).hand_over(folder)
+        scratch = tmp_path / f"scratch-{next(numbers)}"
+        scratch.mkdir()
+        served = Served(folder, archive.manifest.handler, forkservers, scratch, **how)
         try:
             if workers:
                 await served.pool.scale(workers)
@@ -147,6 +157,7 @@ def serve(make_archive: MakeArchive, tmp_path: Path) -> Serve:
                 served.pool.fail(job, error)
             forkservers.close()
             assert (served.pool.in_flight, served.pool.workers) == (0, [])
+            await until(lambda: not list(scratch.iterdir()))
 
     return begin
 
