@@ -116,8 +116,8 @@ class ControlPlane:
     def reap_orphans(self, others: set[int]) -> None:
         """Wait for what workers left behind and died; `others` are children of the server that are not ours."""
         pools = [version.pool for version in self._versions if version.pool is not None]
-        # what is being forked or installed at the moment is ours, but not known yet
-        if not any(pool.starting for pool in pools):
+        # what is being forked, installed or tried at the moment is ours, but not known yet
+        if not self._sandboxes.trying and not any(pool.starting for pool in pools):
             workers = {worker.pid for pool in pools for worker in pool.workers if worker.pid is not None}
             for pid in reap_orphans(workers | others | set(self.forkservers.pids())):
                 log.warning("process %d, which a worker had started, had left its session; killed", pid)

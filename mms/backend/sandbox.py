@@ -203,20 +203,21 @@ def filter_program(architecture: int, socket_call: int, forbidden: list[int]) ->
 def main() -> None:
     """Runs in a process of its own: exit code 0 if a worker could work like this, else one line on standard error."""
     sandbox = msgspec.json.decode(sys.argv[1], type=wire.Sandbox)
-    directory, scratch = sys.argv[2:4]
+    scratch = sys.argv[2]
     try:
         limit()
-        apply(sandbox, directory, scratch)
-        _try_out(sandbox, directory, scratch)
+        apply(sandbox, scratch, scratch)
+        _try_out(sandbox, scratch)
     except Refused as error:
         sys.exit(str(error))
     except OSError as error:
         who = f"worker_user {sandbox.uid}" if sandbox.uid != -1 else "a restricted worker"
-        sys.exit(f"{who} cannot use {error.filename or directory}: {error.strerror}")
+        sys.exit(f"{who} cannot use {error.filename or scratch}: {error.strerror}")
 
 
-def _try_out(sandbox: wire.Sandbox, directory: str, scratch: str) -> None:
-    for folder in (Path(__file__).parent, Path(os.__file__).parent, Path(directory)):
+def _try_out(sandbox: wire.Sandbox, scratch: str) -> None:
+    """Raises Refused or OSError."""
+    for folder in (Path(__file__).parent, Path(os.__file__).parent):
         os.listdir(folder)
     (Path(scratch) / "trial").write_bytes(b"")
     (Path(scratch) / "trial").unlink()

@@ -136,10 +136,14 @@ class ModelVersion:
     def _troubles(self) -> dict[str, Any]:
         """The latest death or failed start, and when missing workers are started; nothing while all was well."""
         pool = self.pool
-        if pool is None or pool.last_failure is None:
+        if pool is None:
             return {}
+        troubles = {"forkServerDeaths": pool.forkserver_deaths} if pool.forkserver_deaths else {}
+        if pool.last_failure is None:
+            return troubles
         failure, wait = pool.last_failure, pool.next_start
         return {
+            **troubles,
             "lastFailure": {
                 "cause": failure.cause,
                 "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(failure.at)),

@@ -21,6 +21,9 @@ MAX_FRAME_BYTES = 1 << 20  # beyond the first batch
 RETRY_SHARE = 0.1
 RETRY_MINIMUM = 3
 RETRY_WINDOW = 10.0
+POISON_MEMORY = 10.0  # seconds for which a request that has crashed two workers is known by its content
+MAX_POISONS = 64
+_FROM_OUTSIDE = ("signal 9 ", "signal 15 ")  # these deaths say nothing about the request
 
 
 class Caller(Protocol):
@@ -115,11 +118,16 @@ class BatchQueue:
         self._alone: deque[Job] = deque()  # retries: each runs in a frame of its own, before anything else
         self._retried: deque[float] = deque()
         self._window: deque[tuple[float, int]] = deque()
+        self._poisons: dict[int, float] = {}  # content -> until when it is not run
 
     def submit(self, job: Job) -> None:
-        """Take the job in. Raises QueueFullError, or ServiceUnavailableError while closed."""
+        """Take the job in. Raises QueueFullError, ServiceUnavailableError while closed, or WorkerDiedError for one
+        whose like has just crashed two workers.
+        """
         if self.closed:
             raise ServiceUnavailableError(self.closed)
+        if self._poisons:
+            self._refuse_poison(job)
         if self.depth >= self.capacity:
             raise QueueFullError(f"the queue is full: {self.depth} requests wait; try again later")
         self.submitted += 1
@@ -195,6 +203,8 @@ class BatchQueue:
         for job in lost:
             job.attempts += 1
             if not affordable or job.attempts > self.retry:
+                if job.attempts > 1 and _is_crash(cause) and len(self._poisons) < MAX_POISONS:
+                    self._poisons[_content(job)] = now + POISON_MEMORY
                 failed.append((job, self._death(job, cause)))
             else:
                 self.retries += 1
@@ -304,6 +314,17 @@ class BatchQueue:
         """The longest waiting job; only while `depth` is positive."""
         return next(job for job in itertools.chain(self._alone, self._waiting) if not job.settled)
 
+    def _refuse_poison(self, job: Job) -> None:
+        """Raises WorkerDiedError for a known one, which stays known for as long as it keeps coming."""
+        now = job.arrived
+        for content in [content for content, until in self._poisons.items() if until < now]:
+            del self._poisons[content]
+        content = _content(job)
+        if content in self._poisons:
+            self._poisons[content] = now + POISON_MEMORY
+            raise WorkerDiedError("the same request has just crashed two worker processes; it is not run again",
+                                  status=500)  # fmt: skip
+
     def _death(self, job: Job, cause: str) -> WorkerDiedError:
         if job.attempts > 1:
             return WorkerDiedError(f"the worker process died twice running this request ({cause})", status=500)
@@ -326,6 +347,15 @@ class BatchQueue:
         """Called about once a second: remembers how many requests there were, for the retry budget."""
         self._window.append((now, self.submitted))
         _drop_before(self._window, now - RETRY_WINDOW)
+
+
+def _is_crash(cause: str) -> bool:
+    return cause.startswith(("signal ", "exit code ")) and not cause.startswith(_FROM_OUTSIDE)
+
+
+def _content(job: Job) -> int:
+    """What makes two requests the same to a handler that does not look at their other headers."""
+    return hash((job.facts.content_type, job.facts.query, b"".join(job.parts)))
 
 
 def _by_arrival(jobs: deque[Job]) -> deque[Job]:

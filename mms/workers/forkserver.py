@@ -23,7 +23,7 @@ log = logging.getLogger("mms.forkserver")
 REPLY_LIMIT = 60.0  # seconds for one fork
 PRELOAD_LIMIT = 300.0
 MAX_MESSAGE = 256 << 10
-DEATHS = 5  # within DEATH_WINDOW: then workers start as fresh interpreters for as long
+DEATHS = 5  # within DEATH_WINDOW: then workers start as fresh interpreters
 DEATH_WINDOW = 60.0
 
 
@@ -148,7 +148,6 @@ class ForkServers:
     def __init__(self) -> None:
         self._servers: dict[tuple[str, ...], ForkServer] = {}
         self._deaths: defaultdict[tuple[str, ...], deque[float]] = defaultdict(deque)
-        self._given_up: dict[tuple[str, ...], float] = {}  # until when a set is not forked from
 
     async def fork(
         self, preload: tuple[str, ...], request: wire.ForkRequest, descriptors: Sequence[int]
@@ -158,14 +157,14 @@ class ForkServers:
         try:
             return await self._fork(server, request, descriptors)
         except (ForkServerDied, FrameError) as error:
-            if server.preload in self._servers and self._servers[preload] is server:
+            if self._servers.get(preload) is server:  # nobody was quicker
                 log.warning("%s; starting another", error)
                 self._died(server)
             return await self._fork(self._get(preload), request, descriptors)
 
     def deaths(self, preload: tuple[str, ...]) -> int:
         """How often that fork server has died lately."""
-        died = self._deaths[preload]
+        died = self._deaths.get(preload, deque())
         while died and died[0] < time.monotonic() - DEATH_WINDOW:
             died.popleft()
         return len(died)
@@ -183,7 +182,7 @@ class ForkServers:
         if server is not None and not server.alive:
             self._died(server)
             server = None
-        if self._given_up.get(preload, 0.0) > time.monotonic():
+        if self.deaths(preload) >= DEATHS:
             raise UnsafeFork(",".join(preload))
         if server is None:
             server = self._servers[preload] = ForkServer(preload)
@@ -194,10 +193,9 @@ class ForkServers:
         preload = server.preload
         self._deaths[preload].append(time.monotonic())
         if self.deaths(preload) >= DEATHS:
-            self._deaths[preload].clear()
-            self._given_up[preload] = time.monotonic() + DEATH_WINDOW
-            log.error("the fork server (preload: %s) died %d times within %g s; for %g s workers start as fresh "
-                      "interpreters", ",".join(preload) or "nothing", DEATHS, DEATH_WINDOW, DEATH_WINDOW)  # fmt: skip
+            log.error("the fork server (preload: %s) died %d times within %g s; until one of these is longer ago, "
+                      "workers start as fresh interpreters", ",".join(preload) or "nothing", DEATHS,
+                      DEATH_WINDOW)  # fmt: skip
 
     def _discard(self, server: ForkServer) -> None:
         """Give up this one; its successor, if another caller was quicker, stays."""

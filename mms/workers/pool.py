@@ -173,6 +173,11 @@ class WorkerPool:
         return len(self._deaths)
 
     @property
+    def forkserver_deaths(self) -> int:
+        """How often the fork server of these workers has died lately."""
+        return self._forkservers.deaths(self._settings.launch.preload)
+
+    @property
     def in_flight(self) -> int:
         return sum(len(worker.in_flight.jobs) for worker in self.workers)
 

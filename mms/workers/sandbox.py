@@ -26,6 +26,7 @@ class Sandboxes:
 
     def __init__(self, config: Config, scratch: Path) -> None:
         self.scratch = scratch
+        self.trying = 0  # trial processes that are running
         self._config = config
         self._tried: set[wire.Sandbox] = set()
         self._user = _find_user(config.worker_user) if config.worker_user else None
@@ -53,29 +54,38 @@ class Sandboxes:
         """Try it in a process of its own, unless that was done. Raises ConfigError with what is in the way."""
         if sandbox == wire.Sandbox() or sandbox in self._tried:
             return
-        scratch = self.new_scratch(sandbox, "trial")
-        words = [msgspec.json.encode(sandbox).decode(), str(scratch), str(scratch)]
+        self.trying += 1
+        try:
+            failure = await self._try(sandbox)
+        finally:
+            self.trying -= 1
+        if failure:
+            raise ConfigError(failure)
+        self._tried.add(sandbox)
+
+    async def _try(self, sandbox: wire.Sandbox) -> str:
+        """What is in the way, or nothing."""
+        scratch = new_scratch(self.scratch, "trial", sandbox)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "mms.backend.sandbox", *words,
+            sys.executable, "-P", "-m", "mms.backend.sandbox", msgspec.json.encode(sandbox).decode(), str(scratch),
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
             env=environment.worker_environment(()),
         )  # fmt: skip
         try:
             async with asyncio.timeout(TRIAL_LIMIT):
                 _, said = await process.communicate()
-        except TimeoutError:
+        except BaseException as error:
             process.kill()
-            raise ConfigError(f"a worker's sandbox could not be tried within {TRIAL_LIMIT:g} s") from None
+            await process.wait()
+            if isinstance(error, TimeoutError):
+                return f"a worker's sandbox could not be tried within {TRIAL_LIMIT:g} s"
+            raise
         finally:
             await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
-        if process.returncode:
-            lines = said.decode("utf-8", "replace").strip().splitlines()
-            raise ConfigError(lines[-1] if lines else f"a worker's sandbox fails: exit code {process.returncode}")
-        self._tried.add(sandbox)
-
-    def new_scratch(self, sandbox: wire.Sandbox, name: str) -> Path:
-        """A new folder that only such a worker may use. Raises OSError."""
-        return new_scratch(self.scratch, name, sandbox)
+        if not process.returncode:
+            return ""
+        lines = said.decode("utf-8", "replace").strip().splitlines()
+        return lines[-1] if lines else f"a worker's sandbox cannot be tried: exit code {process.returncode}"
 
     def hand_over(self, folder: Path) -> None:
         """Let the workers' user read an extracted archive; it still belongs to the server's."""
@@ -101,6 +111,7 @@ class Sandboxes:
 
 
 def new_scratch(parent: Path, name: str, sandbox: wire.Sandbox) -> Path:
+    """A new folder that only such a worker may use. Raises OSError."""
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
     if sandbox.uid != -1:
         os.chown(folder, sandbox.uid, sandbox.gid)

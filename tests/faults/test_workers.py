@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from mms.backend import sandbox
 from mms.errors import MMSError as Error
 from mms.workers import forkserver
 from mms.workers.process import reap_orphans
+from tests.conftest import MakeArchive, Server, eventually, free_ports, mms, scratch, server, start_arguments
 from tests.processes.test_pool import Serve, Served, serve, subreaper, until
 
 __all__ = ["serve", "subreaper"]
@@ -216,6 +219,36 @@ def test_all_of_it_at_once(serve: Serve, make_folder_public: None) -> None:
 
 
 # faults
+
+
+def test_f7_fifty_poisons_in_a_row_cost_two_workers_and_no_other_request(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", workers=2) as served:
+            served.queue.timeout = 60.0
+            answered, over = 0, asyncio.Event()
+
+            async def good(name: bytes) -> None:
+                nonlocal answered
+                while not over.is_set():
+                    assert await served.submit(name) == name
+                    answered += 1
+
+            clients = [asyncio.ensure_future(good(b"good %d" % number)) for number in range(4)]
+            for _ in range(50):
+                error = None
+                try:
+                    await asyncio.wait_for(served.submit(b"abort"), 10)
+                except Error as caught:
+                    error = caught
+                assert error is not None
+                assert (error.status, error.type) == (500, "WorkerDiedException")
+            over.set()
+            await asyncio.gather(*clients)
+            assert dict(served.metrics.restarts) == {"signal 6 (SIGABRT)": 2}
+            assert served.pool.failure is None
+            assert answered > 4
+
+    uvloop.run(scenario())
 
 
 def test_f11_killed_for_lack_of_memory_is_said_only_when_it_is_proved(
@@ -473,18 +506,14 @@ def test_f39_a_stopped_fork_server_is_replaced(serve: Serve, monkeypatch: pytest
 def test_a_fork_server_that_cannot_be_kept_is_done_without(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with serve("misbehaves") as served:
-            for count in range(forkserver.DEATHS):
+            for _ in range(forkserver.DEATHS):
                 (pid,) = served.forkservers.pids()
                 os.kill(pid, signal.SIGKILL)
                 await until(lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]
-                await served.pool.scale(2 if count % 2 == 0 else 1)
-                if count % 2 == 0:
-                    await served.pool.scale(1)
-                    await served.pool.scale(2)
-                else:
-                    await served.pool.scale(2)
+                await served.pool.scale(1)
+                await served.pool.scale(2)
             assert served.forkservers.pids() == []
-            assert served.pool.ready == 2
+            assert (served.pool.ready, served.pool.forkserver_deaths) == (2, forkserver.DEATHS)
             assert await serves(served)
 
     with caplog.at_level(logging.WARNING, "mms"):
@@ -552,3 +581,113 @@ def test_f45_the_fork_server_has_no_address_that_others_could_connect_to(serve: 
             assert all(not connection.laddr for connection in psutil.Process(pid).net_connections("all"))
 
     uvloop.run(scenario())
+
+
+# a whole server
+
+
+@pytest.fixture(scope="module")
+def bare(make_archive: MakeArchive) -> Iterator[Server]:
+    """A server whose workers have no network; tests restart its workers, but leave its settings."""
+    with server(make_archive("misbehaves"), worker_network="none") as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("--worker-user", "no-such-user"), "worker_user = no-such-user: there is no such user"),
+        (("--worker-user", "root"), "worker_user = root: that is root, whom workers should not run as"),
+        (("--worker-network", "off"), "one of open, none is needed"),
+    ],
+)
+@as_root
+def test_s12_a_sandbox_that_cannot_be_had_is_refused_at_start(settings: tuple[str, str], words: str) -> None:
+    with scratch() as folder:
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
+        command = start_arguments(folder, addresses)
+        done = mms(*command[command.index("start") :], *settings)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_s12_the_description_says_what_is_in_force_and_a_model_can_only_be_stricter(bare: Server) -> None:
+    assert bare.describe("misbehaves")["sandbox"] == {"network": "none"}
+    assert json.loads(bare.predict("misbehaves", b"connect AF_INET").body)["error"] == "Permission denied"
+    reply = bare.manage("POST", "/models?url=misbehaves-1.0.mar&model_name=other&worker_network=open")
+    assert (reply.status, reply.message) == (
+        400, "request: worker_network = open: this server demands none; a model can only be stricter"
+    )  # fmt: skip
+    reply = bare.manage("POST", "/models?url=misbehaves-1.0.mar&model_name=other&worker_memory=4GiB&max_requests=7")
+    assert reply.status == 200, reply
+    described = bare.describe("other")
+    assert (described["sandbox"], described["maxRequests"]) == ({"network": "none", "memory": 4 << 30}, 7)
+    assert bare.manage("DELETE", "/models/other").status == 200
+
+
+def test_recycling_is_counted_and_is_no_failure(bare: Server) -> None:
+    added = bare.manage("POST", "/models?url=misbehaves-1.0.mar&model_name=short&max_requests=1")
+    assert added.status == 200, added
+    (pid,) = bare.workers("short")
+    assert bare.predict("short", b"echo x").status == 200
+    eventually(lambda: bare.workers("short") not in ([], [pid]))
+    eventually(lambda: bare.metric("mms_worker_restarts_total", model="short", reason="max_requests") == 1)
+    assert "lastFailure" not in bare.describe("short")
+    assert bare.manage("DELETE", "/models/short").status == 200
+
+
+def test_f19_the_server_kills_what_has_left_its_worker(bare: Server, tmp_path: Path) -> None:
+    """And the description tells of the death."""
+    reply = bare.predict("misbehaves", b"daemonise %s" % str(tmp_path / "stray").encode())
+    assert (reply.status, "exit code 0" in reply.message) == (500, True)
+    eventually(lambda: " had left its session; killed" in bare.output)
+    stray = int((tmp_path / "stray").read_text())
+    eventually(lambda: not psutil.pid_exists(stray))
+    described = bare.describe("misbehaves")
+    assert described["lastFailure"]["cause"] == "exit code 0"
+    assert described["deathsInWindow"] >= 1
+    eventually(lambda: bare.workers("misbehaves"))
+
+
+def _memory_group() -> Path | None:
+    """A control group of our own with a memory limit, where we may make one."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("memory", ""):
+            folder = Path("/sys/fs/cgroup", controllers, path.lstrip("/"), f"mms-test-{os.getpid()}")
+            limit = folder / ("memory.limit_in_bytes" if controllers else "memory.max")
+            try:
+                folder.mkdir()
+            except OSError:
+                continue
+            try:
+                limit.write_text(str(400 << 20))
+            except OSError:
+                folder.rmdir()
+                continue
+            return folder
+    return None
+
+
+def test_f11_the_kernels_kill_for_lack_of_memory_is_named_and_the_server_lives(make_archive: MakeArchive) -> None:
+    group = _memory_group()
+    if group is None:
+        pytest.skip("no control group with a memory limit can be made here")
+    own = Path("/sys/fs/cgroup", *group.relative_to("/sys/fs/cgroup").parts[:-1], "cgroup.procs")
+    try:
+        (group / "cgroup.procs").write_text(str(os.getpid()))  # the server is started from in here
+        try:
+            context = server(make_archive("misbehaves", retry=0))
+            running = context.__enter__()
+        finally:
+            own.write_text(str(os.getpid()))
+        with contextlib.ExitStack() as stack:
+            stack.push(context.__exit__)
+            reply = running.predict("misbehaves", b"leak_memory %d" % (1 << 30))
+            assert (reply.status, "killed (out of memory)" in reply.message) == (503, True)
+            assert eventually(lambda: running.workers("misbehaves"))
+            assert running.describe("misbehaves")["lastFailure"]["cause"] == "killed (out of memory)"
+    finally:
+        eventually(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()

@@ -119,7 +119,8 @@ class Simulation:
         client.poison = self.random.random() < self.poison_share
         client.hangs = self.random.random() < self.hang_share
         size = self.random.choice((10, 10, 10, 10, 700_000))
-        client.job = Job(number, FACTS, b"", [], size, client, self.now)
+        body = b"poison" if client.poison else b"%d" % number
+        client.job = Job(number, FACTS, b"", [body], size, client, self.now)
         full = self.queue.depth >= self.queue.capacity
         self.events.append(f"submit {number}{' poison' * client.poison}{' hangs' * client.hangs}")
         try:
@@ -128,6 +129,8 @@ class Simulation:
             assert full
         except ServiceUnavailableError:
             assert self.queue.closed
+        except WorkerDiedError:
+            assert client.poison, "a good request is taken for a poison"
         else:
             assert not full and not self.queue.closed
             self.clients[number] = client
@@ -240,7 +243,7 @@ class Simulation:
         """The process ends; what it has written is read to the end; its jobs are taken back; another one starts."""
         self.events.append(f"worker {self.workers.index(worker)} dies after {worker.started} begun jobs")
         self.read(worker, len(worker.written))
-        failed = self.queue.lose(worker.in_flight, worker.started, "signal 9", self.now)
+        failed = self.queue.lose(worker.in_flight, worker.started, "signal 6 (SIGABRT)", self.now)
         assert all(isinstance(error, WorkerDiedError) for _, error in failed)
         self.fail(failed)
         assert not worker.in_flight.jobs and not worker.in_flight.exclusive
