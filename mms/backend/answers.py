@@ -18,7 +18,7 @@ _FRAMING = frozenset(
     {b"content-length", b"transfer-encoding", b"connection", b"keep-alive", b"upgrade", b"trailer", b"te"}
 )
 
-_BYTES = Outcome(200, b"content-type: application/octet-stream\r\n", "")
+PLAIN_BYTES = Outcome(200, b"content-type: application/octet-stream\r\n", "")
 _TEXT = Outcome(200, b"content-type: text/plain; charset=utf-8\r\n", "")
 _JSON = Outcome(200, b"content-type: application/json\r\n", "")
 
@@ -34,13 +34,6 @@ def failure(error: MMSError | PredictionError) -> Answer:
     kind = "PredictionException" if isinstance(error, PredictionError) else error.type
     status = error.status if isinstance(error.status, int) and 400 <= error.status <= 599 else 500
     return Outcome(status, b"", kind), str(error.message).encode("utf-8", "replace")
-
-
-def plain_answer(value: Any, limit: int) -> Answer:
-    """A handler's result for which it has set nothing. Raises HandlerError when it cannot be sent."""
-    if type(value) is bytes and len(value) <= limit:
-        return _BYTES, value
-    return answer(value, 200, "", {}, limit)
 
 
 def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str], limit: int) -> Answer:
@@ -75,9 +68,9 @@ def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str
 
 def _body(value: Any) -> tuple[Body, Outcome]:
     if isinstance(value, bytes | bytearray):
-        return value, _BYTES
+        return value, PLAIN_BYTES
     if isinstance(value, memoryview):
-        return value.cast("B") if value.c_contiguous else value.tobytes(), _BYTES
+        return value.cast("B") if value.c_contiguous else value.tobytes(), PLAIN_BYTES
     if isinstance(value, str):
         try:
             return value.encode(), _TEXT
