@@ -17,8 +17,9 @@ import click
 
 import mms
 from mms.config import Config, load_config, show_setting
-from mms.errors import MMSError, ModelLoadError
+from mms.errors import ConfigError, MMSError, ModelLoadError
 from mms.rundir import RunDirectory, Running
+from mms.token import read_token
 
 NOT_READY = 3
 _READY_FD = "_MMS_READY_FD"
@@ -35,7 +36,7 @@ def _settings(command: _Command) -> _Command:
     """An option for each setting, and --config."""
     for setting in reversed(fields(Config)):
         flag = "--" + setting.name.replace("_", "-")
-        multiple = setting.name in ("models", "worker_env")
+        multiple = isinstance(setting.default, tuple)
         command = click.option(
             flag, setting.name, multiple=multiple, default=None, metavar="…", help=setting.metadata["help"]
         )(command)
@@ -195,7 +196,10 @@ def status(run_dir: Path | None, as_json: bool, quiet: bool) -> None:
             click.echo('{"running": false}' if as_json else f"no server is running in {directory.path}")
         sys.exit(NOT_READY)
     try:
-        models = describe_models(running.management_address)
+        token = read_token(Path(running.management_token_file)) if running.management_token_file else b""
+        models = describe_models(running.management_address, token)
+    except ConfigError as error:
+        _fail(error.message, NOT_READY)
     except OSError as error:
         _fail(f"the server (pid {running.pid}) does not answer on {running.management_address}: {error}", NOT_READY)
     ready = all(_is_ready(model) for model in models)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 import os
 import re
 import tempfile
@@ -111,6 +112,15 @@ def _address(value: Any) -> str:
     return text
 
 
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach the address."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return address.startswith("unix:") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 def _setting(default: Any, parse: Callable[[Any], Any], help: str, *, low: float | None = None) -> Any:
     return field(default=default, metadata={"parse": parse, "help": help, "low": low})
 
@@ -173,6 +183,12 @@ class Config:
     )
     management_address: str = _setting(
         "127.0.0.1:8081", _address, "where models are registered and scaled; keep it private"
+    )
+    management_token_file: Path | None = _setting(  # noqa: RUF009
+        None, _path, "file (mode 0600) with the token that every management call must bring"
+    )
+    management_hosts: tuple[str, ...] = _setting(
+        (), _words, "names by which the management port may be called, beside its address and localhost"
     )
     metrics_address: str = _setting("127.0.0.1:8082", _address, "where Prometheus scrapes /metrics")
     edge: str = _setting(

@@ -21,6 +21,7 @@ class Running:
     inference_address: str
     management_address: str
     metrics_address: str
+    management_token_file: str = ""
 
 
 class RunDirectory:

@@ -20,7 +20,7 @@ from mms_nginx.find import edge_user, find_nginx
 
 from mms import logs
 from mms.api.predictions import InferenceApi
-from mms.config import Config
+from mms.config import Config, is_loopback
 from mms.controlplane import ControlPlane
 from mms.dataplane import DataPlane
 from mms.errors import ConfigError, ModelLoadError, StartError
@@ -30,6 +30,7 @@ from mms.metrics import Collector, GpuFacts, registry
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.rundir import RunDirectory, Running
+from mms.token import TokenFile
 from mms.workers.environment import GpuMonitor
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class ModelServer:
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
         self._config = config
         self._say = say
+        self._token = self._management_token()
         self._store = ModelStore(config.model_store)
         self._registry = ModelRegistry()
         self._startup = self._archives()
@@ -88,7 +90,8 @@ class ModelServer:
             await self._serve(sockets)
             self._start_edge()
             self._tick()
-            self._run_dir.record(Running(os.getpid(), *self._addresses()))
+            token_file = str(self._config.management_token_file or "")
+            self._run_dir.record(Running(os.getpid(), *self._addresses(), token_file))
             await self._await_loads(loads)
         except BaseException:
             for load in loads:
@@ -125,6 +128,16 @@ class ModelServer:
             seen[key] = url
             self._registry.announced.add(key[0])
         return startup
+
+    def _management_token(self) -> TokenFile | None:
+        """Whoever can register a model runs code here: only this machine may do that without a token."""
+        address, file = self._config.management_address, self._config.management_token_file
+        if file is None and not is_loopback(address):
+            raise ConfigError(
+                f"management_address = {address}: other machines reach it, and whoever registers a model runs code "
+                "here; set management_token_file, or keep it on 127.0.0.1 or a Unix socket"
+            )
+        return None if file is None else TokenFile(file)
 
     def _find_edge(self) -> str | None:
         if self._config.edge == "none":
@@ -169,6 +182,7 @@ class ModelServer:
         from aiohttp import web
 
         from mms.api import management, metrics
+        from mms.api.guard import Guard
 
         inference, control, scrape = sockets
         await self._http.start(inference)
@@ -183,8 +197,9 @@ class ModelServer:
         def refresh() -> None:
             self._gpus = list(monitor.facts())
 
+        guard = Guard(self._config.management_address, self._config.management_hosts, self._token)
         apps = (
-            (management.application(self._control), control),
+            (management.application(self._control, guard), control),
             (metrics.application(registry(collector), refresh), scrape),
         )
         for app, sock in apps:

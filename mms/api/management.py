@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
+from mms.api.guard import Guard
 from mms.api.openapi import Operation, Parameter, document, setting_parameters
 from mms.config import nearest
 from mms.controlplane import ControlPlane
-from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, ModelLoadError, NotFoundError
+from mms.errors import (
+    BadRequestError,
+    MethodNotAllowedError,
+    MMSError,
+    ModelLoadError,
+    NotFoundError,
+    UnauthorizedError,
+)
 from mms.http.response import json_body
 from mms.models.version import ModelVersion
 
@@ -33,9 +42,9 @@ _Parameters = dict[str, Any]
 _Handler = Callable[[web.Request, _Parameters], Awaitable[web.Response]]
 
 
-def application(control: ControlPlane) -> web.Application:
+def application(control: ControlPlane, guard: Guard) -> web.Application:
     """The aiohttp application on the management listener."""
-    app = web.Application(middlewares=[_errors], client_max_size=MAX_BODY)
+    app = web.Application(middlewares=[_errors, guard.middleware], client_max_size=MAX_BODY)
     app[CONTROL] = control
     for operation, handler in _TABLE:
         app.router.add_route(operation.method, operation.path, _translate(operation, handler))
@@ -66,7 +75,10 @@ def _failure(error: MMSError) -> web.Response:
     body: dict[str, Any] = {"code": error.status, "type": error.type, "message": error.message}
     if isinstance(error, ModelLoadError) and error.traceback:
         body["traceback"] = error.traceback
-    return _json(body, error.status)
+    response = _json(body, error.status)
+    if isinstance(error, UnauthorizedError):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
 
 
 def _json(value: Any, status: int = 200) -> web.Response:
@@ -181,7 +193,8 @@ async def _unregister(request: web.Request, parameters: _Parameters) -> web.Resp
 
 
 async def _openapi(request: web.Request, parameters: _Parameters) -> web.Response:
-    return _json(document("MMS management API", "Register, scale, describe, unregister.", (row[0] for row in _TABLE)))
+    operations = (replace(row[0], statuses=tuple(sorted((*row[0].statuses, 401, 403)))) for row in _TABLE)
+    return _json(document("MMS management API", "Register, scale, describe, unregister.", operations))
 
 
 def _status(text: str, status: int = 200) -> web.Response:
