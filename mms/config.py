@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -23,6 +24,7 @@ from mms.errors import ConfigError
 MAX_FILE = 1 << 20
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
+_PORTS = {"http": 80, "https": 443}
 _SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -110,6 +112,30 @@ def _address(value: Any) -> str:
         if not colon or not host or not port.isdecimal() or int(port) > 65535:
             raise ValueError("host:port or unix:/path is needed")
     return text
+
+
+def _origins(value: Any) -> tuple[str, ...]:
+    return tuple(_origin(word) for word in _words(value))
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
+        raise ValueError(f"{url}: only scheme, host and port, such as https://models.example.com")
+    return origin_of(url)
+
+
+def origin_of(url: str) -> str:
+    """`scheme://host:port` of an http address. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in _PORTS or not parts.hostname or re.search(r"[\s\\\x00-\x1f\x7f]", url):
+        raise ValueError("http://host or https://host is needed")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}:{parts.port or _PORTS[parts.scheme]}"
+
+
+def _networks(value: Any) -> tuple[str, ...]:
+    return tuple(str(ipaddress.ip_network(word)) for word in _words(value))
 
 
 def is_loopback(address: str) -> bool:
@@ -218,6 +244,14 @@ class Config:
     stop_grace: float = _setting(5.0, _number, "seconds a worker gets to leave by itself before it is killed", low=0)
     parallel_loads: int = _setting(4, _integer, "workers that may load at the same time", low=1)
     verify_archives: bool = _setting(True, _boolean, "compare every file with the manifest's SHA-256 before it is used")
+    allowed_urls: tuple[str, ...] = _setting(
+        (), _origins, "where archives may be downloaded from, such as https://models.example.com (empty: nowhere)"
+    )
+    allowed_networks: tuple[str, ...] = _setting(
+        (), _networks, "private networks that downloads may connect to, such as 10.1.0.0/16"
+    )
+    max_download_size: int = _setting(8 << 30, _size, "largest archive that is downloaded", low=1)
+    download_timeout: float = _setting(600.0, _number, "seconds that one download may take", low=0.001)
     install_requirements: bool = _setting(
         False, _boolean, "install an archive's requirements.txt into a virtual environment of its own"
     )

@@ -127,6 +127,13 @@ class ArchiveError(MMSError):
     type = "InvalidModelException"
 
 
+class DownloadError(MMSError):
+    """The archive cannot be downloaded, or is not the one that was asked for. Retry when its server is well again."""
+
+    status = 400
+    type = "DownloadArchiveException"
+
+
 class ModelLoadError(MMSError):
     """The archive is sound but its handler did not become ready; `traceback` holds the worker's last words."""
 

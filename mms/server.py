@@ -27,6 +27,7 @@ from mms.errors import ConfigError, ModelLoadError, StartError
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer, bind
 from mms.metrics import Collector, GpuFacts, registry
+from mms.models.download import is_remote, split_pin
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.rundir import RunDirectory, Running
@@ -58,9 +59,9 @@ class ModelServer:
         self._token = self._management_token()
         self._store = ModelStore(config.model_store)
         self._registry = ModelRegistry()
+        self._control = ControlPlane(config, self._registry, self._store)
         self._startup = self._archives()
         self._run_dir = RunDirectory(config.run_dir)
-        self._control = ControlPlane(config, self._registry, self._store)
         self._inference = InferenceApi(DataPlane(self._registry))
         self._nginx_program = self._find_edge()
         self._http = HttpServer(self._inference, self._limits(), edge=self._nginx_program is not None)
@@ -111,16 +112,20 @@ class ModelServer:
         return self._exit_code
 
     def _archives(self) -> list[tuple[str, str]]:
-        """(name, file) of the models to load at start; each archive is checked before anything else happens."""
+        """(name, file) of the models to load at start; what is in the store is checked before anything else happens."""
         startup: list[tuple[str, str]] = []
         for entry in self._config.models:
             if entry.upper() == "ALL":
                 startup += [("", name) for name in self._store.names()]
             else:
-                name, equals, url = entry.partition("=")
+                name, equals, url = ("", "", "") if is_remote(entry) else entry.partition("=")
                 startup.append((name, url) if equals else ("", entry))
         seen: dict[tuple[str, str], str] = {}
         for name, url in startup:
+            if is_remote(url):
+                self._control.downloads.check(split_pin(url)[0])
+                self._registry.announced |= {name} if name else set()
+                continue
             archive = self._store.open(url)
             key = (name or archive.manifest.model_name, archive.manifest.version)
             if key in seen:

@@ -122,6 +122,7 @@ async def _register(request: web.Request, parameters: _Parameters) -> web.Respon
         str(parameters["url"]),
         name=str(parameters.get("model_name", "")),
         handler=str(parameters.get("handler", "")),
+        sha256=str(parameters.get("sha256", "")),
         changes=changes,
         synchronous=synchronous,
     )
@@ -226,7 +227,8 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
         Operation(
             "post", "/models", "Register an archive of the model store.", (200, 202, 400, 404, 409, 500),
             (
-                Parameter("url", "string", "the archive's file name in the model store", required=True),
+                Parameter("url", "string", "the archive's file name in the model store, or a URL", required=True),
+                Parameter("sha256", "string", "what the archive file's SHA-256 must be"),
                 Parameter("model_name", "string", "serve it under this name (default: the manifest's)"),
                 Parameter("handler", "string", "module:name instead of the manifest's handler"),
                 Parameter("runtime", "string", "python; accepted for MMS's sake"),

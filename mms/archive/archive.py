@@ -22,8 +22,9 @@ from mms.errors import ArchiveError
 class ModelArchive:
     """An archive on disk that has passed every check which needs no content. Made by `open`."""
 
-    def __init__(self, path: Path, container: Container, stamp: tuple[int, ...]) -> None:
+    def __init__(self, path: Path, container: Container, stamp: tuple[int, ...], name: str) -> None:
         self.path = path
+        self._name = name
         self.format = container.format
         self.manifest = Manifest.parse(container.manifest)
         self._stamp = stamp
@@ -35,14 +36,18 @@ class ModelArchive:
         ]
 
     @classmethod
-    def open(cls, path: Path) -> ModelArchive:
-        """Checks names, sizes, structure and manifest; nothing is extracted. Raises ArchiveError."""
-        with _naming(path), _container(path) as container:
-            return cls(path, container, _stamp(path))
+    def open(cls, path: Path, *, name: str = "") -> ModelArchive:
+        """Checks names, sizes, structure and manifest; nothing is extracted. Raises ArchiveError.
+
+        `name` stands for the archive in errors, where the file's own name would tell nobody anything.
+        """
+        name = name or path.name
+        with _naming(name), _container(path) as container:
+            return cls(path, container, _stamp(path), name)
 
     def verify(self) -> None:
         """Reads everything and compares it with the manifest's hashes, if it has any. Raises ArchiveError."""
-        with _naming(self.path), self._reopen() as container:
+        with _naming(self._name), self._reopen() as container:
             for _, chunks in self._contents(container, verify=True):
                 for _ in chunks:
                     pass
@@ -56,7 +61,7 @@ class ModelArchive:
             if verify:
                 self.verify()
             return self.path
-        with _naming(self.path), self._reopen() as container:
+        with _naming(self._name), self._reopen() as container:
             if os.path.lexists(destination):
                 raise ArchiveError(f"{destination} exists")
             temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
@@ -142,12 +147,12 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except ArchiveError as error:
-        raise ArchiveError(f"{path.name}: {error.message}", status=error.status) from None
+        raise ArchiveError(f"{name}: {error.message}", status=error.status) from None
     except FileNotFoundError as error:
         raise ArchiveError(f"{error.filename}: no such file", status=404) from None
     except OSError as error:
-        raise ArchiveError(f"{path.name}: {error.filename or ''}: {error.strerror}", status=500) from None
+        raise ArchiveError(f"{name}: {error.filename or ''}: {error.strerror}", status=500) from None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 from mms.archive import ModelArchive
-from mms.errors import BadRequestError, ConfigError, ModelNotFoundError
+from mms.errors import ArchiveError, BadRequestError, ConfigError, ModelNotFoundError
 
 _SUFFIXES = (".mar", ".tar.gz", ".tgz")
 _PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")
@@ -19,6 +20,12 @@ class ModelStore:
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"the model store {folder} is not a folder; create it or name another with --model-store")
         self._folder = folder
+
+    def folder(self) -> Path:
+        """Raises ModelNotFoundError if there is none."""
+        if self._folder is None:
+            raise ModelNotFoundError("the server was started without --model-store")
+        return self._folder
 
     def names(self) -> list[str]:
         """The archives in the store, sorted."""
@@ -44,6 +51,19 @@ class ModelStore:
             raise ModelNotFoundError(f"{url} is not in the model store; it holds {there}")
         return path
 
-    def open(self, url: str) -> ModelArchive:
-        """The archive, structurally checked. Raises ArchiveError as well."""
-        return ModelArchive.open(self.path(url))
+    def open(self, url: str, sha256: str = "") -> ModelArchive:
+        """The archive, structurally checked, with that SHA-256 of its file if one is given. Raises ArchiveError too."""
+        path = self.path(url)
+        archive = ModelArchive.open(path)
+        if sha256 and (path.is_dir() or file_sha256(path) != sha256):
+            raise ArchiveError(f"{url}: its SHA-256 is not the one that was asked for")
+        return archive
+
+    def check(self, path: Path, name: str) -> None:
+        """Whether the file at `path` could be served under `name`: structure and hashes. Raises ArchiveError."""
+        ModelArchive.open(path, name=name).verify()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

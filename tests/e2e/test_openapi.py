@@ -23,7 +23,7 @@ VALUES = {
     "synchronous": "true", "batch_size": "2", "max_batch_delay": "5", "min_workers": "0", "max_workers": "1",
     "response_timeout": "9", "startup_timeout": "9", "queue_size": "9", "queue_timeout": "9", "retry": "0",
     "isolate_errors": "true", "device": "cpu", "gpus": "", "threads": "1", "preload": "", "limit": "5",
-    "next_page_token": "0", "min_worker": "1", "max_worker": "1",
+    "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1",
 }  # fmt: skip
 METHODS = ("get", "put", "post", "delete", "patch", "options")
 
