@@ -244,6 +244,9 @@ class Config:
     stop_grace: float = _setting(5.0, _number, "seconds a worker gets to leave by itself before it is killed", low=0)
     parallel_loads: int = _setting(4, _integer, "workers that may load at the same time", low=1)
     verify_archives: bool = _setting(True, _boolean, "compare every file with the manifest's SHA-256 before it is used")
+    trusted_keys: Path | None = _setting(  # noqa: RUF009
+        None, _path, "file of public keys (PEM); then only archives that one of them has signed are served"
+    )
     allowed_urls: tuple[str, ...] = _setting(
         (), _origins, "where archives may be downloaded from, such as https://models.example.com (empty: nowhere)"
     )

@@ -74,6 +74,8 @@ class ControlPlane:
         if is_remote(url):
             url = await self.downloads.fetch(url, sha256)
         archive = await asyncio.to_thread(self.store.open, url, sha256)
+        if handler and self.store.only_signed:
+            raise BadRequestError("handler: a signed archive names its own; no other can be chosen with trusted_keys")
         name = name or archive.manifest.model_name
         if not MODEL_NAME.fullmatch(name):
             raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")

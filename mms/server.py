@@ -31,6 +31,7 @@ from mms.models.download import is_remote, split_pin
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.rundir import RunDirectory, Running
+from mms.signature import TrustedKeys
 from mms.token import TokenFile
 from mms.workers.environment import GpuMonitor
 
@@ -57,7 +58,8 @@ class ModelServer:
         self._config = config
         self._say = say
         self._token = self._management_token()
-        self._store = ModelStore(config.model_store)
+        keys = None if config.trusted_keys is None else TrustedKeys(config.trusted_keys)
+        self._store = ModelStore(config.model_store, keys)
         self._registry = ModelRegistry()
         self._control = ControlPlane(config, self._registry, self._store)
         self._startup = self._archives()

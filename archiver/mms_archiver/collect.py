@@ -14,7 +14,7 @@ from mms.errors import ArchiveError
 from mms_archiver.entry import find_entry, handler_file
 
 _SKIPPED_FOLDERS = ("__MACOSX", "__pycache__")
-_SKIPPED_FILES = (".DS_Store", "MANIFEST.json")
+_SKIPPED_FILES = (".DS_Store", "MANIFEST.json", "SIGNATURE.json")
 _SKIPPED_ENDINGS = (".pyc", ".mar")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mms.archive.checks import MANIFEST, Container, Contents, Member
+from mms.archive.checks import MANIFEST, SIGNATURE, Container, Contents, Member
 from mms.archive.folder import FolderContainer
 from mms.archive.manifest import ArchivedFile, Manifest
 from mms.archive.tar import TarContainer
@@ -24,15 +24,21 @@ class ModelArchive:
 
     def __init__(self, path: Path, container: Container, stamp: tuple[int, ...], name: str) -> None:
         self.path = path
-        self._name = name
+        self.name = name
         self.format = container.format
         self.manifest = Manifest.parse(container.manifest)
+        self.manifest_bytes = container.manifest
+        self.signature = container.signature
+        self.signed_by = ""  # the id of the trusted key, once that was checked
+        self.stored = container.format == "zip" and not any(
+            member.deflated for member in container.members if member.name not in (MANIFEST, SIGNATURE)
+        )
         self._stamp = stamp
         known = self.manifest.files
         self.files: Sequence[ArchivedFile] = [
             ArchivedFile(member.name, member.size, known[member.name].sha256 if member.name in known else "")
             for member in container.members
-            if not member.is_dir and member.name != MANIFEST
+            if not member.is_dir and member.name not in (MANIFEST, SIGNATURE)
         ]
 
     @classmethod
@@ -47,7 +53,7 @@ class ModelArchive:
 
     def verify(self) -> None:
         """Reads everything and compares it with the manifest's hashes, if it has any. Raises ArchiveError."""
-        with _naming(self._name), self._reopen() as container:
+        with _naming(self.name), self._reopen() as container:
             for _, chunks in self._contents(container, verify=True):
                 for _ in chunks:
                     pass
@@ -55,13 +61,15 @@ class ModelArchive:
     def extract(self, destination: Path, *, verify: bool = True) -> Path:
         """The folder to load from: `destination`, which must not exist; of a folder archive, the folder itself.
 
-        The files are hashed while they are written. On failure (ArchiveError) nothing is left behind.
+        The files are hashed while they are written; those of a signed archive always, as its signature covers only the
+        hashes. On failure (ArchiveError) nothing is left behind.
         """
+        verify = verify or bool(self.signed_by)
         if self.format == "directory":
             if verify:
                 self.verify()
             return self.path
-        with _naming(self._name), self._reopen() as container:
+        with _naming(self.name), self._reopen() as container:
             if os.path.lexists(destination):
                 raise ArchiveError(f"{destination} exists")
             temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))

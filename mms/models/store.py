@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mms.archive import ModelArchive
 from mms.errors import ArchiveError, BadRequestError, ConfigError, ModelNotFoundError
+from mms.signature import TrustedKeys
 
 _SUFFIXES = (".mar", ".tar.gz", ".tgz")
 _PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")
@@ -16,10 +17,16 @@ _PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")
 class ModelStore:
     """Finds archives by file name; nothing outside its folder can be named."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, keys: TrustedKeys | None = None) -> None:
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"the model store {folder} is not a folder; create it or name another with --model-store")
         self._folder = folder
+        self._keys = keys
+
+    @property
+    def only_signed(self) -> bool:
+        """Whether it holds back archives that no trusted key has signed."""
+        return self._keys is not None
 
     def folder(self) -> Path:
         """Raises ModelNotFoundError if there is none."""
@@ -52,16 +59,22 @@ class ModelStore:
         return path
 
     def open(self, url: str, sha256: str = "") -> ModelArchive:
-        """The archive, structurally checked, with that SHA-256 of its file if one is given. Raises ArchiveError too."""
+        """The archive; structure, signature and, if given, the file's SHA-256 are checked. Raises ArchiveError too."""
         path = self.path(url)
-        archive = ModelArchive.open(path)
+        archive = self._opened(path, url)
         if sha256 and (path.is_dir() or file_sha256(path) != sha256):
             raise ArchiveError(f"{url}: its SHA-256 is not the one that was asked for")
         return archive
 
     def check(self, path: Path, name: str) -> None:
-        """Whether the file at `path` could be served under `name`: structure and hashes. Raises ArchiveError."""
-        ModelArchive.open(path, name=name).verify()
+        """Raises ArchiveError if the file at `path` could not be served as `name`: what `open` checks, and hashes."""
+        self._opened(path, name).verify()
+
+    def _opened(self, path: Path, name: str) -> ModelArchive:
+        archive = ModelArchive.open(path, name=name)
+        if self._keys is not None:
+            archive.signed_by = self._keys.check(archive)
+        return archive
 
 
 def file_sha256(path: Path) -> str:
