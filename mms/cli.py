@@ -197,7 +197,7 @@ def status(run_dir: Path | None, as_json: bool, quiet: bool) -> None:
         sys.exit(NOT_READY)
     try:
         token = read_token(Path(running.management_token_file)) if running.management_token_file else b""
-        models = describe_models(running.management_address, token)
+        models = describe_models(running.management_address, token=token, certificate=running.tls_cert)
     except ConfigError as error:
         _fail(error.message, NOT_READY)
     except OSError as error:
@@ -292,7 +292,12 @@ def predict(model: str, request: Path, content_type: str, number: str, run_dir: 
     path = f"/predictions/{model}" + (f"/{number}" if number else "")
     try:
         code, body = send(
-            running.inference_address, "POST", path, request.read_bytes(), content_type or guess_type(request)
+            running.inference_address,
+            "POST",
+            path,
+            request.read_bytes(),
+            content_type or guess_type(request),
+            certificate=running.tls_cert,
         )
     except OSError as error:
         _fail(f"no answer from {running.inference_address}: {error}")

@@ -217,6 +217,10 @@ class Config:
         (), _words, "names by which the management port may be called, beside its address and localhost"
     )
     metrics_address: str = _setting("127.0.0.1:8082", _address, "where Prometheus scrapes /metrics")
+    tls_cert: Path | None = _setting(  # noqa: RUF009
+        None, _path, "certificate chain (PEM): nginx speaks TLS on the inference port, and on a public management port"
+    )
+    tls_key: Path | None = _setting(None, _path, "the certificate's private key (PEM, mode 0600)")  # noqa: RUF009
     edge: str = _setting(
         "auto",
         _one_of("auto", "nginx", "none"),

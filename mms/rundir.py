@@ -15,13 +15,14 @@ from mms.errors import StartError
 
 @dataclass(frozen=True)
 class Running:
-    """What `mms stop` and `mms status` know of the server in a run directory."""
+    """What `mms stop` and `mms status` know of the server in a run directory; with TLS, addresses begin with https."""
 
     pid: int
     inference_address: str
     management_address: str
     metrics_address: str
     management_token_file: str = ""
+    tls_cert: str = ""
 
 
 class RunDirectory:

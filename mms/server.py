@@ -14,6 +14,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mms_nginx.find import edge_user, find_nginx
@@ -23,7 +24,7 @@ from mms.api.predictions import InferenceApi
 from mms.config import Config, is_loopback
 from mms.controlplane import ControlPlane
 from mms.dataplane import DataPlane
-from mms.errors import ConfigError, ModelLoadError, StartError
+from mms.errors import ConfigError, MMSError, ModelLoadError, StartError
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer, bind
 from mms.metrics import Collector, GpuFacts, registry
@@ -31,6 +32,7 @@ from mms.models.download import is_remote, split_pin
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.rundir import RunDirectory, Running
+from mms.secret import read_secret
 from mms.signature import TrustedKeys
 from mms.token import TokenFile
 from mms.workers.environment import GpuMonitor
@@ -66,6 +68,9 @@ class ModelServer:
         self._run_dir = RunDirectory(config.run_dir)
         self._inference = InferenceApi(DataPlane(self._registry))
         self._nginx_program = self._find_edge()
+        self._tls = self._certificate()
+        self._renewal: asyncio.Task[None] | None = None
+        self._tls_stamp = self._look_at_certificate()
         self._http = HttpServer(self._inference, self._limits(), edge=self._nginx_program is not None)
         self._runners: list[web.AppRunner] = []
         self._nginx: Nginx | None = None
@@ -94,7 +99,9 @@ class ModelServer:
             self._start_edge()
             self._tick()
             token_file = str(self._config.management_token_file or "")
-            self._run_dir.record(Running(os.getpid(), *self._addresses(), token_file))
+            certificate = str(self._tls[0]) if self._tls else ""
+            inference, management, metrics = self._places()
+            self._run_dir.record(Running(os.getpid(), inference, management, metrics, token_file, certificate))
             await self._await_loads(loads)
         except BaseException:
             for load in loads:
@@ -156,6 +163,33 @@ class ModelServer:
             self._say("nginx is not installed: the front end listens by itself (no TLS, no request spooling)")
         return program
 
+    def _certificate(self) -> tuple[Path, Path] | None:
+        """Certificate and key, if TLS is wanted; only nginx speaks it."""
+        cert, key = self._config.tls_cert, self._config.tls_key
+        if cert is None and key is None:
+            return None
+        if cert is None or key is None:
+            raise ConfigError("tls_cert and tls_key go together: set both")
+        if self._nginx_program is None:
+            raise ConfigError("tls_cert: TLS needs nginx in front; install it and do not start with --edge none")
+        read_secret(key, "key", 1)
+        if not os.access(cert, os.R_OK):
+            raise ConfigError(f"cannot read the certificate {cert}")
+        return cert, key
+
+    def _look_at_certificate(self) -> list[tuple[int, ...]]:
+        try:
+            facts = [path.stat() for path in self._tls or ()]
+        except OSError:
+            return []
+        return [(fact.st_ino, fact.st_size, fact.st_mtime_ns) for fact in facts]
+
+    def _speaks_tls(self, name: str, address: str) -> bool:
+        """The inference port does, and the management port where others can reach it."""
+        if self._tls is None or address.startswith("unix:"):
+            return False
+        return name == "inference" or (name == "management" and not is_loopback(address))
+
     def _limits(self) -> Limits:
         config = self._config
         return Limits(
@@ -168,6 +202,11 @@ class ModelServer:
 
     def _addresses(self) -> tuple[str, str, str]:
         return self._config.inference_address, self._config.management_address, self._config.metrics_address
+
+    def _places(self) -> list[str]:
+        """The addresses, with https:// where TLS is spoken."""
+        pairs = zip(LISTENERS, self._addresses(), strict=True)
+        return [f"https://{address}" if self._speaks_tls(name, address) else address for name, address in pairs]
 
     def _listen(self, group: int | None) -> list[socket.socket]:
         """The front end's sockets: behind nginx Unix ones, else the public ones."""
@@ -226,7 +265,12 @@ class ModelServer:
 
         config = self._config
         listeners = [
-            Listener(name, address, (self._run_dir.sockets / f"{name}.sock",))
+            Listener(
+                name,
+                address,
+                (self._run_dir.sockets / f"{name}.sock",),
+                self._tls if self._speaks_tls(name, address) else None,
+            )
             for name, address in zip(LISTENERS, self._addresses(), strict=True)
         ]
         user = edge_user()
@@ -281,7 +325,7 @@ class ModelServer:
         failed = [
             version.label for version in versions if version.pool is not None and version.pool.failure is not None
         ]
-        inference, management, metrics = map(_url, self._addresses())
+        inference, management, metrics = map(_url, self._places())
         edge = "behind nginx" if self._nginx is not None else "without nginx"
         count = len(versions) - len(failed)
         text = (
@@ -290,7 +334,26 @@ class ModelServer:
         )
         return f"{text}; FAILED: {', '.join(failed)}" if failed else text
 
+    def _renew_certificate(self) -> None:
+        """nginx reads certificate and key at its start: it reloads when they have changed."""
+        stamp = self._look_at_certificate()
+        if not stamp or stamp == self._tls_stamp or self._nginx is None or self._renewal is not None:
+            return
+        self._tls_stamp = stamp
+        self._renewal = asyncio.create_task(asyncio.to_thread(self._nginx.reload_files))
+        self._renewal.add_done_callback(self._renewed)
+
+    def _renewed(self, renewal: asyncio.Task[None]) -> None:
+        self._renewal = None
+        if not renewal.cancelled():
+            error = renewal.exception()
+            if isinstance(error, MMSError):
+                log.error("the new certificate is not in force: %s", error.message)
+            else:
+                log.info("nginx has taken the new certificate")
+
     def _tick(self) -> None:
+        self._renew_certificate()
         self._control.reap_orphans({self._nginx.pid} if self._nginx is not None else set())
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
 
@@ -385,7 +448,7 @@ def prepare_process() -> None:
 
 
 def _url(address: str) -> str:
-    return address if address.startswith("unix:") else f"http://{address}"
+    return address if address.startswith(("unix:", "https:")) else f"http://{address}"
 
 
 async def serve(config: Config, say: Callable[[str], None]) -> int:

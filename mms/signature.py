@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mms.archive import ModelArchive
 from mms.errors import ArchiveError, ConfigError
+from mms.secret import read_secret
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -49,11 +50,8 @@ class SigningKey:
     def __init__(self, path: Path) -> None:
         """Raises ConfigError if the file holds no such key, or others may read it."""
         ed25519, serialization = _cryptography()
-        data, mode = _read(path)
-        if mode & 0o077:
-            raise ConfigError(f"the key {path} has mode {mode:o}: others may read it; chmod 600 it")
         try:
-            key = serialization.load_pem_private_key(data, None)
+            key = serialization.load_pem_private_key(read_secret(path, "key", MAX_KEY_FILE), None)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path} holds no private key that can be used: {error}") from None
         if not isinstance(key, ed25519.Ed25519PrivateKey):

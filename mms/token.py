@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hmac
 import logging
-import os
 import re
-import stat
 from pathlib import Path
 
 from mms.errors import ConfigError
+from mms.secret import read_secret
 
 MAX_FILE = 4096
 _TOKEN = re.compile(rb"[\x21-\x7e]{22,512}")  # 22 characters of base64 are 128 bits
@@ -19,20 +18,7 @@ log = logging.getLogger("mms.management")
 
 def read_token(path: Path) -> bytes:
     """The token in the file. Raises ConfigError if there is none, or if it is no secret: other users may read it."""
-    try:
-        with path.open("rb") as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise ConfigError(f"the token file {path} is not a plain file")
-            if facts.st_mode & 0o077:
-                raise ConfigError(
-                    f"the token file {path} has mode {facts.st_mode & 0o777:o}: others may read it; chmod 600 it"
-                )
-            if facts.st_uid not in (0, os.geteuid()):
-                raise ConfigError(f"the token file {path} belongs to another user")
-            token = file.read(MAX_FILE + 1).strip()
-    except OSError as error:
-        raise ConfigError(f"cannot read the token file {path}: {error.strerror}") from None
+    token = read_secret(path, "token file", MAX_FILE + 1).strip()
     if not _TOKEN.fullmatch(token):
         raise ConfigError(
             f"the token file {path} must hold one word of 22 to 512 characters; `openssl rand -hex 32` makes a good one"

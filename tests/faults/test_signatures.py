@@ -115,18 +115,8 @@ def test_S4_the_signature_is_dsse_as_openssl_checks_it(keys: Path) -> None:
     payload, kind = base64.b64decode(envelope["payload"]), envelope["payloadType"]
     (keys / "message").write_bytes(b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload))
     (keys / "sig").write_bytes(base64.b64decode(envelope["signatures"][0]["sig"]))
-    words = [
-        "-verify",
-        "-pubin",
-        "-inkey",
-        keys / "me.pub",
-        "-rawin",
-        "-in",
-        keys / "message",
-        "-sigfile",
-        keys / "sig",
-    ]
-    subprocess.run([openssl, "pkeyutl", *words], check=True, capture_output=True)
+    words = "pkeyutl -verify -pubin -inkey me.pub -rawin -in message -sigfile sig".split()
+    subprocess.run([openssl, *words], cwd=keys, check=True, capture_output=True)
 
 
 def test_S4_a_key_of_openssl_signs(keys: Path) -> None:
