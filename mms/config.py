@@ -22,6 +22,7 @@ import yaml
 from mms.errors import ConfigError
 
 MAX_FILE = 1 << 20
+MAX_DEPTH = 32
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _PORTS = {"http": 80, "https": 443}
@@ -331,13 +332,21 @@ def show_setting(kind: type, name: str, value: Any) -> str:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that stands twice is an error, and so is an alias (a bomb is made of them)."""
+    """PyYAML's safe loader, but a key that stands twice is an error, and so are depth and aliases (bombs need them)."""
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
@@ -351,21 +360,21 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping (at most 1 MiB, no aliases, no repeated keys). Raises ConfigError."""
+    """A YAML file with one mapping: at most 1 MiB, 32 levels, no aliases, no repeated keys. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE + 1)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    if len(data) > MAX_FILE:
-        raise ConfigError(f"{path}: larger than {MAX_FILE} bytes")
     return parse_yaml(data, str(path))
 
 
 def parse_yaml(data: bytes, origin: str) -> dict[str, Any]:
     """As read_yaml, from memory; `origin` is named in errors."""
+    if len(data) > MAX_FILE:
+        raise ConfigError(f"{origin}: larger than {MAX_FILE} bytes")
     try:
-        content = yaml.load(data, _UniqueKeys)
+        content = yaml.load(data, _UniqueKeys)  # noqa: TID251  # the one place
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise ConfigError(f"{origin}:{line} {error.problem}") from None

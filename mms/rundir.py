@@ -116,3 +116,9 @@ class RunDirectory:
         facts = self.path.lstat()
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
             raise StartError(f"the run directory {self.path} is not a folder of this user; choose another --run-dir")
+        above = self.path.absolute().parent.stat().st_mode
+        if above & stat.S_IWOTH and not above & stat.S_ISVTX:
+            raise StartError(
+                f"anybody may rename the run directory {self.path}: {self.path.absolute().parent} is writable for all "
+                "and has no sticky bit; choose another --run-dir"
+            )

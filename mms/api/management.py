@@ -67,7 +67,7 @@ async def _errors(
     except web.HTTPException as error:
         return _failure(BadRequestError(error.reason, status=error.status))
     except Exception:
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         return _failure(MMSError("the server failed to handle this; its log has the traceback"))
 
 
@@ -126,6 +126,7 @@ async def _register(request: web.Request, parameters: _Parameters) -> web.Respon
         changes=changes,
         synchronous=synchronous,
     )
+    log.info("registered %s from %s", version.label, version.archive.path.name)
     if not synchronous:
         return _status("Processing worker updates...", 202)
     workers = version.settings.min_workers
@@ -184,12 +185,14 @@ async def _change(request: web.Request, parameters: _Parameters) -> web.Response
 async def _set_default(request: web.Request, parameters: _Parameters) -> web.Response:
     name, number = request.match_info["model"], request.match_info["version"]
     request.app[CONTROL].set_default(name, number)
+    log.info("%s %s is the default now", name, number)
     return _status(f'Default version successfully updated for model "{name}" to "{number}"')
 
 
 async def _unregister(request: web.Request, parameters: _Parameters) -> web.Response:
     name, number = request.match_info["model"], request.match_info.get("version", "")
     await request.app[CONTROL].unregister(name, number)
+    log.info("unregistered %s %s", name, number or "(all versions)")
     return _status(f'Model "{name}" unregistered')
 
 

@@ -115,7 +115,7 @@ def test_S4_the_signature_is_dsse_as_openssl_checks_it(keys: Path) -> None:
     payload, kind = base64.b64decode(envelope["payload"]), envelope["payloadType"]
     (keys / "message").write_bytes(b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload))
     (keys / "sig").write_bytes(base64.b64decode(envelope["signatures"][0]["sig"]))
-    words = "pkeyutl -verify -pubin -inkey me.pub -rawin -in message -sigfile sig".split()
+    words = ["pkeyutl", "-verify", "-pubin", "-inkey", "me.pub", "-rawin", "-in", "message", "-sigfile", "sig"]
     subprocess.run([openssl, *words], cwd=keys, check=True, capture_output=True)
 
 
