@@ -12,7 +12,7 @@ from mms import wire
 from mms.archive import ModelArchive
 from mms.backend import loop, process
 from mms.backend.loader import load_handler
-from mms.errors import MMSError
+from mms.errors import ArchiveError, MMSError
 from mms.handler import Request
 
 
@@ -30,14 +30,12 @@ def main() -> None:
     if arguments.channel is None:
         if arguments.archive is None or arguments.request is None:
             parser.error("--archive and --request are needed")
-        if not arguments.archive.is_dir():
-            parser.error(f"{arguments.archive} is no folder; model-archiver --archive-format no-archive makes one")
         try:
-            load, body = _prepare(arguments.archive.absolute()), arguments.request.read_bytes()
+            load, body = _prepare(arguments.archive), arguments.request.read_bytes()
         except MMSError as error:
-            parser.error(error.message)
+            parser.exit(2, f"{parser.prog}: error: {error.message}\n")
         except OSError as error:
-            parser.error(f"{error.filename}: {error.strerror}")
+            parser.exit(2, f"{parser.prog}: error: {error.filename}: {error.strerror}\n")
         sys.exit(run_once(load, body, arguments.content_type))
     process.settle_in(
         server=arguments.server, name=arguments.name, directory=os.getcwd(), keep=(arguments.channel, arguments.page)
@@ -49,13 +47,15 @@ def _prepare(directory: Path) -> wire.Load:
     """What the server would tell its worker. Raises ArchiveError and ConfigError."""
     from mms.config import ModelSettings, merge_settings, read_yaml  # workers do without
 
+    if not directory.is_dir():
+        raise ArchiveError(f"{directory} is no folder; model-archiver --archive-format no-archive makes one")
     manifest = ModelArchive.open(directory).manifest
     model_config = read_yaml(directory / manifest.config_file) if manifest.config_file else {}
     settings = merge_settings(ModelSettings(), model_config, manifest.config_file, strict=False)
     return wire.Load(
         model_name=manifest.model_name,
         version=manifest.version,
-        directory=str(directory),
+        directory=str(directory.absolute()),
         handler=manifest.handler,
         manifest=dict(manifest.raw),
         model_config=model_config,
