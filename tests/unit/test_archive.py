@@ -406,6 +406,15 @@ def test_an_archive_that_matches_its_manifest_passes(tmp_path: Path) -> None:
     ModelArchive.open(write(tmp_path, zip_bytes(entry("a"), document=document))).verify()
 
 
+def test_an_empty_list_of_files_is_a_list(tmp_path: Path) -> None:
+    """Only archives of other makers, which have no list, are taken with whatever is in them."""
+    document = json.dumps({**PLAIN, "files": {}}).encode()
+    archive = ModelArchive.open(write(tmp_path, zip_bytes(document=document)))
+    archive.verify()
+    assert archive.manifest.hashed and not Manifest.parse(DOCUMENT).hashed
+    refused(write(tmp_path, zip_bytes(entry("b"), document=document)), "'b': in the archive, but not")
+
+
 BAD_NAMES = [
     ("../evil", r"'\.\.'"),
     ("a/../../evil", r"'\.\.'"),
