@@ -47,13 +47,18 @@ class OutputReader(asyncio.Protocol):
             while not self._ended and (data := os.read(pipe, MAX_PER_SECOND)):
                 self.data_received(data)
                 self._ended = self._budget < 0  # a helper may go on writing
+        self._flush()
 
     def eof_received(self) -> None:
         self._ended = True
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
         if self._rest:
             self._write(self._rest)
+            self._rest = b""
 
     def _write(self, line: bytes) -> None:
         for start in range(0, len(line) or 1, MAX_LINE):

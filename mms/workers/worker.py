@@ -220,7 +220,7 @@ class Worker(asyncio.Protocol):
             self.output.drain(self.process.output)
         self._transport.close()
         if self._output_transport is not None:
-            asyncio.get_running_loop().call_later(LAST_WORDS, self._output_transport.close)
+            self._output_transport.close()
         self._owner.worker_gone(self)
         self.process.close()
 
