@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import click
 
@@ -81,8 +82,9 @@ class _ManyModels(click.Command):
 @main.command(cls=_ManyModels)
 @click.option("--daemon", is_flag=True, help="return when the server is ready, and leave it running")
 @click.option("--foreground", is_flag=True, help="stay in the foreground (the default)")
+@click.option("--fresh", is_flag=True, help="forget what was registered: start with what --models names only")
 @_settings
-def start(daemon: bool, foreground: bool, file: Path | None, **options: Any) -> None:
+def start(daemon: bool, foreground: bool, fresh: bool, file: Path | None, **options: Any) -> None:
     """Start a server and stay in the foreground until Ctrl-C or SIGTERM.
 
     \b
@@ -108,7 +110,7 @@ def start(daemon: bool, foreground: bool, file: Path | None, **options: Any) -> 
     except OSError as error:
         _fail(f"cannot write the log {config.log_file}: {error.strerror}")
     try:
-        code = uvloop.run(serve(config, _announce))
+        code = uvloop.run(serve(config, _announce, fresh=fresh))
     except MMSError as error:
         _tell_parent(f"mms: error: {error.message}")
         _fail(error.message)
@@ -229,6 +231,30 @@ def _ended(pidfd: int, pid: int, limit: float) -> bool:
             return False
         click.echo(f"waiting for {waited:.0f} s: pid {pid} finishes requests in hand, at most {limit:g} s", err=True)
     return True
+
+
+@main.command()
+@click.argument("model")
+@click.argument("number", metavar="[VERSION]", default="")
+@_run_dir_option
+def retry(model: str, number: str, run_dir: Path | None) -> None:
+    """Start the workers now that MODEL lacks, for instance because it is FAILED (without VERSION: its default one)."""
+    from mms.client import send
+
+    directory, running = _running(run_dir)
+    if running is None:
+        _fail(_nobody(directory), NOT_READY)
+    path = "/".join(quote(part, safe="") for part in ("models", model, number, "retry") if part)
+    try:
+        code, body = send(running.management_address, "POST", f"/{path}")
+    except OSError as error:
+        _fail(f"no answer from {running.management_address}: {error}")
+    answer = json.loads(body)
+    if code >= 400:
+        if "traceback" in answer:
+            click.echo(answer["traceback"], err=True)
+        _fail(answer["message"])
+    click.echo(answer["status"])
 
 
 @main.command()

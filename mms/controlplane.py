@@ -7,20 +7,31 @@ import itertools
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mms import wire
 from mms.archive import ModelArchive
 from mms.config import MODEL_NAME, Config, ModelSettings, merge_settings, read_yaml
-from mms.errors import BadRequestError, ConfigError, ConflictError, NotFoundError, ServiceUnavailableError
+from mms.errors import (
+    ArchiveError,
+    BadRequestError,
+    ConfigError,
+    ConflictError,
+    MMSError,
+    NotFoundError,
+    ServiceUnavailableError,
+)
 from mms.logs import close_model_log, model_logger, open_model_log
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
 from mms.rundir import CacheDirectory
+from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
@@ -33,9 +44,17 @@ log = logging.getLogger("mms.controlplane")
 class ControlPlane:
     """Changes what is served; the data plane only ever sees the result in the registry."""
 
-    def __init__(self, config: Config, registry: ModelRegistry, store: ModelStore, cache: CacheDirectory) -> None:
+    def __init__(
+        self,
+        config: Config,
+        registry: ModelRegistry,
+        store: ModelStore,
+        cache: CacheDirectory,
+        state: Path | None = None,
+    ) -> None:
         self.registry = registry
         self.store = store
+        self.saver = Saver(state, self.snapshot) if state is not None else None
         self.forkservers = ForkServers()
         self.gpus = find_gpus()
         self._config = config
@@ -43,7 +62,10 @@ class ControlPlane:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._loads = asyncio.Semaphore(config.parallel_loads)
         self._numbers = itertools.count(1)
-        self._versions: set[ModelVersion] = set()  # registered, or still draining
+        self._versions: dict[ModelVersion, SavedVersion] = {}  # registered, or still draining
+        # by name and version: what is to be registered at start or could not be, and whether it is the default
+        self._waiting: dict[tuple[str, str], tuple[SavedVersion, bool]] = {}
+        self._closed = False
 
     async def register(
         self,
@@ -53,24 +75,69 @@ class ControlPlane:
         handler: str = "",
         changes: Mapping[str, Any] | None = None,
         synchronous: bool = True,
-        at_start: bool = False,
     ) -> ModelVersion:
         """Serve the archive `url` of the store; with `synchronous`, return when its workers are ready.
 
         Raises BadRequestError, ModelNotFoundError, ArchiveError, ConfigError or ConflictError (nothing is registered),
         and ModelLoadError (the version stays registered as FAILED; registering it again replaces it).
         """
-        archive = await asyncio.to_thread(self.store.open, url)
+        archive, digest = await self._open(url)
         name = name or archive.manifest.model_name
         if not MODEL_NAME.fullmatch(name):
             raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")
-        async with self._locks[name]:
-            version = await self._add(archive, name, handler, changes or {}, at_start)
-        if version.pool is not None:
-            version.pool.set_target(version.settings.min_workers)
-            if synchronous:
-                await version.pool.settled()
+        saved = SavedVersion(
+            version=archive.manifest.version,
+            archive=url,
+            sha256=digest,
+            handler=handler,
+            settings=dict(changes or {}),
+        )
+        version = await self._serve(archive, name, saved, at_start=False)
+        if synchronous and version.pool is not None:
+            await version.pool.settled()
         return version
+
+    def announce(self, models: Iterable[SavedModel]) -> None:
+        """Say what will be registered by `restore`; until then it is kept in the saved state, and requests get 503."""
+        for model in models:
+            for saved in model.versions:
+                self._waiting[model.name, saved.version] = saved, saved.version == model.default
+                self.registry.announced[model.name, saved.version] = ""
+
+    async def restore(self, name: str, number: str) -> ModelVersion:
+        """Register what was announced, without waiting for its workers.
+
+        Raises as `register`; then it can be tried again. An archive that is not the saved one is an ArchiveError.
+        """
+        saved, _ = self._waiting[name, number]
+        self.registry.announced[name, number] = ""
+        try:
+            archive, digest = await self._open(saved.archive)
+            if saved.sha256 not in ("", digest):
+                raise ArchiveError(f"{saved.archive} has changed since it was registered; register it again")
+            return await self._serve(archive, name, msgspec.structs.replace(saved, sha256=digest), at_start=True)
+        except MMSError as error:
+            if (name, number) in self._waiting:
+                self.registry.announced[name, number] = error.message
+            raise
+
+    async def retry(self, name: str, version: str = "", *, synchronous: bool = True) -> ModelVersion:
+        """Start the workers that a version lacks now, not after the pause; one that was not restored is tried again.
+
+        Raises ModelLoadError when synchronous and they cannot be started, and what `restore` raises.
+        """
+        failed = [number for (waiting, number), why in self.registry.announced.items() if waiting == name and why]
+        if version in failed:
+            found = await self.restore(name, version)
+        elif failed and not version and not any(model.name == name for model in self.registry):
+            found = await self.restore(name, failed[0])
+        else:
+            found = self.registry.version(name, version)
+            if found.pool is not None:
+                found.pool.set_target(found.pool.target)
+        if synchronous and found.pool is not None:
+            await found.pool.settled()
+        return found
 
     async def change(
         self, name: str, version: str, changes: Mapping[str, Any], *, synchronous: bool = False
@@ -88,22 +155,36 @@ class ControlPlane:
         found.apply(settings)
         if "min_workers" in changes:
             pool.set_target(settings.min_workers)
-            if synchronous:
-                await pool.settled()
+        if (saved := self._versions.get(found)) is not None:
+            self._versions[found] = msgspec.structs.replace(saved, settings={**saved.settings, **changes})
+        await self._save()
+        if "min_workers" in changes and synchronous:
+            await pool.settled()
         return found
 
-    def set_default(self, name: str, version: str) -> None:
+    async def set_default(self, name: str, version: str) -> None:
         found = self.registry.version(name, version)
         if found.state is VersionState.FAILED:
             raise ConflictError(f"model {found.label} is FAILED and cannot become the default")
         self.registry.set_default(name, version)
+        for (waiting, number), (saved, _) in self._waiting.items():
+            if waiting == name:
+                self._waiting[waiting, number] = saved, False
+        await self._save()
 
     async def unregister(self, name: str, version: str = "") -> None:
         """Stop serving a version (default: all of the model's), after its requests in hand are answered."""
-        model = self.registry.model(name)
-        versions = [model.version(version)] if version else list(model.versions.values())
+        forgotten = self._forget(name, version)
+        try:
+            model = self.registry.model(name)
+            versions = [model.version(version)] if version else list(model.versions.values())
+        except MMSError:
+            if not forgotten:
+                raise
+            versions = []
         for found in versions:
             self.registry.remove(found)
+        await self._save()
         await asyncio.gather(*(self._unload(found, self._config.drain_timeout) for found in versions))
 
     def reap_orphans(self, others: set[int]) -> None:
@@ -115,13 +196,59 @@ class ControlPlane:
             reap_orphans(workers | others | set(self.forkservers.pids()))
 
     async def close(self, drain: float) -> None:
-        """Unload everything and end the fork servers."""
+        """Unload everything and end the fork servers; what is registered stays saved."""
+        self._closed = True
         await asyncio.gather(*(self._unload(version, drain) for version in list(self._versions)))
         self.forkservers.close()
 
-    async def _add(
-        self, archive: ModelArchive, name: str, handler: str, changes: Mapping[str, Any], at_start: bool
-    ) -> ModelVersion:
+    def snapshot(self) -> State:
+        """What is registered, or waits to be."""
+        models = {
+            model.name: SavedModel(
+                name=model.name,
+                default=model.default,
+                versions=[self._versions[version] for version in model.versions.values()],
+            )
+            for model in self.registry
+        }
+        for (name, number), (saved, default) in self._waiting.items():
+            known = models.get(name)
+            models[name] = SavedModel(
+                name=name,
+                default=number if default or known is None else known.default,
+                versions=[*(known.versions if known else ()), saved],
+            )
+        return State(models=list(models.values()))
+
+    async def _save(self) -> None:
+        if self.saver is not None and not self._closed:
+            await asyncio.shield(self.saver.save())
+
+    async def _open(self, url: str) -> tuple[ModelArchive, str]:
+        """The archive and its digest, if what is registered is saved."""
+        archive = await asyncio.to_thread(self.store.open, url)
+        return archive, await asyncio.to_thread(archive.digest) if self.saver is not None else ""
+
+    async def _serve(self, archive: ModelArchive, name: str, saved: SavedVersion, *, at_start: bool) -> ModelVersion:
+        """Register, save, and begin to start workers."""
+        async with self._locks[name]:
+            version = await self._add(archive, name, saved, at_start)
+        if version.pool is not None:
+            version.pool.set_target(version.settings.min_workers)
+            if at_start:
+                version.pool.minimum = version.pool.target
+        await self._save()
+        return version
+
+    def _forget(self, name: str, version: str) -> bool:
+        """Give up what could not be restored."""
+        announced = self.registry.announced
+        keys = [key for key, why in announced.items() if why and key[0] == name and version in ("", key[1])]
+        for key in keys:
+            del announced[key], self._waiting[key]
+        return bool(keys)
+
+    async def _add(self, archive: ModelArchive, name: str, saved: SavedVersion, at_start: bool) -> ModelVersion:
         """Extract, configure and register; the pool exists afterwards but runs nothing yet."""
         number = archive.manifest.version
         self._failed(name, number)
@@ -130,17 +257,20 @@ class ControlPlane:
         owned = folder if folder == target else None
         try:
             model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
-            settings = self._settings(archive, model_config, changes)
+            settings = self._settings(archive, model_config, saved.settings)
             version = ModelVersion(name, number, archive, settings)
             version.directory = owned
             version.at_start = at_start
-            version.pool = self._pool(version, folder, handler or archive.manifest.handler, model_config)
+            version.pool = self._pool(version, folder, saved.handler or archive.manifest.handler, model_config)
             replaced = self._failed(name, number)
             open_model_log(self._config.run_dir / "logs", name)
             if replaced is not None:
                 self.registry.remove(replaced)
             self.registry.add(version)
-            self._versions.add(version)
+            self._versions[version] = saved
+            _, is_default = self._waiting.pop((name, number), (saved, False))
+            if is_default:
+                self.registry.set_default(name, number)
         except BaseException:
             if owned is not None:
                 shutil.rmtree(owned, ignore_errors=True)
@@ -151,7 +281,7 @@ class ControlPlane:
 
     async def _unload(self, version: ModelVersion, drain: float) -> None:
         await version.unload(drain)
-        self._versions.discard(version)
+        self._versions.pop(version, None)
         if not any(other.name == version.name for other in self._versions):
             close_model_log(version.name)
 

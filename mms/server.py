@@ -17,20 +17,23 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from mms_nginx.find import edge_user, find_nginx
 
 from mms.api.predictions import InferenceApi
 from mms.config import Config
 from mms.controlplane import ControlPlane
 from mms.dataplane import DataPlane
-from mms.errors import ConfigError, ModelLoadError, StartError
+from mms.errors import ConfigError, MMSError, ModelLoadError, StartError
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer, bind
 from mms.metrics import Collector, GpuFacts, registry
+from mms.models.readiness import Phase, Readiness
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion
 from mms.rundir import CacheDirectory, RunDirectory, Running
+from mms.state import SavedModel, SavedVersion, State, read
 from mms.workers.gpus import GpuMonitor
 
 if TYPE_CHECKING:
@@ -55,17 +58,20 @@ LISTENERS = ("inference", "management", "metrics")
 class ModelServer:
     """One server: front end, edge, models. `start`, then `run_until_stopped`, then `stop`."""
 
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, say: Callable[[str], None], *, fresh: bool = False) -> None:
         self._config = config
         self._say = say
         self._store = ModelStore(config.model_store)
         self._registry = ModelRegistry()
-        self._startup = self._archives()
+        self._readiness = Readiness(self._registry)
+        self._named = self._archives()
+        self._startup = self._plan(State() if fresh else read(config.state))
         self._check_addresses()
         self._run_dir = RunDirectory(config.run_dir)
         self._cache = CacheDirectory(config.cache_dir)
-        self._control = ControlPlane(config, self._registry, self._store, self._cache)
-        self._inference = InferenceApi(DataPlane(self._registry))
+        self._control = ControlPlane(config, self._registry, self._store, self._cache, config.state)
+        self._control.announce(self._startup)
+        self._inference = InferenceApi(DataPlane(self._registry), self._readiness)
         self._nginx_program = self._find_edge()
         self._http = HttpServer(self._inference, self._limits(), edge=self._nginx_program is not None)
         self._runners: list[web.AppRunner] = []
@@ -78,6 +84,7 @@ class ModelServer:
         self._timer: asyncio.TimerHandle | None = None
         self._gpus: list[GpuFacts] = []
         self._failures: dict[ModelVersion, ModelLoadError] = {}
+        self._unrestored: list[str] = []
         self._clients_done = False
 
     # start
@@ -97,7 +104,8 @@ class ModelServer:
             sockets = self._listen(user[1] if user else None)
             self._catch_signals()
             self._run_dir.record(Running(os.getpid(), *self._addresses(), stop_limit=self._stop_limit()))
-            loads += [asyncio.create_task(self._load(url, name)) for name, url in self._startup]
+            self._say_restored()
+            loads += [asyncio.create_task(self._load(model)) for model in self._startup]
             await self._serve(sockets)
             self._start_edge()
             self._tick()
@@ -112,6 +120,7 @@ class ModelServer:
             raise
         if self._stop_asked.is_set():
             return
+        self._readiness.phase = Phase.SERVING
         gc.collect()
         gc.freeze()
         self._say(self._ready_line(time.monotonic() - begun))
@@ -121,24 +130,59 @@ class ModelServer:
         await self._stop_asked.wait()
         return self._exit_code
 
-    def _archives(self) -> list[tuple[str, str]]:
-        """(name, file) of the models to load at start; each archive is checked before anything else happens."""
-        startup: list[tuple[str, str]] = []
+    def _archives(self) -> dict[tuple[str, str], SavedVersion]:
+        """What `models` names, by name and version; each archive is checked before anything else happens."""
+        urls: list[tuple[str, str]] = []
         for entry in self._config.models:
             if entry.upper() == "ALL":
-                startup += [("", name) for name in self._store.names()]
+                urls += [("", name) for name in self._store.names()]
             else:
                 name, equals, url = entry.partition("=")
-                startup.append((name, url) if equals else ("", entry))
-        seen: dict[tuple[str, str], str] = {}
-        for name, url in startup:
+                urls.append((name, url) if equals else ("", entry))
+        named: dict[tuple[str, str], SavedVersion] = {}
+        for name, url in urls:
             archive = self._store.open(url)
             key = (name or archive.manifest.model_name, archive.manifest.version)
-            if key in seen:
-                raise ConfigError(f"{url} and {seen[key]} both hold model {key[0]} {key[1]}; start only one of them")
-            seen[key] = url
-            self._registry.announced.add(key[0])
-        return startup
+            if key in named:
+                raise ConfigError(
+                    f"{url} and {named[key].archive} both hold model {key[0]} {key[1]}; start only one of them"
+                )
+            named[key] = SavedVersion(version=key[1], archive=url, sha256="", named=True)
+        return named
+
+    def _plan(self, state: State) -> list[SavedModel]:
+        """What to register: the saved state, and what `models` names beside it.
+
+        Of a version that both have, the archive is that of `models` and the settings are the saved ones. What was named
+        by `models` once is registered no more when `models` names other things now.
+        """
+        missing = dict(self._named)
+        plan: dict[str, SavedModel] = {}
+        for model in state.models:
+            versions = []
+            for saved in model.versions:
+                named = missing.pop((model.name, saved.version), None)
+                if named is not None:
+                    saved = msgspec.structs.replace(named, settings=saved.settings)
+                elif saved.named and self._named:
+                    log.info("%s %s is not restored: models names it no more", model.name, saved.version)
+                    continue
+                versions.append(saved)
+            plan[model.name] = SavedModel(name=model.name, default=model.default, versions=versions)
+        for (name, _), saved in missing.items():
+            known = plan.get(name) or SavedModel(name=name, default=saved.version, versions=[])
+            plan[name] = msgspec.structs.replace(known, versions=[*known.versions, saved])
+        return [_with_default(model) for model in plan.values() if model.versions]
+
+    def _say_restored(self) -> None:
+        restored = [
+            f"{model.name} {saved.version}"
+            for model in self._startup
+            for saved in model.versions
+            if (model.name, saved.version) not in self._named
+        ]
+        if restored:
+            self._say(f"restoring {', '.join(restored)} from {self._config.state} (--fresh ignores it)")
 
     def _find_edge(self) -> str | None:
         if self._config.edge == "none":
@@ -172,7 +216,7 @@ class ModelServer:
                 raise ConfigError(f"{one}_address and {two}_address would both listen on {where}; each needs its own")
 
     def _stop_limit(self) -> float:
-        return self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
+        return self._config.drain_delay + self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
 
     def _addresses(self) -> tuple[str, str, str]:
         return self._config.inference_address, self._config.management_address, self._config.metrics_address
@@ -206,13 +250,14 @@ class ModelServer:
             lambda: self._gpus,
             lambda: len(self._http.connections),
             self._inference.failures,
+            lambda: self._control.saver is not None and self._control.saver.failed,
         )
 
         def refresh() -> None:
             self._gpus = list(monitor.facts())
 
         apps = (
-            (management.application(self._control), control),
+            (management.application(self._control, self._readiness), control),
             (metrics.application(registry(collector), refresh), scrape),
         )
         for app, sock in apps:
@@ -258,13 +303,24 @@ class ModelServer:
         self._nginx.start()
         asyncio.get_running_loop().add_reader(self._nginx.pidfd, self._edge_ended)
 
-    async def _load(self, url: str, name: str) -> None:
-        version = await self._control.register(url, name=name, at_start=True, synchronous=False)
-        if version.pool is not None:
+    async def _load(self, model: SavedModel) -> None:
+        """The versions of one name, the default one first: requests must not meet another in its place."""
+        versions = []
+        for saved in sorted(model.versions, key=lambda saved: saved.version != model.default):
             try:
-                await version.pool.settled()
-            except ModelLoadError as error:  # described and tried again
-                self._failures[version] = error
+                versions.append(await self._control.restore(model.name, saved.version))
+            except MMSError as error:
+                if (model.name, saved.version) in self._named:
+                    raise
+                self._unrestored.append(f"{model.name} {saved.version} is not restored: {error.message}")
+                log.error("%s", self._unrestored[-1])
+        self._registry.sort(model.name, [saved.version for saved in model.versions])
+        for version in versions:
+            if version.pool is not None:
+                try:
+                    await version.pool.settled()
+                except ModelLoadError as error:  # described and tried again
+                    self._failures[version] = error
 
     async def _await_loads(self, loads: list[asyncio.Task[None]]) -> None:
         """Until all are done or one is impossible, with a word every two seconds; a stop signal ends it."""
@@ -294,15 +350,16 @@ class ModelServer:
 
     def _failed(self) -> list[str]:
         """Why models do not serve that were to be loaded at start."""
-        return [
+        return self._unrestored + [
             error.message
             for version, error in self._failures.items()
             if version.pool is not None and not version.pool.ready
         ]
 
     def _check_loaded(self) -> None:
+        """Raises StartError when `models` names all there is and nothing of it loads; saved models can be mended."""
         failed = self._failed()
-        if failed and len(failed) == len(self._registry.versions()):
+        if failed and len(failed) == len(self._named) == len(self._registry.versions()):
             raise StartError(f"no model could be loaded: {'; '.join(failed)} (more in {self._run_dir.logs})")
 
     def _progress(self, version: ModelVersion) -> str:
@@ -312,7 +369,7 @@ class ModelServer:
         return f"{pool.ready if pool else 0} of {version.settings.min_workers} workers"
 
     def _ready_line(self, seconds: float) -> str:
-        failed, count = self._failed(), len(self._registry.versions())
+        failed, count = self._failed(), len(self._registry.versions()) + len(self._unrestored)
         inference, management, metrics = map(_url, self._addresses())
         edge = "behind nginx" if self._nginx is not None else "without nginx"
         ready = f"{count - len(failed)} of {count}" if failed else str(count)
@@ -340,6 +397,7 @@ class ModelServer:
             self._nginx.reopen()
 
     def _signalled(self) -> None:
+        self._readiness.phase = Phase.DRAINING
         if self._stop_asked.is_set():
             self._stop_now.set()
         self._stop_asked.set()
@@ -366,20 +424,23 @@ class ModelServer:
                 log.error("nginx cannot be started again: %s", error.message)
         log.critical("nginx cannot be kept running; stopping")
         self._exit_code = 1
+        self._readiness.phase = Phase.DRAINING
         self._stop_asked.set()
 
     # stop
 
     async def stop(self) -> None:
-        """Edge, connections, workers; requests in hand get drain_timeout in all, cut short by a second signal.
+        """After drain_delay: edge, connections, workers; requests in hand get drain_timeout in all.
 
+        A second signal cuts it short.
         Takes at most `_stop_limit`; there is a word every two seconds.
         """
         begun = time.monotonic()
         if self._timer is not None:
             self._timer.cancel()
-        until = begun + self._config.drain_timeout
-        drain = asyncio.create_task(self._drain(until))
+        delay = self._config.drain_delay if self._readiness.phase is Phase.DRAINING else 0.0
+        until = begun + delay + self._config.drain_timeout
+        drain = asyncio.create_task(self._drain(delay, until))
         now = asyncio.create_task(self._stop_now.wait())
         while not await _first_of(drain, now):
             self._say(f"stopping for {time.monotonic() - begun:.0f} s: {self._leaving(until)}")
@@ -396,10 +457,11 @@ class ModelServer:
         self._cache.release()
         self._run_dir.release()
 
-    async def _drain(self, until: float) -> None:
+    async def _drain(self, delay: float, until: float) -> None:
         def left() -> float:
             return max(0.0, until - time.monotonic())
 
+        await asyncio.sleep(delay)
         timeout = self._config.drain_timeout
         if not await self._stop_edge(left()):
             log.warning("nginx was ended: its requests took longer than drain_timeout (%g s)", timeout)
@@ -462,9 +524,16 @@ def _overlap(one: str, other: str) -> bool:
     return len(ports) == 1 and "0" not in ports and (len(hosts) == 1 or any_host)
 
 
-async def serve(config: Config, say: Callable[[str], None]) -> int:
+def _with_default(model: SavedModel) -> SavedModel:
+    """The default may be gone: the version registered last takes its place."""
+    if any(saved.version == model.default for saved in model.versions):
+        return model
+    return msgspec.structs.replace(model, default=model.versions[-1].version)
+
+
+async def serve(config: Config, say: Callable[[str], None], *, fresh: bool = False) -> int:
     """The whole life of a server; returns its exit code. Raises MMSError when it cannot start."""
-    server = ModelServer(config, say)
+    server = ModelServer(config, say, fresh=fresh)
     await server.start()
     try:
         return await server.run_until_stopped()

@@ -27,6 +27,7 @@ class ModelArchive:
         self.format = container.format
         self.manifest = Manifest.parse(container.manifest)
         self._stamp = stamp
+        self._digest = hashlib.sha256(container.manifest).hexdigest()
         known = self.manifest.files
         self.files: Sequence[ArchivedFile] = [
             ArchivedFile(member.name, member.size, known[member.name].sha256 if member.name in known else "")
@@ -39,6 +40,13 @@ class ModelArchive:
         """Checks names, sizes, structure and manifest; nothing is extracted. Raises ArchiveError."""
         with _naming(path), _container(path) as container:
             return cls(path, container, _stamp(path))
+
+    def digest(self) -> str:
+        """SHA-256 of what names its content: the manifest with the hash of each file, or else the archive file."""
+        if self.manifest.files or self.format == "directory":
+            return self._digest
+        with _naming(self.path), open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def verify(self) -> None:
         """Reads everything and compares it with the manifest's hashes, if it has any. Raises ArchiveError."""
