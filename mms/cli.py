@@ -25,6 +25,8 @@ from mms.rundir import RunDirectory, Running
 
 NOT_READY = 3
 HEARTBEAT = 2.0
+RELOAD_TIMEOUT = 30.0
+RELOAD_POLL = 0.02
 _READY_FD = "_MMS_READY_FD"
 _LAST_WORDS = ("ready", "mms: error")
 
@@ -47,10 +49,14 @@ def _settings(command: _Command) -> _Command:
     return click.option("--config", "file", type=click.Path(path_type=Path), help="settings file (YAML)")(command)
 
 
-def _load(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+def _read(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     given = {name: value for name, value in options.items() if value not in (None, ())}
+    return load_config(file=file, environ=_environment(), command_line=given)
+
+
+def _load(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     try:
-        return load_config(file=file, environ=_environment(), command_line=given)
+        return _read(file, options)
     except MMSError as error:
         _fail(error.message)
 
@@ -110,7 +116,7 @@ def start(daemon: bool, foreground: bool, fresh: bool, file: Path | None, **opti
     except OSError as error:
         _fail(f"cannot write the log {config.log_file}: {error.strerror}")
     try:
-        code = uvloop.run(serve(config, _announce, fresh=fresh))
+        code = uvloop.run(serve(config, _announce, fresh=fresh, reread=lambda: _read(file, options)[0]))
     except MMSError as error:
         _tell_parent(f"mms: error: {error.message}")
         _fail(error.message)
@@ -231,6 +237,32 @@ def _ended(pidfd: int, pid: int, limit: float) -> bool:
             return False
         click.echo(f"waiting for {waited:.0f} s: pid {pid} finishes requests in hand, at most {limit:g} s", err=True)
     return True
+
+
+@main.command()
+@_run_dir_option
+def reload(run_dir: Path | None) -> None:
+    """Have the server read its settings again; what can change does so at once, and no request is lost."""
+    directory, running = _running(run_dir)
+    if running is None:
+        _fail(_nobody(directory), NOT_READY)
+    before = directory.reloaded()
+    try:
+        pidfd = os.pidfd_open(running.pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGHUP)
+    except ProcessLookupError:
+        _fail(f"the server (pid {running.pid}) is not seen from here: it has just ended, or is in another container")
+    except PermissionError as error:
+        _fail(f"cannot reload pid {running.pid}: {error.strerror}")
+    deadline = time.monotonic() + RELOAD_TIMEOUT
+    while (done := directory.reloaded()) is None or done == before:
+        if select.select([pidfd], [], [], RELOAD_POLL)[0] or time.monotonic() > deadline:
+            _fail(f"the server (pid {running.pid}) did not say that it has reloaded; see its log")
+    if done.failure:
+        _fail(f"not reloaded, everything stays as it was: {done.failure}")
+    click.echo(f"reloaded; changed: {', '.join(done.applied) or 'nothing'}")
+    if done.restart:
+        click.echo(f"changed by a restart only: {', '.join(done.restart)}")
 
 
 @main.command()

@@ -57,7 +57,7 @@ class ControlPlane:
         self.saver = Saver(state, self.snapshot) if state is not None else None
         self.forkservers = ForkServers()
         self.gpus = find_gpus()
-        self._config = config
+        self.config = config
         self._cache = cache
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._loads = asyncio.Semaphore(config.parallel_loads)
@@ -185,7 +185,7 @@ class ControlPlane:
         for found in versions:
             self.registry.remove(found)
         await self._save()
-        await asyncio.gather(*(self._unload(found, self._config.drain_timeout) for found in versions))
+        await asyncio.gather(*(self._unload(found, self.config.drain_timeout) for found in versions))
 
     def reap_orphans(self, others: set[int]) -> None:
         """Wait for what workers left behind and died; `others` are children of the server that are not ours."""
@@ -253,7 +253,7 @@ class ControlPlane:
         number = archive.manifest.version
         self._failed(name, number)
         target = self._cache.models / f"{name}-{next(self._numbers)}"
-        folder = await asyncio.to_thread(archive.extract, target, verify=self._config.verify_archives)
+        folder = await asyncio.to_thread(archive.extract, target, verify=self.config.verify_archives)
         owned = folder if folder == target else None
         try:
             model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
@@ -263,7 +263,7 @@ class ControlPlane:
             version.at_start = at_start
             version.pool = self._pool(version, folder, saved.handler or archive.manifest.handler, model_config)
             replaced = self._failed(name, number)
-            open_model_log(self._config.run_dir / "logs", name)
+            open_model_log(self.config.run_dir / "logs", name)
             if replaced is not None:
                 self.registry.remove(replaced)
             self.registry.add(version)
@@ -276,7 +276,7 @@ class ControlPlane:
                 shutil.rmtree(owned, ignore_errors=True)
             raise
         if replaced is not None:
-            await self._unload(replaced, self._config.drain_timeout)
+            await self._unload(replaced, self.config.drain_timeout)
         return version
 
     async def _unload(self, version: ModelVersion, drain: float) -> None:
@@ -299,7 +299,7 @@ class ControlPlane:
         self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any]
     ) -> ModelSettings:
         settings = merge_settings(
-            self._config.model_defaults(),
+            self.config.model_defaults(),
             model_config,
             f"{archive.path.name}: {archive.manifest.config_file}",
             strict=False,
@@ -336,13 +336,13 @@ class ControlPlane:
             isolate_errors=settings.isolate_errors,
             gpu=0 if settings.gpus else None,
             threads=settings.threads,
-            max_request_size=self._config.max_request_size,
-            max_response_size=self._config.max_response_size,
+            max_request_size=self.config.max_request_size,
+            max_response_size=self.config.max_response_size,
         )
         how = Launch(
             name=f"mms-{version.name}",
             directory=load.directory,
-            environ=environment.worker_environment(self._config.worker_env),
+            environ=environment.worker_environment(self.config.worker_env),
             preload=tuple(sorted({*manifest.preload, *settings.preload})),
         )
         pool = PoolSettings(
@@ -353,7 +353,7 @@ class ControlPlane:
             gpus=[self.gpus[index] for index in settings.gpus],
             response_timeout=settings.response_timeout,
             startup_timeout=settings.startup_timeout,
-            stop_grace=self._config.stop_grace,
+            stop_grace=self.config.stop_grace,
         )
         return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads)
 
@@ -362,7 +362,7 @@ class ControlPlane:
         file = version.archive.manifest.requirements_file
         if not file:
             return None
-        if not self._config.install_requirements:
+        if not self.config.install_requirements:
             log.warning("%s brings %s, which is not installed: install_requirements is off", version.label, file)
             return None
         make, output = environment.own_interpreter, model_logger(version.name)

@@ -15,6 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -34,6 +35,7 @@ from mms.models.store import ModelStore
 from mms.models.version import ModelVersion
 from mms.rundir import CacheDirectory, RunDirectory, Running
 from mms.state import SavedModel, SavedVersion, State, read
+from mms.systemd import Notifier, address_of, passed_sockets
 from mms.workers.gpus import GpuMonitor
 
 if TYPE_CHECKING:
@@ -48,19 +50,38 @@ EDGE_WINDOW = 60.0
 EDGE_READ_TIMEOUT = 86_400.0  # the front end answers within its own limits; nginx must not be quicker
 EDGE_KEEPALIVE = 3600.0
 HEARTBEAT = 2.0
+PATIENCE = 30.0  # seconds that a service manager is asked for at each heartbeat of a start
 TICK = 1.0
 LAST_ANSWERS = 2.0  # seconds for answers of the management API at the end of a stop
 STOP_MARGIN = 10.0  # seconds of a stop beyond drain_timeout and stop_grace
 ANY_HOST = {"0.0.0.0", "*"}
 LISTENERS = ("inference", "management", "metrics")
+NO_ACCESS_LOG = "access_log is written by nginx; start without --edge none, or leave it empty"
+# What a reload changes: the front end and nginx at once, models where they are registered from then on.
+LIVE = (
+    "access_log", "log_level", "max_connections", "header_timeout", "body_timeout", "keepalive_timeout", "drain_delay",
+    "drain_timeout", "stop_grace", "verify_archives", "install_requirements", "worker_env", "batch_size",
+    "max_batch_delay", "workers", "response_timeout", "startup_timeout", "queue_size", "queue_timeout",
+)  # fmt: skip
 
 
 class ModelServer:
     """One server: front end, edge, models. `start`, then `run_until_stopped`, then `stop`."""
 
-    def __init__(self, config: Config, say: Callable[[str], None], *, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        say: Callable[[str], None],
+        *,
+        fresh: bool = False,
+        reread: Callable[[], Config] | None = None,
+    ) -> None:
         self._config = config
         self._say = say
+        self._reread = reread
+        self._manager = Notifier(os.environ)
+        self._passed = passed_sockets(os.environ, LISTENERS)
+        self._at_terminal = os.isatty(0)
         self._store = ModelStore(config.model_store)
         self._registry = ModelRegistry()
         self._readiness = Readiness(self._registry)
@@ -82,6 +103,7 @@ class ModelServer:
         self._stop_now = asyncio.Event()
         self._exit_code = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._reloads: asyncio.Task[None] | None = None
         self._gpus: list[GpuFacts] = []
         self._failures: dict[ModelVersion, ModelLoadError] = {}
         self._unrestored: list[str] = []
@@ -109,6 +131,7 @@ class ModelServer:
             await self._serve(sockets)
             self._start_edge()
             self._tick()
+            self._watchdog()
             await self._await_loads(loads)
             if not self._stop_asked.is_set():
                 self._check_loaded()
@@ -123,7 +146,9 @@ class ModelServer:
         self._readiness.phase = Phase.SERVING
         gc.collect()
         gc.freeze()
-        self._say(self._ready_line(time.monotonic() - begun))
+        line = self._ready_line(time.monotonic() - begun)
+        self._manager.ready(line)
+        self._say(line)
 
     async def run_until_stopped(self) -> int:
         """Wait for SIGTERM, SIGINT or the loss of the edge; returns the exit code."""
@@ -185,9 +210,11 @@ class ModelServer:
             self._say(f"restoring {', '.join(restored)} from {self._config.state} (--fresh ignores it)")
 
     def _find_edge(self) -> str | None:
-        if self._config.edge == "none":
+        if self._passed and self._config.edge == "nginx":
+            raise ConfigError("nginx cannot take over the sockets of the service manager; start with --edge none")
+        if self._config.edge == "none" or self._passed:
             if self._config.access_log is not None:
-                raise ConfigError("access_log is written by nginx; start without --edge none, or leave it empty")
+                raise ConfigError(NO_ACCESS_LOG)
             return None
         program = find_nginx(self._config.nginx)
         if program is None and self._config.access_log is not None:
@@ -219,17 +246,24 @@ class ModelServer:
         return self._config.drain_delay + self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
 
     def _addresses(self) -> tuple[str, str, str]:
-        return self._config.inference_address, self._config.management_address, self._config.metrics_address
+        config = self._config
+        inference, management, metrics = (
+            address_of(self._passed[name]) if name in self._passed else address
+            for name, address in zip(
+                LISTENERS, (config.inference_address, config.management_address, config.metrics_address), strict=True
+            )
+        )
+        return inference, management, metrics
 
     def _listen(self, group: int | None) -> list[socket.socket]:
-        """The front end's sockets: behind nginx Unix ones, else the public ones."""
+        """The front end's sockets: behind nginx Unix ones, else the public ones, or those that were passed to us."""
         addresses: list[str] = list(self._addresses())
         if self._nginx_program is not None:
             addresses = [f"unix:{self._run_dir.sockets / name}.sock" for name in LISTENERS]
         bound: list[socket.socket] = []
         try:
-            for address in addresses:
-                bound.append(bind(address, group=group))
+            for name, address in zip(LISTENERS, addresses, strict=True):
+                bound.append(self._passed.get(name) or bind(address, group=group))
         except StartError:
             for sock in bound:
                 sock.close()
@@ -278,16 +312,22 @@ class ModelServer:
         if self._nginx_program is None:
             return
         # jinja2 is needed behind nginx only
-        from mms_nginx.render import Listener, render
         from mms_nginx.run import Nginx
 
-        config = self._config
+        self._nginx = Nginx(self._nginx_program, self._run_dir.nginx, self._edge_text(self._config))
+        self._nginx.start()
+        asyncio.get_running_loop().add_reader(self._nginx.pidfd, self._edge_ended)
+
+    def _edge_text(self, config: Config) -> str:
+        """nginx's configuration."""
+        from mms_nginx.render import Listener, render
+
         listeners = [
             Listener(name, address, (self._run_dir.sockets / f"{name}.sock",))
             for name, address in zip(LISTENERS, self._addresses(), strict=True)
         ]
         user = edge_user()
-        text = render(
+        return render(
             listeners,
             directory=self._run_dir.nginx,
             max_request_size=config.max_request_size,
@@ -299,9 +339,6 @@ class ModelServer:
             spool=self._cache.nginx,
             access_log=config.access_log,
         )
-        self._nginx = Nginx(self._nginx_program, self._run_dir.nginx, text)
-        self._nginx.start()
-        asyncio.get_running_loop().add_reader(self._nginx.pidfd, self._edge_ended)
 
     async def _load(self, model: SavedModel) -> None:
         """The versions of one name, the default one first: requests must not meet another in its place."""
@@ -334,7 +371,9 @@ class ModelServer:
                 for task in done - {stop}:
                     task.result()
                 if not done:
-                    self._say(f"loading for {time.monotonic() - begun:.0f} s: {self._loading()}")
+                    text = f"loading for {time.monotonic() - begun:.0f} s: {self._loading()}"
+                    self._manager.loading(text, PATIENCE)
+                    self._say(text)
         finally:
             stop.cancel()
             for task in pending:
@@ -383,6 +422,12 @@ class ModelServer:
         self._control.reap_orphans({self._nginx.pid} if self._nginx is not None else set())
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
 
+    def _watchdog(self) -> None:
+        """Tell the service manager that the event loop turns."""
+        if self._manager.watchdog:
+            self._manager.send("WATCHDOG=1")
+            asyncio.get_running_loop().call_later(self._manager.watchdog, self._watchdog)
+
     # signals and the edge's life
 
     def _catch_signals(self) -> None:
@@ -390,13 +435,61 @@ class ModelServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen_log)
+        loop.add_signal_handler(signal.SIGHUP, self._hung_up)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
     def _reopen_log(self) -> None:
         if self._nginx is not None:
             self._nginx.reopen()
 
+    def _hung_up(self) -> None:
+        """SIGHUP: reload, but when it means that the terminal we run in is gone, stop."""
+        if self._at_terminal and not os.isatty(0):
+            self._signalled()
+        elif self._reloads is None or self._reloads.done():
+            self._reloads = asyncio.create_task(self._reload())
+
+    async def _reload(self) -> None:
+        """Read the settings again, apply what can change, and leave word of it in the run directory."""
+        self._manager.reloading()
+        applied: list[str] = []
+        restart: list[str] = []
+        failure = ""
+        try:
+            if self._reread is None:
+                raise ConfigError("this server has no settings to read again")
+            new = self._reread()
+            changed = [
+                each.name for each in fields(Config) if getattr(new, each.name) != getattr(self._config, each.name)
+            ]
+            applied, restart = (
+                [name for name in changed if name in LIVE],
+                [name for name in changed if name not in LIVE],
+            )
+            await self._apply(replace(self._config, **{name: getattr(new, name) for name in applied}))
+        except MMSError as error:
+            applied, restart, failure = [], [], error.message
+            log.error("not reloaded, everything stays as it was: %s", failure)
+        else:
+            log.info("reloaded; changed: %s; changed by a restart only: %s", ", ".join(applied) or "nothing",
+                     ", ".join(restart) or "nothing")  # fmt: skip
+        self._manager.ready(failure or "reloaded")
+        self._run_dir.record_reload(applied, restart, failure)
+
+    async def _apply(self, config: Config) -> None:
+        if self._nginx_program is None and config.access_log is not None:
+            raise ConfigError(NO_ACCESS_LOG)
+        if self._nginx is not None and (text := self._edge_text(config)) != self._edge_text(self._config):
+            await asyncio.to_thread(self._nginx.reload, text)  # closes idle connections: not without need
+        self._config = config
+        self._control.config = config
+        self._http.limits = self._limits()
+        logging.getLogger("mms").setLevel(config.log_level.upper())
+        self._run_dir.record(Running(os.getpid(), *self._addresses(), stop_limit=self._stop_limit()))
+
     def _signalled(self) -> None:
+        if self._readiness.phase is not Phase.DRAINING:
+            self._manager.send("STOPPING=1")
         self._readiness.phase = Phase.DRAINING
         if self._stop_asked.is_set():
             self._stop_now.set()
@@ -531,9 +624,14 @@ def _with_default(model: SavedModel) -> SavedModel:
     return msgspec.structs.replace(model, default=model.versions[-1].version)
 
 
-async def serve(config: Config, say: Callable[[str], None], *, fresh: bool = False) -> int:
-    """The whole life of a server; returns its exit code. Raises MMSError when it cannot start."""
-    server = ModelServer(config, say, fresh=fresh)
+async def serve(
+    config: Config, say: Callable[[str], None], *, fresh: bool = False, reread: Callable[[], Config] | None = None
+) -> int:
+    """The whole life of a server; returns its exit code. Raises MMSError when it cannot start.
+
+    `fresh` ignores the saved state; `reread` reads the settings again for a reload.
+    """
+    server = ModelServer(config, say, fresh=fresh, reread=reread)
     await server.start()
     try:
         return await server.run_until_stopped()
