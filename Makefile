@@ -19,7 +19,7 @@ serve: $(VENV)/.demo nginx ## the demo, but the server keeps running until Ctrl-
 	@$(BIN)/python examples/image_classification/demo.py --keep
 
 test: $(VENV)/.dev nginx ## run all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.dev ## check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -22,6 +22,7 @@ import mms
 from mms.config import Config, load_config, show_setting
 from mms.errors import MMSError, ModelLoadError
 from mms.rundir import RunDirectory, Running
+from mms.token import read_token
 
 NOT_READY = 3
 HEARTBEAT = 2.0
@@ -42,7 +43,7 @@ def _settings(command: _Command) -> _Command:
     """An option for each setting, and --config."""
     for setting in reversed(fields(Config)):
         flag = "--" + setting.name.replace("_", "-")
-        multiple = setting.name in ("models", "worker_env")
+        multiple = isinstance(setting.default, tuple)
         command = click.option(
             flag, setting.name, multiple=multiple, default=None, metavar="…", help=setting.metadata["help"]
         )(command)
@@ -193,6 +194,14 @@ def _running(run_dir: Path | None) -> tuple[RunDirectory, Running | None]:
         _fail(error.message)
 
 
+def _token(running: Running) -> bytes:
+    """What the server's management API wants to see."""
+    try:
+        return read_token(Path(running.management_token_file)) if running.management_token_file else b""
+    except MMSError as error:
+        _fail(error.message, NOT_READY)
+
+
 def _nobody(directory: RunDirectory) -> str:
     killed = directory.recorded()
     text = f"no server is running in {directory.path}"
@@ -278,7 +287,9 @@ def retry(model: str, number: str, run_dir: Path | None) -> None:
         _fail(_nobody(directory), NOT_READY)
     path = "/".join(quote(part, safe="") for part in ("models", model, number, "retry") if part)
     try:
-        code, body = send(running.management_address, "POST", f"/{path}")
+        code, body = send(
+            running.management_address, "POST", f"/{path}", token=_token(running), certificate=running.tls_cert
+        )
     except OSError as error:
         _fail(f"no answer from {running.management_address}: {error}")
     answer = json.loads(body)
@@ -303,7 +314,7 @@ def status(run_dir: Path | None, as_json: bool, quiet: bool) -> None:
             click.echo('{"running": false}' if as_json else _nobody(directory))
         sys.exit(NOT_READY)
     try:
-        models = describe_models(running.management_address)
+        models = describe_models(running.management_address, token=_token(running), certificate=running.tls_cert)
     except OSError as error:
         _fail(f"the server (pid {running.pid}) does not answer on {running.management_address}: {error}", NOT_READY)
     ready = all(_is_ready(model) for model in models)
@@ -396,7 +407,12 @@ def predict(model: str, request: Path, content_type: str, number: str, run_dir: 
     path = f"/predictions/{model}" + (f"/{number}" if number else "")
     try:
         code, body = send(
-            running.inference_address, "POST", path, request.read_bytes(), content_type or guess_type(request)
+            running.inference_address,
+            "POST",
+            path,
+            request.read_bytes(),
+            content_type or guess_type(request),
+            certificate=running.tls_cert,
         )
     except OSError as error:
         _fail(f"no answer from {running.inference_address}: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -27,6 +28,7 @@ from mms.errors import (
     ServiceUnavailableError,
 )
 from mms.logs import close_model_log, model_logger, open_model_log
+from mms.models.download import Downloads, is_remote, split_pin
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
@@ -39,6 +41,8 @@ from mms.workers.pool import PoolSettings, WorkerPool
 from mms.workers.process import Launch, reap_orphans
 
 log = logging.getLogger("mms.controlplane")
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class ControlPlane:
@@ -54,6 +58,7 @@ class ControlPlane:
     ) -> None:
         self.registry = registry
         self.store = store
+        self.downloads = Downloads(config, store)
         self.saver = Saver(state, self.snapshot) if state is not None else None
         self.forkservers = ForkServers()
         self.gpus = find_gpus()
@@ -73,18 +78,20 @@ class ControlPlane:
         *,
         name: str = "",
         handler: str = "",
+        sha256: str = "",
         changes: Mapping[str, Any] | None = None,
         synchronous: bool = True,
     ) -> ModelVersion:
-        """Serve the archive `url` of the store; with `synchronous`, return when its workers are ready.
+        """Serve the archive `url`: a file of the store, or an address to download it from.
 
-        Raises BadRequestError, ModelNotFoundError, ArchiveError, ConfigError or ConflictError (nothing is registered),
-        and ModelLoadError (the version stays registered as FAILED; registering it again replaces it).
+        With `synchronous`, return when its workers are ready.
+
+        Raises BadRequestError, ModelNotFoundError, DownloadError, ArchiveError, ConfigError or ConflictError (nothing
+        is registered), and ModelLoadError (the version stays registered as FAILED; registering it again replaces it).
         """
-        archive, digest = await self._open(url)
+        url, sha256 = await self.fetch(url, sha256)
+        archive, digest = await self._open(url, handler, sha256)
         name = name or archive.manifest.model_name
-        if not MODEL_NAME.fullmatch(name):
-            raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")
         saved = SavedVersion(
             version=archive.manifest.version,
             archive=url,
@@ -96,6 +103,27 @@ class ControlPlane:
         if synchronous and version.pool is not None:
             await version.pool.settled()
         return version
+
+    async def fetch(self, url: str, sha256: str = "") -> tuple[str, str]:
+        """The file in the store that `url` names, downloaded if it is an address, and the SHA-256 it must have, if any.
+
+        Raises BadRequestError, ConflictError, DownloadError or ArchiveError.
+        """
+        if is_remote(url):
+            url, pin = split_pin(url)
+            sha256 = sha256 or pin
+        sha256 = sha256.lower()
+        if sha256 and not _SHA256.fullmatch(sha256):
+            raise BadRequestError("sha256: 64 hexadecimal digits are needed")
+        if is_remote(url):
+            url = await self.downloads.fetch(url, sha256)
+        return url, sha256
+
+    async def load_named(self, file: str, name: str) -> ModelVersion:
+        """Register what the setting `models` names, without waiting for its workers. Raises as `register`."""
+        archive, digest = await self._open(file, "")
+        saved = SavedVersion(version=archive.manifest.version, archive=file, sha256=digest, named=True)
+        return await self._serve(archive, name or archive.manifest.model_name, saved, at_start=True)
 
     def announce(self, models: Iterable[SavedModel]) -> None:
         """Say what will be registered by `restore`; until then it is kept in the saved state, and requests get 503."""
@@ -112,7 +140,7 @@ class ControlPlane:
         saved, _ = self._waiting[name, number]
         self.registry.announced[name, number] = ""
         try:
-            archive, digest = await self._open(saved.archive)
+            archive, digest = await self._open(saved.archive, saved.handler)
             if saved.sha256 not in ("", digest):
                 raise ArchiveError(f"{saved.archive} has changed since it was registered; register it again")
             return await self._serve(archive, name, msgspec.structs.replace(saved, sha256=digest), at_start=True)
@@ -224,13 +252,17 @@ class ControlPlane:
         if self.saver is not None and not self._closed:
             await asyncio.shield(self.saver.save())
 
-    async def _open(self, url: str) -> tuple[ModelArchive, str]:
-        """The archive and its digest, if what is registered is saved."""
-        archive = await asyncio.to_thread(self.store.open, url)
+    async def _open(self, url: str, handler: str, sha256: str = "") -> tuple[ModelArchive, str]:
+        """The archive and, if what is registered is saved, its digest."""
+        archive = await asyncio.to_thread(self.store.open, url, sha256)
+        if handler and self.store.only_signed:
+            raise BadRequestError("handler: a signed archive names its own; no other can be chosen with trusted_keys")
         return archive, await asyncio.to_thread(archive.digest) if self.saver is not None else ""
 
     async def _serve(self, archive: ModelArchive, name: str, saved: SavedVersion, *, at_start: bool) -> ModelVersion:
         """Register, save, and begin to start workers."""
+        if not MODEL_NAME.fullmatch(name):
+            raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")
         async with self._locks[name]:
             version = await self._add(archive, name, saved, at_start)
         if version.pool is not None:

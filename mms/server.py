@@ -16,26 +16,31 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from mms_nginx.find import edge_user, find_nginx
 
 from mms.api.predictions import InferenceApi
-from mms.config import Config
+from mms.config import Config, is_loopback
 from mms.controlplane import ControlPlane
 from mms.dataplane import DataPlane
 from mms.errors import ConfigError, MMSError, ModelLoadError, StartError
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer, bind
 from mms.metrics import Collector, GpuFacts, registry
+from mms.models.download import is_remote, split_pin
 from mms.models.readiness import Phase, Readiness
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion
 from mms.rundir import CacheDirectory, RunDirectory, Running
+from mms.secret import read_secret
+from mms.signature import TrustedKeys
 from mms.state import SavedModel, SavedVersion, State, read
 from mms.systemd import Notifier, address_of, passed_sockets
+from mms.token import TokenFile
 from mms.workers.gpus import GpuMonitor
 
 if TYPE_CHECKING:
@@ -82,18 +87,24 @@ class ModelServer:
         self._manager = Notifier(os.environ)
         self._passed = passed_sockets(os.environ, LISTENERS)
         self._at_terminal = os.isatty(0)
-        self._store = ModelStore(config.model_store)
+        self._check_addresses()
+        self._token = self._management_token()
+        keys = None if config.trusted_keys is None else TrustedKeys(config.trusted_keys)
+        self._store = ModelStore(config.model_store, keys)
         self._registry = ModelRegistry()
+        self._cache = CacheDirectory(config.cache_dir)
         self._readiness = Readiness(self._registry)
+        self._control = ControlPlane(config, self._registry, self._store, self._cache, config.state)
+        self._remote: dict[str, tuple[str, str]] = {}  # file in the store -> name and address to download it from
         self._named = self._archives()
         self._startup = self._plan(State() if fresh else read(config.state))
-        self._check_addresses()
-        self._run_dir = RunDirectory(config.run_dir)
-        self._cache = CacheDirectory(config.cache_dir)
-        self._control = ControlPlane(config, self._registry, self._store, self._cache, config.state)
         self._control.announce(self._startup)
+        self._run_dir = RunDirectory(config.run_dir)
         self._inference = InferenceApi(DataPlane(self._registry), self._readiness)
         self._nginx_program = self._find_edge()
+        self._tls = self._certificate()
+        self._renewal: asyncio.Task[None] | None = None
+        self._tls_stamp = self._look_at_certificate()
         self._http = HttpServer(self._inference, self._limits(), edge=self._nginx_program is not None)
         self._runners: list[web.AppRunner] = []
         self._nginx: Nginx | None = None
@@ -107,6 +118,7 @@ class ModelServer:
         self._gpus: list[GpuFacts] = []
         self._failures: dict[ModelVersion, ModelLoadError] = {}
         self._unrestored: list[str] = []
+        self._fetches: dict[str, asyncio.Task[tuple[str, str]]] = {}
         self._clients_done = False
 
     # start
@@ -125,9 +137,13 @@ class ModelServer:
             self._cache.acquire(user)
             sockets = self._listen(user[1] if user else None)
             self._catch_signals()
-            self._run_dir.record(Running(os.getpid(), *self._addresses(), stop_limit=self._stop_limit()))
+            self._run_dir.record(self._running())
             self._say_restored()
+            self._fetches = {
+                file: asyncio.create_task(self._control.fetch(url)) for file, (_, url) in self._remote.items()
+            }
             loads += [asyncio.create_task(self._load(model)) for model in self._startup]
+            loads += [asyncio.create_task(self._load_remote(file)) for file in self._remote]
             await self._serve(sockets)
             self._start_edge()
             self._tick()
@@ -136,9 +152,10 @@ class ModelServer:
             if not self._stop_asked.is_set():
                 self._check_loaded()
         except BaseException:
-            for load in loads:
-                load.cancel()
-            await asyncio.gather(*loads, return_exceptions=True)
+            unfinished = [*loads, *self._fetches.values()]
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
             await self.stop()
             raise
         if self._stop_asked.is_set():
@@ -156,16 +173,21 @@ class ModelServer:
         return self._exit_code
 
     def _archives(self) -> dict[tuple[str, str], SavedVersion]:
-        """What `models` names, by name and version; each archive is checked before anything else happens."""
+        """What `models` names in the store, by name and version; it is checked before anything else happens."""
         urls: list[tuple[str, str]] = []
         for entry in self._config.models:
             if entry.upper() == "ALL":
                 urls += [("", name) for name in self._store.names()]
             else:
-                name, equals, url = entry.partition("=")
+                name, equals, url = ("", "", "") if is_remote(entry) else entry.partition("=")
                 urls.append((name, url) if equals else ("", entry))
         named: dict[tuple[str, str], SavedVersion] = {}
         for name, url in urls:
+            if is_remote(url):
+                self._remote[self._control.downloads.check(split_pin(url)[0])] = name, url
+                if name:
+                    self._registry.announced[name, ""] = ""
+                continue
             archive = self._store.open(url)
             key = (name or archive.manifest.model_name, archive.manifest.version)
             if key in named:
@@ -189,7 +211,9 @@ class ModelServer:
                 named = missing.pop((model.name, saved.version), None)
                 if named is not None:
                     saved = msgspec.structs.replace(named, settings=saved.settings)
-                elif saved.named and self._named:
+                elif self._is_remote(model.name, saved):
+                    saved = msgspec.structs.replace(saved, sha256="")
+                elif saved.named and self._config.models:
                     log.info("%s %s is not restored: models names it no more", model.name, saved.version)
                     continue
                 versions.append(saved)
@@ -199,15 +223,32 @@ class ModelServer:
             plan[name] = msgspec.structs.replace(known, versions=[*known.versions, saved])
         return [_with_default(model) for model in plan.values() if model.versions]
 
-    def _say_restored(self) -> None:
-        restored = [
+    def _is_remote(self, name: str, saved: SavedVersion) -> bool:
+        """Whether `models` names it by the address that its archive is downloaded from."""
+        return saved.named and saved.archive in self._remote and self._remote[saved.archive][0] in ("", name)
+
+    def _restored(self) -> list[str]:
+        """What is registered because it was before, not because `models` names it."""
+        return [
             f"{model.name} {saved.version}"
             for model in self._startup
             for saved in model.versions
-            if (model.name, saved.version) not in self._named
+            if (model.name, saved.version) not in self._named and not self._is_remote(model.name, saved)
         ]
-        if restored:
+
+    def _say_restored(self) -> None:
+        if restored := self._restored():
             self._say(f"restoring {', '.join(restored)} from {self._config.state} (--fresh ignores it)")
+
+    def _management_token(self) -> TokenFile | None:
+        """Whoever can register a model runs code here: only this machine may do that without a token."""
+        address, file = self._addresses()[1], self._config.management_token_file
+        if file is None and not is_loopback(address):
+            raise ConfigError(
+                f"management_address = {address}: other machines reach it, and whoever registers a model runs code "
+                "here; set management_token_file, or keep it on 127.0.0.1 or a Unix socket"
+            )
+        return None if file is None else TokenFile(file)
 
     def _find_edge(self) -> str | None:
         if self._passed and self._config.edge == "nginx":
@@ -224,6 +265,33 @@ class ModelServer:
         if program is None:
             self._say("nginx is not installed: the front end listens by itself (no TLS, no request spooling)")
         return program
+
+    def _certificate(self) -> tuple[Path, Path] | None:
+        """Certificate and key, if TLS is wanted; only nginx speaks it."""
+        cert, key = self._config.tls_cert, self._config.tls_key
+        if cert is None and key is None:
+            return None
+        if cert is None or key is None:
+            raise ConfigError("tls_cert and tls_key go together: set both")
+        if self._nginx_program is None:
+            raise ConfigError("tls_cert: TLS needs nginx in front; install it and do not start with --edge none")
+        read_secret(key, "key", 1)
+        if not os.access(cert, os.R_OK):
+            raise ConfigError(f"cannot read the certificate {cert}")
+        return cert, key
+
+    def _look_at_certificate(self) -> list[tuple[int, ...]]:
+        try:
+            facts = [path.stat() for path in self._tls or ()]
+        except OSError:
+            return []
+        return [(fact.st_ino, fact.st_size, fact.st_mtime_ns) for fact in facts]
+
+    def _speaks_tls(self, name: str, address: str) -> bool:
+        """The inference port does, and the management port where others can reach it."""
+        if self._tls is None or address.startswith("unix:"):
+            return False
+        return name == "inference" or (name == "management" and not is_loopback(address))
 
     def _limits(self) -> Limits:
         config = self._config
@@ -242,6 +310,11 @@ class ModelServer:
                 where = first if first == second else f"{first} and {second}"
                 raise ConfigError(f"{one}_address and {two}_address would both listen on {where}; each needs its own")
 
+    def _running(self) -> Running:
+        token_file = str(self._config.management_token_file or "")
+        certificate = str(self._tls[0]) if self._tls else ""
+        return Running(os.getpid(), *self._places(), self._stop_limit(), token_file, certificate)
+
     def _stop_limit(self) -> float:
         return self._config.drain_delay + self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
 
@@ -252,6 +325,14 @@ class ModelServer:
             for name, address in zip(
                 LISTENERS, (config.inference_address, config.management_address, config.metrics_address), strict=True
             )
+        )
+        return inference, management, metrics
+
+    def _places(self) -> tuple[str, str, str]:
+        """The addresses, with https:// where TLS is spoken."""
+        inference, management, metrics = (
+            f"https://{address}" if self._speaks_tls(name, address) else address
+            for name, address in zip(LISTENERS, self._addresses(), strict=True)
         )
         return inference, management, metrics
 
@@ -275,6 +356,7 @@ class ModelServer:
         from aiohttp import web
 
         from mms.api import management, metrics
+        from mms.api.guard import Guard
 
         inference, control, scrape = sockets
         await self._http.start(inference)
@@ -290,8 +372,9 @@ class ModelServer:
         def refresh() -> None:
             self._gpus = list(monitor.facts())
 
+        guard = Guard(self._addresses()[1], self._config.management_hosts, self._token)
         apps = (
-            (management.application(self._control, self._readiness), control),
+            (management.application(self._control, self._readiness, guard), control),
             (metrics.application(registry(collector), refresh), scrape),
         )
         for app, sock in apps:
@@ -323,7 +406,12 @@ class ModelServer:
         from mms_nginx.render import Listener, render
 
         listeners = [
-            Listener(name, address, (self._run_dir.sockets / f"{name}.sock",))
+            Listener(
+                name,
+                address,
+                (self._run_dir.sockets / f"{name}.sock",),
+                self._tls if self._speaks_tls(name, address) else None,
+            )
             for name, address in zip(LISTENERS, self._addresses(), strict=True)
         ]
         user = edge_user()
@@ -345,6 +433,8 @@ class ModelServer:
         versions = []
         for saved in sorted(model.versions, key=lambda saved: saved.version != model.default):
             try:
+                if self._is_remote(model.name, saved):
+                    await self._fetches[saved.archive]
                 versions.append(await self._control.restore(model.name, saved.version))
             except MMSError as error:
                 if (model.name, saved.version) in self._named:
@@ -353,11 +443,25 @@ class ModelServer:
                 log.error("%s", self._unrestored[-1])
         self._registry.sort(model.name, [saved.version for saved in model.versions])
         for version in versions:
-            if version.pool is not None:
-                try:
-                    await version.pool.settled()
-                except ModelLoadError as error:  # described and tried again
-                    self._failures[version] = error
+            await self._settle(version)
+
+    async def _load_remote(self, file: str) -> None:
+        """What `models` names by its address and the saved state does not have: its version shows when it is here."""
+        await self._fetches[file]
+        if any(self._is_remote(model.name, saved) and saved.archive == file
+               for model in self._startup for saved in model.versions):  # fmt: skip
+            return
+        name, _ = self._remote[file]
+        version = await self._control.load_named(file, name)
+        self._registry.announced.pop((name, ""), None)
+        await self._settle(version)
+
+    async def _settle(self, version: ModelVersion) -> None:
+        if version.pool is not None:
+            try:
+                await version.pool.settled()
+            except ModelLoadError as error:  # described and tried again
+                self._failures[version] = error
 
     async def _await_loads(self, loads: list[asyncio.Task[None]]) -> None:
         """Until all are done or one is impossible, with a word every two seconds; a stop signal ends it."""
@@ -398,7 +502,7 @@ class ModelServer:
     def _check_loaded(self) -> None:
         """Raises StartError when `models` names all there is and nothing of it loads; saved models can be mended."""
         failed = self._failed()
-        if failed and len(failed) == len(self._named) == len(self._registry.versions()):
+        if failed and not self._restored() and len(failed) == len(self._registry.versions()):
             raise StartError(f"no model could be loaded: {'; '.join(failed)} (more in {self._run_dir.logs})")
 
     def _progress(self, version: ModelVersion) -> str:
@@ -409,7 +513,7 @@ class ModelServer:
 
     def _ready_line(self, seconds: float) -> str:
         failed, count = self._failed(), len(self._registry.versions()) + len(self._unrestored)
-        inference, management, metrics = map(_url, self._addresses())
+        inference, management, metrics = map(_url, self._places())
         edge = "behind nginx" if self._nginx is not None else "without nginx"
         ready = f"{count - len(failed)} of {count}" if failed else str(count)
         text = (
@@ -418,7 +522,26 @@ class ModelServer:
         )
         return f"{text}; FAILED: {'; '.join(failed)}" if failed else text
 
+    def _renew_certificate(self) -> None:
+        """nginx reads certificate and key at its start: it reloads when they have changed."""
+        stamp = self._look_at_certificate()
+        if not stamp or stamp == self._tls_stamp or self._nginx is None or self._renewal is not None or self._reloads:
+            return
+        self._tls_stamp = stamp
+        self._renewal = asyncio.create_task(asyncio.to_thread(self._nginx.reload_files))
+        self._renewal.add_done_callback(self._renewed)
+
+    def _renewed(self, renewal: asyncio.Task[None]) -> None:
+        self._renewal = None
+        if not renewal.cancelled():
+            error = renewal.exception()
+            if isinstance(error, MMSError):
+                log.error("the new certificate is not in force: %s", error.message)
+            else:
+                log.info("nginx has taken the new certificate")
+
     def _tick(self) -> None:
+        self._renew_certificate()
         self._control.reap_orphans({self._nginx.pid} if self._nginx is not None else set())
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
 
@@ -446,7 +569,7 @@ class ModelServer:
         """SIGHUP: reload, but when it means that the terminal we run in is gone, stop."""
         if self._at_terminal and not os.isatty(0):
             self._signalled()
-        elif self._reloads is None or self._reloads.done():
+        elif self._reloads is None:
             self._reloads = asyncio.create_task(self._reload())
 
     async def _reload(self) -> None:
@@ -473,19 +596,23 @@ class ModelServer:
         else:
             log.info("reloaded; changed: %s; changed by a restart only: %s", ", ".join(applied) or "nothing",
                      ", ".join(restart) or "nothing")  # fmt: skip
+        finally:
+            self._reloads = None
         self._manager.ready(failure or "reloaded")
         self._run_dir.record_reload(applied, restart, failure)
 
     async def _apply(self, config: Config) -> None:
         if self._nginx_program is None and config.access_log is not None:
             raise ConfigError(NO_ACCESS_LOG)
+        if self._renewal is not None:
+            await asyncio.wait([self._renewal])
         if self._nginx is not None and (text := self._edge_text(config)) != self._edge_text(self._config):
             await asyncio.to_thread(self._nginx.reload, text)  # closes idle connections: not without need
         self._config = config
         self._control.config = config
         self._http.limits = self._limits()
         logging.getLogger("mms").setLevel(config.log_level.upper())
-        self._run_dir.record(Running(os.getpid(), *self._addresses(), stop_limit=self._stop_limit()))
+        self._run_dir.record(self._running())
 
     def _signalled(self) -> None:
         if self._readiness.phase is not Phase.DRAINING:
@@ -598,7 +725,7 @@ def prepare_process() -> None:
 
 
 def _url(address: str) -> str:
-    return address if address.startswith("unix:") else f"http://{address}"
+    return address if address.startswith(("unix:", "https:")) else f"http://{address}"
 
 
 async def _first_of(*tasks: asyncio.Task[Any]) -> bool:

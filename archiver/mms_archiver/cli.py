@@ -1,4 +1,4 @@
-"""The model-archiver command: packs, inspects and verifies model archives."""
+"""The model-archiver command: packs, inspects, verifies and signs model archives."""
 
 from __future__ import annotations
 
@@ -84,6 +84,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
     model-archiver --model-name cat --handler service:handle --model-path folder
     model-archiver inspect cat.mar
     model-archiver verify cat.mar
+    model-archiver sign cat.mar --key me.key
     """
     given = [name for name in options if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if context.invoked_subcommand is not None:
@@ -138,13 +139,43 @@ def inspect(archive: Path, json_: bool) -> None:
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), default=60, show_default=True, help="Seconds for the import."
 )
-def verify(archive: Path, timeout: float) -> None:
-    """Check structure and hashes of ARCHIVE, then import its handler. This runs code of the archive."""
+@click.option("--trusted-keys", type=_FILE, help="Public keys (PEM), one of which must have signed ARCHIVE.")
+def verify(archive: Path, timeout: float, trusted_keys: Path | None) -> None:
+    """Check structure, hashes and signature of ARCHIVE, then import its handler. This runs code of the archive."""
+    from mms.signature import TrustedKeys, signers
     from mms_archiver.verify import verify_archive
 
-    found = verify_archive(archive, timeout=timeout)
-    hashes = "hashes match" if found.manifest.files else "it has no hashes"
-    click.echo(f"{archive}: sound (files: {len(found.files)}, {hashes}, {found.manifest.handler} imports)")
+    found = verify_archive(archive, timeout=timeout, keys=TrustedKeys(trusted_keys) if trusted_keys else None)
+    facts = [f"files: {len(found.files)}", "hashes match" if found.manifest.files else "it has no hashes"]
+    if found.signed_by:
+        facts.append(f"signed by {found.signed_by[:16]}")
+    elif named := signers(found):
+        facts.append(f"its signature names {named[0][:16]}, which --trusted-keys would check")
+    click.echo(f"{archive}: sound ({', '.join(facts)}, {found.manifest.handler} imports)")
+
+
+@cli.command()
+@click.argument("name", type=click.Path(path_type=Path))
+def keygen(name: Path) -> None:
+    """Make a pair of ed25519 keys: NAME.key, which signs and is kept secret, and NAME.pub, which servers trust."""
+    from mms.signature import make_keys
+
+    private, public = name.with_name(f"{name.name}.key"), name.with_name(f"{name.name}.pub")
+    key_id = make_keys(private, public)
+    click.echo(f"{private} signs, {public} is for --trusted-keys; key {key_id[:16]}")
+
+
+@cli.command()
+@click.argument("archive", type=_ARCHIVE)
+@click.option("--key", type=_FILE, required=True, help="The private key (PEM, ed25519, mode 0600).")
+def sign(archive: Path, key: Path) -> None:
+    """Sign ARCHIVE: verify its files and pack them again with a signature, in the place of any there was."""
+    from mms.signature import SigningKey
+    from mms_archiver.sign import sign_archive
+
+    signing = SigningKey(key)
+    found = sign_archive(archive, signing)
+    click.echo(f"{archive}: {found.manifest.model_name} {found.manifest.version}, signed by {signing.id[:16]}")
 
 
 def main() -> None:

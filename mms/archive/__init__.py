@@ -4,7 +4,7 @@ An archive is refused, with the reason, before anything of it is used; the rules
 """
 
 from mms.archive.archive import ModelArchive
-from mms.archive.checks import MANIFEST
+from mms.archive.checks import MANIFEST, SIGNATURE
 from mms.archive.manifest import RUNTIMES, ArchivedFile, Manifest
 from mms.archive.write import FORMATS, archive_name, write_archive
 
@@ -12,6 +12,7 @@ __all__ = [
     "FORMATS",
     "MANIFEST",
     "RUNTIMES",
+    "SIGNATURE",
     "ArchivedFile",
     "Manifest",
     "ModelArchive",

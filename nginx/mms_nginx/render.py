@@ -15,17 +15,25 @@ MAX_CONNECTIONS = 10_240
 MAX_PROCESSES = 2
 READ_MARGIN = 30.0
 
+# For TLS 1.2: forward secrecy and authenticated encryption only. Those of TLS 1.3 are all good.
+_CIPHERS = ":".join(
+    f"ECDHE-{key}-{cipher}"
+    for cipher in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")
+    for key in ("ECDSA", "RSA")
+)
+
 # Below crit nginx quotes request lines, and with them query strings, in its error log.
 _ERROR_LEVELS = {"debug": "info", "info": "crit", "warning": "crit", "error": "crit"}
 
 
 @dataclass(frozen=True)
 class Listener:
-    """One public address and the front ends' sockets behind it."""
+    """One public address and the front ends' sockets behind it; `tls` is certificate chain and key."""
 
     name: str
     address: str
     upstream: tuple[Path, ...]
+    tls: tuple[Path, Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ def _errors(max_request_size: int) -> list[_Error]:
     late = "The front end did not answer in time; try again when load is lower."
     return [
         _Error((400, 494), 400, "BadRequestException", "Not a valid HTTP request, or its headers are too long.", True),
+        _Error((497,), 421, "BadRequestException", "This port speaks TLS: use https.", True),
         _Error((404,), 404, "ResourceNotFoundException", "No such path."),
         _Error((405,), 405, "MethodNotAllowedException", "No path takes this method."),
         _Error((413,), 413, "RequestEntityTooLargeException", too_large),
@@ -133,4 +142,5 @@ def render(
         read_timeout=_time(response_timeout + READ_MARGIN),
         body_timeout=_time(body_timeout),
         header_timeout=_time(header_timeout),
+        ciphers=_CIPHERS,
     )
