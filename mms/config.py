@@ -24,7 +24,6 @@ from mms.errors import ConfigError
 
 MAX_FILE = 1 << 20
 MAX_DEPTH = 32
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _PORTS = {"http": 80, "https": 443}
 _SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 
 from mms import wire
-from mms.archive import ModelArchive
-from mms.config import MODEL_NAME, Config, ModelSettings, merge_settings, read_yaml
+from mms.archive import MODEL_NAME, ModelArchive
+from mms.config import Config, ModelSettings, merge_settings, read_yaml
 from mms.errors import (
     ArchiveError,
     BadRequestError,

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from mms.config import MODEL_NAME
+from mms.archive import MODEL_NAME
 from mms.errors import StartError
 
 log = logging.getLogger("mms.state")
