@@ -129,10 +129,12 @@ class Collector:
         gpus: Callable[[], Iterable[GpuFacts]],
         connections: Callable[[], int],
         failures: Counter[tuple[int, str]],
+        unsaved: Callable[[], bool] = lambda: False,
     ) -> None:
         self._versions = versions
         self._gpus = gpus
         self._connections = connections
+        self._unsaved = unsaved
         self._failures = failures  # of requests that reached no model, by status and cause
 
     def collect(self) -> Iterator[Metric]:
@@ -224,6 +226,8 @@ class Collector:
     def _host(self) -> Iterator[Metric]:
         connections = GaugeMetricFamily("mms_connections", "Open connections on the inference port.")
         connections.add_metric([], self._connections())
+        unsaved = GaugeMetricFamily("mms_state_unsaved", "1 while what is registered cannot be saved.")
+        unsaved.add_metric([], self._unsaved())
         build = GaugeMetricFamily("mms_build_info", "Always 1.", labels=["version", "python"])
         build.add_metric([mms.__version__, platform.python_version()], 1)
         utilization = GaugeMetricFamily("mms_gpu_utilization_ratio", "GPU utilisation, 0 to 1.", labels=["gpu", "uuid"])
@@ -233,7 +237,7 @@ class Collector:
             if gpu.utilization is not None:
                 utilization.add_metric(labels, gpu.utilization)
             used.add_metric(labels, gpu.memory_used)
-        yield from (connections, build, utilization, used)
+        yield from (connections, unsaved, build, utilization, used)
 
 
 def registry(collector: Collector) -> CollectorRegistry:

@@ -75,7 +75,7 @@ class HttpServer:
 
     def __init__(self, application: Application, limits: Limits, *, edge: bool) -> None:
         self._application = application
-        self._limits = limits
+        self.limits = limits  # of connections that are made from now on
         self._edge = edge
         self._heads = ResponseHeads()
         self._known = KnownHeads()
@@ -104,7 +104,7 @@ class HttpServer:
         return cut
 
     def _connect(self) -> Connection:
-        return Connection(self._application, self._limits, self._heads, self._known, self.connections, edge=self._edge)
+        return Connection(self._application, self.limits, self._heads, self._known, self.connections, edge=self._edge)
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
