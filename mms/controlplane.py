@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mms import wire
-from mms.archive import ModelArchive
+from mms.archive import HANDLER, ModelArchive
 from mms.config import MODEL_NAME, Config, ModelSettings, merge_settings, read_yaml
 from mms.errors import BadRequestError, ConfigError, ConflictError, NotFoundError, ServiceUnavailableError
 from mms.logs import close_model_log, model_logger, open_model_log
@@ -82,6 +82,8 @@ class ControlPlane:
         name = name or archive.manifest.model_name
         if not MODEL_NAME.fullmatch(name):
             raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")
+        if handler and not HANDLER.fullmatch(handler):
+            raise BadRequestError(f"handler = {handler!r}: module:Name is needed")
         async with self._locks[name]:
             version = await self._add(archive, name, handler, changes or {}, at_start)
         if version.pool is not None:
@@ -152,7 +154,8 @@ class ControlPlane:
             version = ModelVersion(name, number, archive, settings)
             version.directory = owned
             version.at_start = at_start
-            version.pool = self._pool(version, folder, handler or archive.manifest.handler, model_config)
+            version.handler = handler or version.handler
+            version.pool = self._pool(version, folder, model_config)
             replaced = self._failed(name, number)
             open_model_log(self._config.run_dir / "logs", name)
             if replaced is not None:
@@ -211,13 +214,13 @@ class ControlPlane:
             raise ConfigError(f"gpus: {', '.join(map(str, missing))} do not exist; this server sees: {seen}")
         return list(settings.gpus or there)
 
-    def _pool(self, version: ModelVersion, folder: Path, handler: str, model_config: dict[str, Any]) -> WorkerPool:
+    def _pool(self, version: ModelVersion, folder: Path, model_config: dict[str, Any]) -> WorkerPool:
         settings, manifest = version.settings, version.archive.manifest
         load = wire.Load(
             model_name=version.name,
             version=version.version,
             directory=str(folder.absolute()),
-            handler=handler,
+            handler=version.handler,
             manifest=dict(manifest.raw),
             model_config=model_config,
             batch_size=settings.batch_size,

@@ -19,6 +19,7 @@ from mms.payload import parse_query
 from mms.wire import RequestFacts
 
 MAX_ROUTES = 4096
+_NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
 _METHODS = frozenset((b"POST", b"PUT", b"GET"))
 
 
@@ -90,7 +91,7 @@ class InferenceApi:
         try:
             path, query = _split(head.target)
             if path in ("/ping", "/openapi.json") and head.method not in (b"GET", b"HEAD"):
-                raise MethodNotAllowedError("Requested method is not allowed, please refer to API document.")
+                raise MethodNotAllowedError(_NOT_ALLOWED, allow="GET, HEAD")
             if path == "/ping":
                 self._answer(exchange, {"status": self._health()})
                 return None
@@ -99,7 +100,7 @@ class InferenceApi:
                 return None
             route = self._prediction(path, query)
             if head.method not in _METHODS:
-                raise MethodNotAllowedError("Requested method is not allowed, please refer to API document.")
+                raise MethodNotAllowedError(_NOT_ALLOWED, allow="GET, POST, PUT")
         except MMSError as error:
             self.refused(error)
             raise
