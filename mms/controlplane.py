@@ -26,7 +26,7 @@ from mms.rundir import CacheDirectory
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
-from mms.workers.pool import PoolSettings, WorkerPool
+from mms.workers.pool import MAX_BOOT_FAILURES, PoolSettings, WorkerPool
 from mms.workers.process import Launch, reap_orphans
 
 log = logging.getLogger("mms.controlplane")
@@ -37,7 +37,14 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 class ControlPlane:
     """Changes what is served; the data plane only ever sees the result in the registry."""
 
-    def __init__(self, config: Config, registry: ModelRegistry, store: ModelStore, cache: CacheDirectory) -> None:
+    def __init__(
+        self,
+        config: Config,
+        registry: ModelRegistry,
+        store: ModelStore,
+        cache: CacheDirectory,
+        boot_tries: int = MAX_BOOT_FAILURES,
+    ) -> None:
         self.registry = registry
         self.store = store
         self.downloads = Downloads(config, store)
@@ -45,6 +52,7 @@ class ControlPlane:
         self.gpus = find_gpus()
         self._config = config
         self._cache = cache
+        self._boot_tries = boot_tries
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._loads = asyncio.Semaphore(config.parallel_loads)
         self._numbers = itertools.count(1)
@@ -245,6 +253,7 @@ class ControlPlane:
             response_timeout=settings.response_timeout,
             startup_timeout=settings.startup_timeout,
             stop_grace=self._config.stop_grace,
+            boot_tries=self._boot_tries,
         )
         return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads)
 

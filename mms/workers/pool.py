@@ -58,6 +58,7 @@ class PoolSettings:
     response_timeout: float
     startup_timeout: float
     stop_grace: float
+    boot_tries: int = MAX_BOOT_FAILURES
 
 
 class WorkerPool:
@@ -442,7 +443,7 @@ class WorkerPool:
         if self.ready_workers:  # the others serve: only this place stays empty for a while
             self._hold(min(DEATH_PAUSE * 2**self._boot_failures, DEATH_PAUSE_LIMIT))
             return
-        if self._boot_failures < MAX_BOOT_FAILURES:
+        if self._boot_failures < self._settings.boot_tries:
             self._hold(BOOT_PAUSES[self._boot_failures - 1])
             return
         self._fail_version(self._describe_failure(worker), f" after {self._boot_failures} tries")
@@ -458,7 +459,7 @@ class WorkerPool:
     def _retry_failed(self) -> None:
         if self.failure is not None and self.target:
             self.failure = None
-            self._boot_failures = MAX_BOOT_FAILURES - 1
+            self._boot_failures = self._settings.boot_tries - 1
             self._reconcile()
 
     def _describe_failure(self, worker: Worker) -> ModelLoadError:
