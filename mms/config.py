@@ -28,7 +28,6 @@ MAX_WORKERS = 1024
 MAX_BATCH = 65_536
 MAX_QUEUE = 1_000_000
 MAX_THREADS = 1024
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _PORTS = {"http": 80, "https": 443}
 _SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)

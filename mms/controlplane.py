@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mms import wire
-from mms.archive import HANDLER, ModelArchive
-from mms.config import MODEL_NAME, Config, ModelSettings, merge_settings, read_yaml
+from mms.archive import HANDLER, MODEL_NAME, ModelArchive
+from mms.config import Config, ModelSettings, merge_settings, read_yaml
 from mms.errors import BadRequestError, ConfigError, ConflictError, NotFoundError, ServiceUnavailableError
 from mms.logs import close_model_log, model_logger, open_model_log
 from mms.models.download import Downloads, is_remote, split_pin

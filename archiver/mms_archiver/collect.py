@@ -86,6 +86,8 @@ def collect(recipe: Recipe) -> tuple[Manifest, dict[str, Path]]:
     if recipe.config_file:
         _check_config(recipe.config_file)
     entry = find_entry(handler, collection.files)
+    if entry.needs_serialized_file and not serialized_file:
+        raise ArchiveError(f"the built-in handler {recipe.handler} needs weights: give --serialized-file")
     manifest = Manifest(
         model_name=recipe.model_name,
         version=recipe.version,

@@ -46,7 +46,7 @@ _Handler = Callable[[web.Request, _Parameters], Awaitable[web.Response]]
 
 def application(control: ControlPlane, guard: Guard) -> web.Application:
     """The aiohttp application on the management listener."""
-    app = web.Application(middlewares=[_errors, guard.middleware], client_max_size=MAX_BODY)
+    app = web.Application(middlewares=[errors_as_json, guard.middleware], client_max_size=MAX_BODY)
     app[CONTROL] = control
     for operation, handler in _TABLE:
         app.router.add_route(operation.method, operation.path, _translate(operation, handler))
@@ -54,10 +54,10 @@ def application(control: ControlPlane, guard: Guard) -> web.Application:
 
 
 @web.middleware
-async def _errors(
+async def errors_as_json(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Every failure as MMS's JSON. The one broad except of the control plane."""
+    """Every failure as MMS's JSON; for the metrics port, too. The one broad except of the control plane."""
     try:
         return await handler(request)
     except MMSError as error:

@@ -91,7 +91,7 @@ class ModelArchive:
 
     def _contents(self, container: Container, *, verify: bool) -> Contents:
         expected = self.manifest.files if verify else {}
-        if expected:
+        if verify and self.manifest.hashed:
             _compare_names({file.name for file in self.files}, set(expected))
         for member, chunks in container.contents():
             file = expected.get(member.name)

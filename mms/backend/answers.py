@@ -30,10 +30,14 @@ Body = bytes | bytearray | memoryview
 Answer = tuple[Outcome, Body]
 
 
+def is_error_status(status: Any) -> bool:
+    return isinstance(status, int) and 400 <= status <= 599
+
+
 def failure(error: MMSError | PredictionError) -> Answer:
     """The answer for a request that failed."""
     kind = "PredictionException" if isinstance(error, PredictionError) else error.type
-    status = error.status if isinstance(error.status, int) and 400 <= error.status <= 599 else 500
+    status = error.status if is_error_status(error.status) else 500
     return Outcome(status, b"", kind), str(error.message).encode("utf-8", "replace")
 
 

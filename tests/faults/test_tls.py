@@ -92,7 +92,7 @@ def test_S19_a_public_management_port_speaks_tls_and_wants_its_token(secure: tup
 
 def test_S19_plain_http_on_a_port_with_tls_is_told_so(secure: tuple[Server, str, Path]) -> None:
     reply = fetch(secure[0].url, "GET", "/ping")
-    assert reply.json() == {"code": 421, "type": "BadRequestException", "message": "This port speaks TLS: use https."}
+    assert reply.json() == {"code": 421, "type": "BadRequestException", "message": "this port speaks TLS: use https"}
 
 
 def test_S19_a_session_of_one_port_is_not_resumed_at_the_other(secure: tuple[Server, str, Path]) -> None:
