@@ -194,11 +194,6 @@ class WorkerPool:
 
     # desired state
 
-    async def scale(self, count: int) -> None:
-        """Run `count` workers; returns when that many are ready. Raises ModelLoadError when they cannot be."""
-        self.set_target(count)
-        await self.settled()
-
     def set_target(self, count: int) -> None:
         """Begin to run `count` workers; a FAILED pool tries again now."""
         self.target = count
