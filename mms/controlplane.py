@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from mms import wire
-from mms.archive import MODEL_NAME, ModelArchive
+from mms.archive import HANDLER, MODEL_NAME, ModelArchive
 from mms.config import Config, ModelSettings, merge_settings, read_yaml
 from mms.errors import (
     ArchiveError,
@@ -37,7 +37,7 @@ from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
-from mms.workers.pool import PoolSettings, Restarts, WorkerPool
+from mms.workers.pool import MAX_BOOT_FAILURES, PoolSettings, Restarts, WorkerPool
 from mms.workers.process import Launch, reap_orphans
 from mms.workers.sandbox import Sandboxes, only_stricter
 
@@ -56,6 +56,7 @@ class ControlPlane:
         store: ModelStore,
         cache: CacheDirectory,
         state: Path | None = None,
+        boot_tries: int = MAX_BOOT_FAILURES,
     ) -> None:
         self.registry = registry
         self.store = store
@@ -65,6 +66,7 @@ class ControlPlane:
         self.gpus = find_gpus()
         self.config = config
         self._cache = cache
+        self._boot_tries = boot_tries
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._loads = asyncio.Semaphore(config.parallel_loads)
         self._restarts = Restarts()
@@ -265,6 +267,8 @@ class ControlPlane:
         archive = await asyncio.to_thread(self.store.open, url, sha256)
         if handler and self.store.only_signed:
             raise BadRequestError("handler: a signed archive names its own; no other can be chosen with trusted_keys")
+        if handler and not HANDLER.fullmatch(handler):
+            raise BadRequestError(f"handler = {handler!r}: module:Name is needed")
         return archive, await asyncio.to_thread(archive.digest) if self.saver is not None else ""
 
     async def _serve(self, archive: ModelArchive, name: str, saved: SavedVersion, *, at_start: bool) -> ModelVersion:
@@ -305,8 +309,9 @@ class ControlPlane:
             version = ModelVersion(name, number, archive, settings)
             version.directory = owned
             version.at_start = at_start
+            version.handler = saved.handler or version.handler
             version.sandbox = self._sandboxes.describe(settings)
-            version.pool = self._pool(version, folder, saved.handler or archive.manifest.handler, model_config, sandbox)
+            version.pool = self._pool(version, folder, model_config, sandbox)
             replaced = self._failed(name, number)
             open_model_log(self.config.run_dir / "logs", name)
             if replaced is not None:
@@ -371,14 +376,14 @@ class ControlPlane:
         return list(settings.gpus or there)
 
     def _pool(
-        self, version: ModelVersion, folder: Path, handler: str, model_config: dict[str, Any], sandbox: wire.Sandbox
+        self, version: ModelVersion, folder: Path, model_config: dict[str, Any], sandbox: wire.Sandbox
     ) -> WorkerPool:
         settings, manifest = version.settings, version.archive.manifest
         load = wire.Load(
             model_name=version.name,
             version=version.version,
             directory=str(folder.absolute()),
-            handler=handler,
+            handler=version.handler,
             manifest=dict(manifest.raw),
             model_config=model_config,
             batch_size=settings.batch_size,
@@ -407,6 +412,7 @@ class ControlPlane:
             stop_grace=self.config.stop_grace,
             max_requests=settings.max_requests,
             max_rss=settings.max_rss,
+            boot_tries=self._boot_tries,
         )
         return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, self._restarts)
 

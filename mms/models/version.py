@@ -37,6 +37,7 @@ class ModelVersion:
         self.archive = archive
         self.settings = settings
         self.at_start = False
+        self.handler = archive.manifest.handler  # unless the registration chooses another
         self.loaded_at = time.time()
         self.directory: Path | None = None  # a folder of ours with the extracted archive, removed at the end
         self.sandbox: dict[str, Any] = {}  # what its workers give up, as it is described
@@ -109,7 +110,7 @@ class ModelVersion:
             "modelVersion": self.version,
             "modelUrl": archive.path.name,
             "runtime": archive.manifest.runtime,
-            "handler": archive.manifest.handler,
+            "handler": self.handler,
             **({"signedBy": archive.signed_by} if archive.signed_by else {}),
             "state": str(self.state),
             "minWorkers": settings.min_workers,

@@ -64,6 +64,7 @@ class PoolSettings:
     response_timeout: float
     startup_timeout: float
     stop_grace: float
+    boot_tries: int = MAX_BOOT_FAILURES
     max_requests: int = 0
     max_rss: int = 0
 
@@ -248,11 +249,6 @@ class WorkerPool:
         self._wake_soon()
 
     # desired state
-
-    async def scale(self, count: int) -> None:
-        """Run `count` workers; returns when that many are ready. Raises ModelLoadError when they cannot be."""
-        self.set_target(count)
-        await self.settled()
 
     def set_target(self, count: int) -> None:
         """Begin to run `count` workers; a FAILED pool tries again now."""
@@ -532,7 +528,7 @@ class WorkerPool:
                       worker.failure.message if worker.failure else worker.cause, pause)  # fmt: skip
             self._hold(pause)
             return
-        if self._boot_failures < MAX_BOOT_FAILURES:
+        if self._boot_failures < self._settings.boot_tries:
             self._hold(BOOT_PAUSES[self._boot_failures - 1])
             return
         self._fail_version(self._describe_failure(worker), f" after {self._boot_failures} tries")
@@ -549,7 +545,7 @@ class WorkerPool:
     def _retry_failed(self) -> None:
         if self.failure is not None and self.target:
             self.failure = None
-            self._boot_failures = MAX_BOOT_FAILURES - 1
+            self._boot_failures = self._settings.boot_tries - 1
             self._reconcile()
 
     def _describe_failure(self, worker: Worker) -> ModelLoadError:

@@ -335,7 +335,7 @@ def test_a_worker_is_replaced_after_max_requests_and_the_new_one_is_ready_first(
             assert fewest == 2
             assert served.metrics.restarts["max_requests"] >= 2
             assert set(served.metrics.restarts) == {"max_requests"}
-            await served.pool.scale(1)
+            await served.scale(1)
             assert len(served.pids) == 1
 
     uvloop.run(scenario())
@@ -370,7 +370,7 @@ def test_f17_threads_that_never_end_do_not_hold_up_an_exit(serve: Serve) -> None
             for _ in range(20):
                 await tell(served, "leak_thread")
             begun = time.monotonic()
-            await served.pool.scale(0)
+            await served.scale(0)
             assert time.monotonic() - begun < 0.4, "before stop_grace"
             assert dict(served.metrics.restarts) == {}
 
@@ -500,7 +500,7 @@ def test_f39_a_stopped_fork_server_is_replaced(serve: Serve, monkeypatch: pytest
             (stopped,) = served.forkservers.pids()
             os.kill(stopped, signal.SIGSTOP)
             assert await serves(served)
-            await served.pool.scale(2)
+            await served.scale(2)
             assert served.forkservers.pids() != [stopped]
             assert not psutil.pid_exists(stopped)
 
@@ -514,8 +514,8 @@ def test_a_fork_server_that_cannot_be_kept_is_done_without(serve: Serve, caplog:
                 (pid,) = served.forkservers.pids()
                 os.kill(pid, signal.SIGKILL)
                 await until(lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]
-                await served.pool.scale(1)
-                await served.pool.scale(2)
+                await served.scale(1)
+                await served.scale(2)
             assert served.forkservers.pids() == []
             assert (served.pool.ready, served.pool.forkserver_deaths) == (2, forkserver.DEATHS)
             assert await serves(served)
@@ -564,7 +564,7 @@ def test_f43_a_fork_that_fails_is_a_cause_and_no_more(serve: Serve) -> None:
             (pid,) = served.forkservers.pids()
             limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (5, limits[1]))  # no room for a pidfd
-            await served.pool.scale(2)
+            await served.scale(2)
             assert await serves(served)
 
     uvloop.run(scenario())
