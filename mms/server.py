@@ -26,11 +26,12 @@ from mms.dataplane import DataPlane
 from mms.errors import ConfigError, ModelLoadError, StartError
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer, bind
-from mms.metrics import Collector, GpuFacts, registry
+from mms.metrics import Collector, FrontEndFacts, GpuFacts, registry
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion
 from mms.rundir import CacheDirectory, RunDirectory, Running
+from mms.workers.environment import memory
 from mms.workers.gpus import GpuMonitor
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ class ModelServer:
             header_timeout=config.header_timeout,
             body_timeout=config.body_timeout,
             keepalive_timeout=config.keepalive_timeout,
+            max_bytes_in_flight=config.max_bytes_in_flight or memory() // 4,
         )
 
     def _check_addresses(self) -> None:
@@ -204,7 +206,7 @@ class ModelServer:
         collector = Collector(
             lambda: (version.facts() for version in self._registry.versions()),
             lambda: self._gpus,
-            lambda: len(self._http.connections),
+            lambda: FrontEndFacts(len(self._http.connections), self._http.shedding.bytes, self._http.shedding.step),
             self._inference.failures,
         )
 

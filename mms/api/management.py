@@ -24,9 +24,9 @@ PAGE = 100
 
 _AT_REGISTRATION = (
     "batch_size", "max_batch_delay", "min_workers", "max_workers", "response_timeout", "startup_timeout", "queue_size",
-    "queue_timeout", "retry", "isolate_errors", "device", "gpus", "threads", "preload",
+    "queue_bytes", "queue_timeout", "queue_order", "retry", "isolate_errors", "device", "gpus", "threads", "preload",
 )  # fmt: skip
-_WHILE_SERVED = ("batch_size", "max_batch_delay", "queue_size", "queue_timeout")
+_WHILE_SERVED = ("batch_size", "max_batch_delay", "queue_size", "queue_bytes", "queue_timeout", "queue_order")
 _SYNCHRONOUS = Parameter("synchronous", "boolean", "answer when the workers are ready, not at once")
 
 _Parameters = dict[str, Any]

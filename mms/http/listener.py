@@ -12,12 +12,14 @@ from pathlib import Path
 import psutil
 
 from mms.errors import StartError
-from mms.http.connection import Application, Connection
+from mms.http.connection import Application, Connection, new_shedding
 from mms.http.limits import Limits
 from mms.http.request import KnownHeads
 from mms.http.response import ResponseHeads
 
 BACKLOG = 4096
+TICK = 0.25
+TICKS_A_SWEEP = 4
 MAX_UNIX_PATH = 107  # unix(7): sun_path without its final zero
 
 
@@ -80,6 +82,8 @@ class HttpServer:
         self._heads = ResponseHeads()
         self._known = KnownHeads()
         self.connections: set[Connection] = set()
+        self.shedding = new_shedding(application, limits)
+        self._ticks = 0
         self._server: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -104,12 +108,31 @@ class HttpServer:
         return cut
 
     def _connect(self) -> Connection:
-        return Connection(self._application, self._limits, self._heads, self._known, self.connections, edge=self._edge)
+        return Connection(
+            self._application,
+            self._limits,
+            self._heads,
+            self._known,
+            self.connections,
+            edge=self._edge,
+            shedding=self.shedding,
+        )
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
-        self._heads.tick()
-        now = time.monotonic()
-        for connection in list(self.connections):
-            connection.sweep(now)
-        self._timer = loop.call_later(1.0, self._tick)
+        if self.shedding.tick(len(self.connections)):
+            self._step_changed()
+        if not self._ticks % TICKS_A_SWEEP:
+            self._heads.tick()
+            now = time.monotonic()
+            for connection in list(self.connections):
+                connection.sweep(now)
+        self._ticks += 1
+        self._timer = loop.call_later(TICK, self._tick)
+
+    def _step_changed(self) -> None:
+        """While something is shed, no request takes the short way of known heads: each one meets the reader."""
+        self._known.shut = self.shedding.step > 0
+        self._known.clear()
+        for connection in self.connections:
+            connection.forget_heads()

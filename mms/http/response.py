@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from mms.errors import MMSError, QueueFullError
+from mms.errors import MMSError, OverloadError
 
 JSON = b"content-type: application/json\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -51,6 +51,6 @@ def error_response(error: MMSError) -> tuple[int, bytes, bytes]:
     """Status, header block and JSON body of an error, in the native form."""
     body = json_body({"code": error.status, "type": error.type, "message": error.message})
     head = JSON
-    if isinstance(error, QueueFullError):
+    if isinstance(error, OverloadError):
         head += b"retry-after: %d\r\n" % error.retry_after
     return error.status, head, body

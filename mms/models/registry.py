@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mms.errors import ConflictError, ModelNotFoundError, ModelVersionNotFoundError, ServiceUnavailableError
+from mms.errors import ConflictError, LoadingError, ModelNotFoundError, ModelVersionNotFoundError
 from mms.models.version import ModelVersion
 
 
@@ -39,12 +39,12 @@ class ModelRegistry:
         return [version for model in self._models.values() for version in model.versions.values()]
 
     def model(self, name: str) -> Model:
-        """Raises ModelNotFoundError, or ServiceUnavailableError while the name is only announced."""
+        """Raises ModelNotFoundError, or LoadingError while the name is only announced."""
         try:
             return self._models[name]
         except KeyError:
             if name in self.announced:
-                raise ServiceUnavailableError(f"model {name} is still loading; try again soon") from None
+                raise LoadingError(f"model {name} is still loading; try again soon") from None
             raise ModelNotFoundError(f"Model not found: {name}") from None
 
     def version(self, name: str, version: str = "") -> ModelVersion:

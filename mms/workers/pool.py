@@ -127,10 +127,15 @@ class WorkerPool:
     def in_flight(self) -> int:
         return sum(len(worker.in_flight.jobs) for worker in self.workers)
 
+    @property
+    def bytes_in_flight(self) -> int:
+        """Of the bodies that workers have in hand: they are kept until they are answered, to be run again."""
+        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs)
+
     # jobs
 
     def submit(self, job: Job) -> None:
-        """Queue the job. Raises QueueFullError or ServiceUnavailableError."""
+        """Queue the job. Raises OverloadError or DrainingError."""
         self._queue.submit(job)
         if self._wake is None:
             self._wake_soon()
@@ -371,6 +376,7 @@ class WorkerPool:
         self.failure = None
         self.was_ready = True
         self.ready_workers.append(worker)
+        self._queue.forget_rate()
         self._metrics.load_seconds = ready.load_seconds
         seconds = time.monotonic() - worker.launched
         log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
