@@ -1,7 +1,7 @@
 """An open loop: requests leave at times drawn beforehand, whether or not earlier ones were answered.
 
-Latency counts from the scheduled time, so that what a stalled server makes wait is not left out. The generator runs in a
-process of its own and notes how late it was itself: if it was, the run says nothing.
+Latency counts from the scheduled time, so that what a stalled server makes wait is not left out. The generator runs in
+a process of its own and notes how late it was itself: if it was, the run says nothing.
 """
 
 from __future__ import annotations

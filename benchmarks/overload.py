@@ -1,8 +1,8 @@
 """`make overload`: what becomes of those who ask more than a model can serve, and how soon all is well again.
 
 A handler that sleeps 5 ms, one worker, one request at a time: its capacity is no CPU time, so that refusing costs it
-none. First the capacity; then twice as much for a minute, and half of it; then five times as much, where everybody who is
-refused tries again at once, and four fifths of the capacity.
+none. First the capacity; then twice as much for a minute, and half of it; then five times as much, where everybody who
+is refused tries again at once, and four fifths of the capacity.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def twice(server: Server, capacity: float, seconds: float, seed: int, report: Re
 
 
 def storm(server: Server, capacity: float, seconds: float, seed: int, report: Report) -> None:
-    """5 x capacity with three immediate retries, then 0.8 x: a server that only answers the impatient never recovers."""
+    """5 x capacity with three immediate retries, then 0.8 x, where a server may be stuck that works for nobody."""
     requests = _run(server, [Phase(5 * capacity, seconds, retries=3), Phase(0.8 * capacity, 10.0)], seed)
     loaded = [r for r in requests if r.phase == 0]
     tries = sum(r.tries for r in loaded)

@@ -16,6 +16,8 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import TypeVar
 
+import pytest
+
 from mms.errors import DeadlineError, MMSError, OverloadError, ServiceUnavailableError, WorkerDiedError
 from mms.wire import RequestFacts
 from mms.workers.batching import MAX_RETRY_AFTER, STANDING_SECONDS, BatchQueue, InFlight, Job
