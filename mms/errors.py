@@ -71,6 +71,7 @@ class OverloadError(MMSError):
     """There is more work than can be done in time. Retry after `retry_after` seconds (sent as `Retry-After`)."""
 
     status = 429
+    type = "TooManyRequestsException"
 
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         super().__init__(message)
@@ -79,8 +80,6 @@ class OverloadError(MMSError):
 
 class QueueFullError(OverloadError):
     """`queue_size` requests wait already: raised by BatchQueue. Retry after `Retry-After`."""
-
-    type = "TooManyRequestsException"
 
 
 class QueueBytesError(OverloadError):
