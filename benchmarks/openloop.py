@@ -7,6 +7,7 @@ a process of its own and notes how late it was itself: if it was, the run says n
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import random
 import time
@@ -181,6 +182,7 @@ class _Generator:
 
 def _generate(port: int, path: str, phases: Sequence[Phase], seed: int) -> list[Request]:
     requests = schedule(phases, seed)
+    gc.disable()  # a collection would make the generator late
 
     async def main() -> None:
         await _Generator(port, path, phases, requests).run()

@@ -134,7 +134,7 @@ class Connection(asyncio.Protocol):
         self._drained: asyncio.Future[None] | None = None
         self._last = False  # no further request is read from this connection
         self._receiving: Head | None = None  # whose body is being read
-        self._reserved = 0  # bytes of it that are accounted for
+        self._counted = 0  # bytes of it that are accounted for
         self._lingering = -1  # bytes that may still be read and dropped
         self._admitting = False
         self._write_paused = False
@@ -218,9 +218,9 @@ class Connection(asyncio.Protocol):
         exchange = self._exchange(head, parts, size)
         if self._drained is not None or self.shedding.step:
             exchange.keep_alive = False
-        if self._reserved:
-            self.shedding.hand_over(self._reserved)
-            self._reserved = 0
+        if self._counted:
+            self.shedding.hand_over(self._counted)
+            self._counted = 0
         self._backlog.append(exchange)
         self._last = not exchange.keep_alive
         return exchange.keep_alive
@@ -302,24 +302,24 @@ class Connection(asyncio.Protocol):
         """Part of a request has arrived whose body is still to come: refuse it now, or account for the body."""
         first, size = self._receiving is not head, self._reader.size
         self._receiving = head
-        expected = head.length or size
-        if first and (head.expect or head.transfer_encoding or head.length - size > READ_ANYWAY):
-            objection = self._application.objection(head, expected)
+        to_come = max(0, head.length - size) if first else 0
+        if first and (head.expect or head.transfer_encoding or to_come > READ_ANYWAY):
+            objection = self._application.objection(head, size + to_come)
             if objection is not None:
                 self._turn_away(objection)
                 return
-        busy = self.shedding.reserve(expected - self._reserved) if expected > self._reserved else None
+        busy = self.shedding.read(size - self._counted, before=self._counted, to_come=to_come)
         if busy is not None:
             self._refuse(busy)
             return
-        self._reserved = max(expected, self._reserved)
+        self._counted = size
         if first and head.expect and not size and not self._pending and not self._backlog:
             self._transport.write(CONTINUE)
 
     def _forget_body(self) -> None:
-        if self._reserved:
-            self.shedding.release(self._reserved)
-            self._reserved = 0
+        if self._counted:
+            self.shedding.drop(self._counted)
+            self._counted = 0
 
     def _admit(self) -> None:
         """Hand requests to the application, a bounded number at a time."""

@@ -39,7 +39,7 @@ class Shedding:
 
     def __init__(self, *, max_bytes: int, max_connections: int, held: Callable[[], int]) -> None:
         self.step = 0
-        self.bytes = 0  # of bodies and answers, as of the last tick and of what was reserved since
+        self.bytes = 0  # of bodies and answers, as of the last tick and of what was read since
         self.room = max_connections  # connections that may be open
         self.slow: set[Reader] = set()
         self._max_bytes = max_bytes
@@ -48,22 +48,25 @@ class Shedding:
         self._reading = 0  # bytes of the bodies that are being read
         self._others = -1  # descriptors that are no connections
 
-    def reserve(self, more: int) -> ServerBusyError | None:
-        """A connection is going to read so many bytes of a body; what speaks against it. Alone it may read any."""
-        if self.bytes and self.bytes + more > STEPS[NO_REQUESTS - 1] * self._max_bytes:
+    def read(self, more: int, *, before: int, to_come: int) -> ServerBusyError | None:
+        """A connection has read `more` bytes of a body, and `before` earlier; what speaks against the rest.
+
+        What is only promised is not counted: promises cost a client nothing. One body may be read, whatever its size.
+        """
+        if self.bytes > before and self.bytes + more + to_come > STEPS[NO_REQUESTS - 1] * self._max_bytes:
             return self.busy()
         self._reading += more
         self.bytes += more
         return None
 
-    def release(self, reserved: int) -> None:
-        """A body that was being read is dropped."""
-        self._reading -= reserved
-        self.bytes -= reserved
+    def drop(self, size: int) -> None:
+        """So much of a body was read, and is dropped."""
+        self._reading -= size
+        self.bytes -= size
 
-    def hand_over(self, reserved: int) -> None:
-        """A body is complete: the application has it."""
-        self._reading -= reserved
+    def hand_over(self, size: int) -> None:
+        """So much of a body was read, and the application has it."""
+        self._reading -= size
 
     def busy(self) -> ServerBusyError:
         return ServerBusyError("the server holds as many bytes or connections as it may; try again later")

@@ -698,15 +698,15 @@ def tick(server: HttpServer) -> None:
         server._step_changed()
 
 
-def test_bodies_that_are_being_read_count_as_soon_as_their_length_is_known() -> None:
+def test_a_body_for_which_there_is_no_room_beside_others_is_refused() -> None:
     application = Application()
     server = shedding_server(application, max_bytes=100_000)
     first, second = connect(server=server), connect(server=server)
-    first.send(head_of(b"/a", b"Content-Length: 60000") + b"x")
+    first.send(head_of(b"/a", b"Content-Length: 61000") + b"x" * 60_000)
     second.send(head_of(b"/a", b"Content-Length: 40000") + b"x")
     assert (first.statuses(), second.statuses()) == ([], [429]) and second.transport.ended
     assert server.shedding.bytes == 60_000
-    first.send(b"x" * 59_999)
+    first.send(b"x" * 1000)
     assert first.statuses() == [200]
     tick(server)
     assert server.shedding.bytes == 0
@@ -716,7 +716,7 @@ def test_a_chunked_body_counts_as_it_comes() -> None:
     application = Application()
     server = shedding_server(application, max_bytes=100_000)
     first, second = connect(server=server), connect(server=server)
-    first.send(head_of(b"/a", b"Content-Length: 60000") + b"x")
+    first.send(head_of(b"/a", b"Content-Length: 61000") + b"x" * 60_000)
     second.send(head_of(b"/a", b"Transfer-Encoding: chunked") + b"8000\r\n" + b"x" * 20_000)
     assert second.statuses() == [] and server.shedding.bytes == 80_000
     second.send(b"x" * 12_000)
@@ -728,7 +728,8 @@ def test_a_body_that_never_comes_no_longer_counts(ends: str) -> None:
     application = Application()
     server = shedding_server(application, max_bytes=100_000)
     client = connect(server=server)
-    client.send(head_of(b"/a", b"Content-Length: 60000") + b"x")
+    client.send(head_of(b"/a", b"Content-Length: 60000") + b"x" * 100)
+    assert server.shedding.bytes == 100
     if ends == "lost":
         client.connection.connection_lost(None)
     else:

@@ -91,7 +91,16 @@ def test_connections_leave_room_for_what_else_needs_descriptors(descriptors: Cal
 
 def test_a_body_may_be_read_alone_whatever_its_size() -> None:
     account = make()
-    assert account.reserve(5000) is None
-    assert account.reserve(1) is not None
-    account.release(5000)
-    assert account.reserve(900) is None and account.reserve(1) is not None
+    assert account.read(3000, before=0, to_come=2000) is None
+    assert account.read(2000, before=3000, to_come=0) is None
+    assert account.read(1, before=0, to_come=0) is not None
+    account.drop(5000)
+    assert account.read(600, before=0, to_come=0) is None and account.bytes == 600
+
+
+def test_what_is_promised_counts_only_against_who_promises_it() -> None:
+    account = make()
+    assert account.read(10, before=0, to_come=880) is None
+    assert account.read(10, before=0, to_come=880) is None
+    assert account.read(10, before=0, to_come=881) is not None
+    assert account.bytes == 20
