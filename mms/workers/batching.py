@@ -32,6 +32,7 @@ RETRY_MINIMUM = 3
 RETRY_WINDOW = 10.0
 STANDING_WAIT = 0.005  # the oldest job has waited longer than this, and than two batches take ...
 STANDING_SECONDS = 0.1  # ... for so long: the queue does not empty any more, and the newest jobs are served first
+FEWEST_WAITING = 20  # that many may wait even while overloaded: fewer would refuse some in normal times
 RATE_SECONDS = 2.0  # the drain rate is measured over so long ...
 RATE_BATCHES = 4  # ... and at least so many batches
 MAX_RETRY_AFTER = 60
@@ -149,6 +150,8 @@ class BatchQueue:
         self._emptied = True  # nobody waited at some time since the last look
         self._standing_since: float | None = None
         self._refused = 0
+        self._offered = (0, 0)  # jobs that came, and that were handed out, up to the last tick
+        self._overloaded = False  # the queue is standing, and more came than left
         self.newest_first = False  # in force since the last look
 
     def submit(self, job: Job) -> None:
@@ -171,6 +174,11 @@ class BatchQueue:
         if self.depth >= self.capacity:
             return QueueFullError(
                 f"the queue is full: {self.depth} requests wait; try again later", retry_after=self._retry_after()
+            )
+        if self.depth >= self.room and self._overloaded:
+            return QueueFullError(
+                f"{self.depth} requests wait, and more come than can be served; try again later",
+                retry_after=self._retry_after(),
             )
         if self.depth >= self.room:
             return QueueWaitError(
@@ -432,6 +440,12 @@ class BatchQueue:
             self._waiting = deque([job for job in self._waiting if not job.settled])
         self._emptied = self._emptied or not self.depth
         self._look_whether_emptied()
+        came, left = self._offered
+        self._offered = self.submitted + self._refused, self._handed
+        overloaded = self.newest_first and self._offered[0] - came > self._handed - left
+        if overloaded is not self._overloaded:
+            self._overloaded = overloaded
+            self._make_room()
         if not self.depth:
             return
         drain = self._drain
@@ -445,8 +459,12 @@ class BatchQueue:
             self._make_room()
 
     def _make_room(self) -> None:
-        room = max(self.batch_size, int(self.rate * self.timeout)) if self.rate else self.capacity
-        self.room = 0 if self.closed else min(self.capacity, room)
+        room = self.capacity
+        if self.rate:
+            room = min(room, max(self.batch_size, int(self.rate * self.timeout)))
+            if self._overloaded:  # who waits below the newest waits for long: let there be few of them
+                room = min(room, max(FEWEST_WAITING, 4 * self.batch_size, int(self.rate * STANDING_SECONDS)))
+        self.room = 0 if self.closed else room
 
     def _retry_after(self) -> int:
         """Whole seconds until those that wait now are gone, spread so that not all who were refused return at once."""

@@ -19,6 +19,7 @@ from mms.errors import (
 )
 from mms.wire import RequestFacts
 from mms.workers.batching import (
+    FEWEST_WAITING,
     MAX_FRAME_BYTES,
     MAX_FRAME_JOBS,
     MAX_RETRY_AFTER,
@@ -340,6 +341,42 @@ def test_an_empty_queue_ends_the_overload() -> None:
     assert take(queue, worker, now + 0.05) == [20]
     queue.tick(now + 0.05)
     assert not queue.newest_first
+
+
+def overload(queue: BatchQueue, worker: InFlight) -> float:
+    """Twice as many come as leave, for half a second."""
+    now = NOW
+    for number in range(100):
+        now = NOW + number * 0.005
+        for job in (make_job(2 * number, arrived=now), make_job(2 * number + 1, arrived=now)):
+            if queue.refusal(10) is None:
+                queue.submit(job)
+        finish(queue, worker, *take(queue, worker, now))
+        if not number % 20:
+            queue.tick(now)
+    queue.tick(now)
+    return now
+
+
+def test_while_more_come_than_leave_few_may_wait() -> None:
+    queue, worker = make_queue(capacity=100), make_worker(0.004)
+    now = overload(queue, worker)
+    assert queue.newest_first and queue.room == FEWEST_WAITING and queue.depth < 40
+    while queue.depth >= FEWEST_WAITING:
+        finish(queue, worker, *take(queue, worker, now))
+    fill(queue, queue.room - queue.depth, first=1000, arrived=now)
+    with pytest.raises(QueueFullError, match="more come than can be served"):
+        queue.submit(make_job(2000))
+    for _ in range(5):
+        finish(queue, worker, *take(queue, worker, now))
+    queue.tick(now + 0.25)
+    assert queue.room == 100, "more left than came"
+
+
+def test_with_fifo_as_many_may_wait_as_ever() -> None:
+    queue, worker = make_queue(capacity=100, fifo=True), make_worker(0.004)
+    overload(queue, worker)
+    assert queue.room == 100
 
 
 def test_with_fifo_the_oldest_is_always_next() -> None:
