@@ -86,7 +86,7 @@ class RequestReader:
         self._parts: list[bytes] = []
         self._size = 0
         self._chunked_raw = 0
-        self._size_lines = SizeLines()
+        self._size_lines: SizeLines | None = None  # of a chunked body
         self._tail = b""  # the last bytes fed, while an empty line is looked for
 
     @property
@@ -179,7 +179,9 @@ class RequestReader:
             self._chunked_raw += size
             if self._chunked_raw - self._size > MAX_CHUNK_EXTRA + size:
                 self.refusal = BadRequestError("the chunked body has too many extensions or trailers")
-            elif not self._size_lines.follow(data, at, stop):
+            if self._size_lines is None:
+                self._size_lines = SizeLines()
+            if not self._size_lines.follow(data, at, stop):
                 self.refusal = BadRequestError(f"a chunk's size has more than {MAX_CHUNK_DIGITS} digits")
 
     def _feed(self, piece: memoryview) -> None:
@@ -245,9 +247,9 @@ class RequestReader:
             self.head = Head()
             self.in_head = True
             self._raw_head = 0
-            if self._chunked_raw:
+            if self._size_lines is not None:
+                self._size_lines = None
                 self._chunked_raw = 0
-                self._size_lines = SizeLines()
             self._tail = b""
             self._parts = []
             self._size = 0
