@@ -14,17 +14,20 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import click
 
 import mms
 from mms.config import Config, load_config, show_setting
-from mms.errors import ConfigError, MMSError, ModelLoadError
+from mms.errors import MMSError, ModelLoadError
 from mms.rundir import RunDirectory, Running
 from mms.token import read_token
 
 NOT_READY = 3
 HEARTBEAT = 2.0
+RELOAD_TIMEOUT = 30.0
+RELOAD_POLL = 0.02
 _READY_FD = "_MMS_READY_FD"
 _LAST_WORDS = ("ready", "mms: error")
 
@@ -47,10 +50,14 @@ def _settings(command: _Command) -> _Command:
     return click.option("--config", "file", type=click.Path(path_type=Path), help="settings file (YAML)")(command)
 
 
-def _load(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+def _read(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     given = {name: value for name, value in options.items() if value not in (None, ())}
+    return load_config(file=file, environ=_environment(), command_line=given)
+
+
+def _load(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     try:
-        return load_config(file=file, environ=_environment(), command_line=given)
+        return _read(file, options)
     except MMSError as error:
         _fail(error.message)
 
@@ -82,8 +89,9 @@ class _ManyModels(click.Command):
 @main.command(cls=_ManyModels)
 @click.option("--daemon", is_flag=True, help="return when the server is ready, and leave it running")
 @click.option("--foreground", is_flag=True, help="stay in the foreground (the default)")
+@click.option("--fresh", is_flag=True, help="forget what was registered: start with what --models names only")
 @_settings
-def start(daemon: bool, foreground: bool, file: Path | None, **options: Any) -> None:
+def start(daemon: bool, foreground: bool, fresh: bool, file: Path | None, **options: Any) -> None:
     """Start a server and stay in the foreground until Ctrl-C or SIGTERM.
 
     \b
@@ -109,7 +117,7 @@ def start(daemon: bool, foreground: bool, file: Path | None, **options: Any) -> 
     except OSError as error:
         _fail(f"cannot write the log {config.log_file}: {error.strerror}")
     try:
-        code = uvloop.run(serve(config, _announce))
+        code = uvloop.run(serve(config, _announce, fresh=fresh, reread=lambda: _read(file, options)[0]))
     except MMSError as error:
         _tell_parent(f"mms: error: {error.message}")
         _fail(error.message)
@@ -186,6 +194,14 @@ def _running(run_dir: Path | None) -> tuple[RunDirectory, Running | None]:
         _fail(error.message)
 
 
+def _token(running: Running) -> bytes:
+    """What the server's management API wants to see."""
+    try:
+        return read_token(Path(running.management_token_file)) if running.management_token_file else b""
+    except MMSError as error:
+        _fail(error.message, NOT_READY)
+
+
 def _nobody(directory: RunDirectory) -> str:
     killed = directory.recorded()
     text = f"no server is running in {directory.path}"
@@ -234,6 +250,58 @@ def _ended(pidfd: int, pid: int, limit: float) -> bool:
 
 @main.command()
 @_run_dir_option
+def reload(run_dir: Path | None) -> None:
+    """Have the server read its settings again; what can change does so at once, and no request is lost."""
+    directory, running = _running(run_dir)
+    if running is None:
+        _fail(_nobody(directory), NOT_READY)
+    before = directory.reloaded()
+    try:
+        pidfd = os.pidfd_open(running.pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGHUP)
+    except ProcessLookupError:
+        _fail(f"the server (pid {running.pid}) is not seen from here: it has just ended, or is in another container")
+    except PermissionError as error:
+        _fail(f"cannot reload pid {running.pid}: {error.strerror}")
+    deadline = time.monotonic() + RELOAD_TIMEOUT
+    while (done := directory.reloaded()) is None or done == before:
+        if select.select([pidfd], [], [], RELOAD_POLL)[0] or time.monotonic() > deadline:
+            _fail(f"the server (pid {running.pid}) did not say that it has reloaded; see its log")
+    if done.failure:
+        _fail(f"not reloaded, everything stays as it was: {done.failure}")
+    click.echo(f"reloaded; changed: {', '.join(done.applied) or 'nothing'}")
+    if done.restart:
+        click.echo(f"changed by a restart only: {', '.join(done.restart)}")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("number", metavar="[VERSION]", default="")
+@_run_dir_option
+def retry(model: str, number: str, run_dir: Path | None) -> None:
+    """Start the workers now that MODEL lacks, for instance because it is FAILED (without VERSION: its default one)."""
+    from mms.client import send
+
+    directory, running = _running(run_dir)
+    if running is None:
+        _fail(_nobody(directory), NOT_READY)
+    path = "/".join(quote(part, safe="") for part in ("models", model, number, "retry") if part)
+    try:
+        code, body = send(
+            running.management_address, "POST", f"/{path}", token=_token(running), certificate=running.tls_cert
+        )
+    except OSError as error:
+        _fail(f"no answer from {running.management_address}: {error}")
+    answer = json.loads(body)
+    if code >= 400:
+        if "traceback" in answer:
+            click.echo(answer["traceback"], err=True)
+        _fail(answer["message"])
+    click.echo(answer["status"])
+
+
+@main.command()
+@_run_dir_option
 @click.option("--json", "as_json", is_flag=True, help="one JSON document")
 @click.option("--quiet", is_flag=True, help="no output, only the exit code")
 def status(run_dir: Path | None, as_json: bool, quiet: bool) -> None:
@@ -246,10 +314,7 @@ def status(run_dir: Path | None, as_json: bool, quiet: bool) -> None:
             click.echo('{"running": false}' if as_json else _nobody(directory))
         sys.exit(NOT_READY)
     try:
-        token = read_token(Path(running.management_token_file)) if running.management_token_file else b""
-        models = describe_models(running.management_address, token=token, certificate=running.tls_cert)
-    except ConfigError as error:
-        _fail(error.message, NOT_READY)
+        models = describe_models(running.management_address, token=_token(running), certificate=running.tls_cert)
     except OSError as error:
         _fail(f"the server (pid {running.pid}) does not answer on {running.management_address}: {error}", NOT_READY)
     ready = all(_is_ready(model) for model in models)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import ipaddress
 import os
 import re
@@ -172,6 +173,12 @@ def default_cache_dir() -> Path:
     return Path(temporary) / f"mms-cache-{os.getuid()}"
 
 
+def default_state(cache_dir: Path, run_dir: Path, model_store: Path | None) -> Path:
+    """One file per run directory and model store, on disk: a run directory is often emptied at boot."""
+    key = hashlib.sha256(os.fsencode(f"{run_dir}\0{model_store or ''}")).hexdigest()[:12]
+    return cache_dir / "state" / f"{run_dir.name}-{key}.json"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """How one model version is served: server defaults < model-config.yaml in the archive < the registration call.
@@ -252,6 +259,9 @@ class Config:
     cache_dir: Path = _setting(  # noqa: RUF009
         None, _path, "folder on disk for extracted archives, their requirements and request bodies that nginx spools"
     )
+    state: Path = _setting(  # noqa: RUF009
+        None, _path, "file that keeps what is registered, for the next start (a path in cache_dir unless set)"
+    )
     access_log: Path | None = _setting(  # noqa: RUF009
         None, _path, "nginx writes a line of JSON per request to this file (SIGUSR1 opens it anew)"
     )
@@ -271,6 +281,9 @@ class Config:
     )
     keepalive_timeout: float = _setting(
         75.0, _number, "seconds an idle connection stays open (behind nginx, nginx decides)", low=0.001
+    )
+    drain_delay: float = _setting(
+        0.0, _number, "seconds at stop in which /readyz says 503 and the ports stay open, for load balancers", low=0
     )
     drain_timeout: float = _setting(
         30.0, _number, "seconds that requests in hand get to finish at stop and unload", low=0
@@ -448,6 +461,9 @@ def load_config(
     take(command_line or {}, "command line")
     values["run_dir"] = values.get("run_dir") or default_run_dir()
     values["cache_dir"] = values.get("cache_dir") or default_cache_dir()
+    values["state"] = values.get("state") or default_state(
+        values["cache_dir"], values["run_dir"], values.get("model_store")
+    )
     return Config(**values), origins
 
 

@@ -141,10 +141,12 @@ class Collector:
         gpus: Callable[[], Iterable[GpuFacts]],
         front_end: Callable[[], FrontEndFacts],
         failures: Counter[tuple[int, str]],
+        unsaved: Callable[[], bool] = lambda: False,
     ) -> None:
         self._versions = versions
         self._gpus = gpus
         self._front_end = front_end
+        self._unsaved = unsaved
         self._failures = failures  # of requests that reached no model, by status and cause
 
     def collect(self) -> Iterator[Metric]:
@@ -255,6 +257,7 @@ class Collector:
             "What the front end does without: 0 nothing, 1 keep-alive, 2 requests, 3 connections.",
             front.shedding_step,
         )
+        yield GaugeMetricFamily("mms_state_unsaved", "1 while what is registered cannot be saved.", self._unsaved())
         build = GaugeMetricFamily("mms_build_info", "Always 1.", labels=["version", "python"])
         build.add_metric([mms.__version__, platform.python_version()], 1)
         utilization = GaugeMetricFamily("mms_gpu_utilization_ratio", "GPU utilisation, 0 to 1.", labels=["gpu", "uuid"])

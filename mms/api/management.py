@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 
 from mms.api.guard import Guard
-from mms.api.openapi import Operation, Parameter, document, setting_parameters
+from mms.api.openapi import Operation, Parameter, document, health, setting_parameters
 from mms.config import nearest
 from mms.controlplane import ControlPlane
 from mms.errors import (
@@ -23,11 +23,13 @@ from mms.errors import (
     UnauthorizedError,
 )
 from mms.http.response import json_body
+from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion
 
 log = logging.getLogger("mms.management")
 
 CONTROL = web.AppKey("control", ControlPlane)
+READINESS = web.AppKey("readiness", Readiness)
 MAX_BODY = 1 << 20
 PAGE = 100
 
@@ -42,10 +44,11 @@ _Parameters = dict[str, Any]
 _Handler = Callable[[web.Request, _Parameters], Awaitable[web.Response]]
 
 
-def application(control: ControlPlane, guard: Guard) -> web.Application:
+def application(control: ControlPlane, readiness: Readiness, guard: Guard) -> web.Application:
     """The aiohttp application on the management listener."""
     app = web.Application(middlewares=[errors_as_json, guard.middleware], client_max_size=MAX_BODY)
     app[CONTROL] = control
+    app[READINESS] = readiness
     for operation, handler in _TABLE:
         app.router.add_route(operation.method, operation.path, _translate(operation, handler))
     return app
@@ -184,9 +187,33 @@ async def _change(request: web.Request, parameters: _Parameters) -> web.Response
 
 async def _set_default(request: web.Request, parameters: _Parameters) -> web.Response:
     name, number = request.match_info["model"], request.match_info["version"]
-    request.app[CONTROL].set_default(name, number)
+    await request.app[CONTROL].set_default(name, number)
     log.info("%s %s is the default now", name, number)
     return _status(f'Default version successfully updated for model "{name}" to "{number}"')
+
+
+async def _retry(request: web.Request, parameters: _Parameters) -> web.Response:
+    name, number = request.match_info["model"], request.match_info.get("version", "")
+    synchronous = _flag(parameters, default=True)
+    version = await request.app[CONTROL].retry(name, number, synchronous=synchronous)
+    if not synchronous:
+        return _status("Processing worker updates...", 202)
+    return _status(f'Model "{version.name}" Version: {version.version} has {version.settings.min_workers} workers')
+
+
+async def _model_ready(request: web.Request, parameters: _Parameters) -> web.Response:
+    name, number = request.match_info["model"], request.match_info.get("version", "")
+    status, body = request.app[READINESS].of_version(request.app[CONTROL].registry.version(name, number))
+    return _json(body, status)
+
+
+async def _livez(request: web.Request, parameters: _Parameters) -> web.Response:
+    return _status("alive")
+
+
+async def _readyz(request: web.Request, parameters: _Parameters) -> web.Response:
+    status, body = request.app[READINESS].report(details=True)
+    return _json(body, status)
 
 
 async def _unregister(request: web.Request, parameters: _Parameters) -> web.Response:
@@ -198,7 +225,7 @@ async def _unregister(request: web.Request, parameters: _Parameters) -> web.Resp
 
 async def _openapi(request: web.Request, parameters: _Parameters) -> web.Response:
     operations = (replace(row[0], statuses=tuple(sorted((*row[0].statuses, 401, 403)))) for row in _TABLE)
-    return _json(document("MMS management API", "Register, scale, describe, unregister.", operations))
+    return _json(document("MMS management API", "Register, scale, describe, retry, unregister.", operations))
 
 
 def _status(text: str, status: int = 200) -> web.Response:
@@ -260,6 +287,20 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
     ),
     (
         Operation(
+            "get", "/models/{model}/ready", "Whether the default version has its workers.", (200, 400, 404, 503),
+            operation_id="ready",
+        ),
+        _model_ready,
+    ),
+    (
+        Operation(
+            "get", "/models/{model}/{version}/ready", "Whether a version has its workers.", (200, 400, 404, 503),
+            operation_id="ready_version",
+        ),
+        _model_ready,
+    ),
+    (
+        Operation(
             "get", "/models/{model}/{version}", "Describe one version.", (200, 400, 404),
             operation_id="describe_version",
         ),
@@ -288,6 +329,20 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
     ),
     (
         Operation(
+            "post", "/models/{model}/retry", "Start the workers now that the default version lacks.",
+            (200, 202, 400, 404, 409, 500, 503), (_SYNCHRONOUS,), operation_id="retry",
+        ),
+        _retry,
+    ),
+    (
+        Operation(
+            "post", "/models/{model}/{version}/retry", "Start the workers now that a version lacks.",
+            (200, 202, 400, 404, 409, 500, 503), (_SYNCHRONOUS,), operation_id="retry_version",
+        ),
+        _retry,
+    ),
+    (
+        Operation(
             "delete",
             "/models/{model}",
             "Unregister all versions, after draining.",
@@ -303,5 +358,6 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
         ),
         _unregister,
     ),
+    *zip(health("management"), (_livez, _readyz), strict=True),
     (Operation("get", "/openapi.json", "This document.", (200, 400), operation_id="management_openapi"), _openapi),
 )  # fmt: skip

@@ -92,6 +92,17 @@ def _invocations() -> Iterable[Operation]:
         )
 
 
+def health(api: str) -> Iterable[Operation]:
+    """The probes that both APIs answer."""
+    yield Operation(
+        "get", "/livez", "Answers as long as the server does anything.", (200,), operation_id=f"{api}_livez"
+    )
+    yield Operation(
+        "get", "/readyz", "Whether the server should get requests, and which workers are missing if not.", (200, 503),
+        operation_id=f"{api}_readyz",
+    )  # fmt: skip
+
+
 INFERENCE = (
     *_predictions(),
     *_invocations(),
@@ -99,6 +110,7 @@ INFERENCE = (
         "get", "/ping", "Healthy when every version has all its workers, Partial Healthy, or Unhealthy.", (200,),
         operation_id="ping",
     ),
+    *health("inference"),
     Operation("get", "/openapi.json", "This document.", (200,), operation_id="inference_openapi"),
 )  # fmt: skip
 

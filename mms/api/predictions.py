@@ -1,8 +1,9 @@
-"""The inference dialect of MMS and TorchServe: /predictions, /invocations, /ping. Translates HTTP to the data plane."""
+"""The inference dialect of MMS and TorchServe: predictions, health. Translates HTTP to the data plane."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import unquote
@@ -16,13 +17,13 @@ from mms.http.connection import Exchange
 from mms.http.request import Head
 from mms.http.response import JSON, json_body
 from mms.http.shedding import NO_REQUESTS
+from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion, VersionState
 from mms.payload import parse_query
 from mms.wire import RequestFacts
 
 MAX_ROUTES = 4096
 _METHODS = frozenset((b"POST", b"PUT", b"GET"))
-_LOCAL = ("/ping", "/openapi.json")  # answered here
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +46,17 @@ class Meaning(msgspec.Struct, eq=False):
 class InferenceApi:
     """The application on the inference port."""
 
-    def __init__(self, dataplane: DataPlane) -> None:
+    def __init__(self, dataplane: DataPlane, readiness: Readiness) -> None:
         self.failures: Counter[tuple[int, str]] = Counter()  # of requests that reached no model, by status and cause
         self._dataplane = dataplane
         self._registry = dataplane.registry
         self._predict = dataplane.predict
+        self._own: dict[str, Callable[[], tuple[int, object]]] = {
+            "/ping": lambda: (200, {"status": self._health()}),
+            "/livez": lambda: (200, {"status": "alive"}),
+            "/readyz": lambda: readiness.report(details=False),
+            "/openapi.json": lambda: (200, inference_document()),
+        }
         self._routes: dict[bytes, Route] = {}
         self._generation = -1
 
@@ -75,7 +82,7 @@ class InferenceApi:
             version = meaning.version
         else:
             path, query = _split(head.target)
-            if path in _LOCAL:
+            if path in self._own:
                 return None
             try:
                 version = self._route(head, path, query).version
@@ -118,10 +125,12 @@ class InferenceApi:
         head = exchange.head
         try:
             path, query = _split(head.target)
-            if path in _LOCAL:
+            answer = self._own.get(path)
+            if answer is not None:
                 if head.method not in (b"GET", b"HEAD"):
                     raise MethodNotAllowedError("Requested method is not allowed, please refer to API document.")
-                self._answer(exchange, {"status": self._health()} if path == "/ping" else inference_document())
+                status, body = answer()
+                exchange.answer(status, JSON, json_body(body))
                 return None
             route = self._route(head, path, query)
         except MMSError as error:
@@ -168,9 +177,6 @@ class InferenceApi:
         ):
             return "Healthy"
         return "Partial Healthy" if ready else "Unhealthy"
-
-    def _answer(self, exchange: Exchange, body: object) -> None:
-        exchange.answer(200, JSON, json_body(body))
 
 
 def _split(target: bytes) -> tuple[str, bytes]:

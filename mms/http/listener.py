@@ -77,7 +77,7 @@ class HttpServer:
 
     def __init__(self, application: Application, limits: Limits, *, edge: bool) -> None:
         self._application = application
-        self._limits = limits
+        self.limits = limits  # of connections that are made from now on
         self._edge = edge
         self._heads = ResponseHeads()
         self._known = KnownHeads()
@@ -92,6 +92,11 @@ class HttpServer:
         create = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
         self._server = await create(self._connect, sock=sock, backlog=BACKLOG)
         self._tick()
+
+    def apply(self, limits: Limits) -> None:
+        """Other limits from now on; those of a request's time and size for connections that are made from now on."""
+        self.limits = limits
+        self.shedding.apply(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections)
 
     async def drain(self, limit: float) -> int:
         """Accept nothing more, let requests in hand finish for `limit` seconds; returns how many were cut off."""
@@ -110,7 +115,7 @@ class HttpServer:
     def _connect(self) -> Connection:
         return Connection(
             self._application,
-            self._limits,
+            self.limits,
             self._heads,
             self._known,
             self.connections,

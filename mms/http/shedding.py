@@ -48,6 +48,11 @@ class Shedding:
         self._reading = 0  # bytes of the bodies that are being read
         self._others = -1  # descriptors that are no connections
 
+    def apply(self, *, max_bytes: int, max_connections: int) -> None:
+        """Other bounds; from the next tick on."""
+        self._max_bytes = max_bytes
+        self._max_connections = max_connections
+
     def read(self, more: int, *, before: int, to_come: int) -> ServerBusyError | None:
         """A connection has read `more` bytes of a body, and `before` earlier; what speaks against the rest.
 

@@ -74,6 +74,8 @@ class WorkerPool:
         self.target = 0
         self.workers: list[Worker] = []
         self.failure: ModelLoadError | None = None  # set while the version is FAILED
+        self.minimum = 0  # fewer ready workers are an outage: all that were ready since the target was last lowered
+        self.last_death = ""  # its cause, while a worker is missing for it
         self.was_ready = False  # requests may wait while a worker is replaced
         self._settings = settings
         self._queue = queue
@@ -206,6 +208,7 @@ class WorkerPool:
     def set_target(self, count: int) -> None:
         """Begin to run `count` workers; a FAILED pool tries again now."""
         self.target = count
+        self.minimum = min(self.minimum, count)
         self.was_ready = self.was_ready or not count
         self._boot_failures = 0
         self._failed_pause = FAILED_PAUSE
@@ -377,6 +380,9 @@ class WorkerPool:
         self.was_ready = True
         self.ready_workers.append(worker)
         self._queue.forget_rate()
+        self.minimum = max(self.minimum, min(self.ready, self.target))
+        if self.ready >= self.target:
+            self.last_death = ""
         self._metrics.load_seconds = ready.load_seconds
         seconds = time.monotonic() - worker.launched
         log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
@@ -426,6 +432,7 @@ class WorkerPool:
 
     def _died(self, worker: Worker) -> None:
         worker.state = WorkerState.FAILED
+        self.last_death = worker.cause
         now = time.monotonic()
         self._metrics.restarts[worker.cause] += 1
         self._deaths.append(now)

@@ -15,6 +15,7 @@ from mms.api.guard import Guard
 from mms.api.openapi import INFERENCE
 from mms.config import ModelSettings
 from mms.controlplane import ControlPlane
+from mms.models.readiness import Readiness
 from tests.conftest import MakeArchive, Reply, Server, fetch, server
 
 VALUES = {
@@ -87,7 +88,15 @@ def test_every_documented_management_operation_is_served(running: Server) -> Non
             assert str(reply.status) in what["responses"]
         else:
             changing.append((method, path))
-    assert changing == [("post", "/models"), ("delete", "/models/{model}"), ("delete", "/models/{model}/{version}")]
+    retries = ["/models/{model}/retry", "/models/{model}/{version}/retry"]
+    for path in retries:
+        assert call(running, "management", "post", path).status == 200
+    assert changing == [
+        ("post", "/models"),
+        ("delete", "/models/{model}"),
+        ("delete", "/models/{model}/{version}"),
+        *(("post", path) for path in retries),
+    ]
     for path in ("/models/two", "/models/two/2.0"):
         query = "url=echo-2.0.mar&model_name=two&initial_workers=0"
         assert running.manage("POST", f"/models?{query}").status == 200
@@ -128,7 +137,7 @@ def test_every_setting_of_a_model_can_be_given_at_registration(running: Server) 
 
 def test_every_served_management_route_is_documented(running: Server) -> None:
     found = {(method, path) for method, path, _ in operations(document(running, "management"))}
-    app = management.application(object.__new__(ControlPlane), Guard("unix:/m", (), None))
+    app = management.application(object.__new__(ControlPlane), object.__new__(Readiness), Guard("unix:/m", (), None))
     served = {
         (route.method.lower(), route.resource.canonical)
         for route in app.router.routes()

@@ -17,6 +17,7 @@ from mms.config import (
     ModelSettings,
     default_cache_dir,
     default_run_dir,
+    default_state,
     load_config,
     merge_settings,
     parse_setting,
@@ -53,7 +54,8 @@ def test_each_source_overrides_the_one_before_and_is_named(tmp_path: Path) -> No
 
 def test_without_sources_everything_is_default() -> None:
     config, origins = load_config(environ={})
-    assert config == Config(run_dir=default_run_dir(), cache_dir=default_cache_dir())
+    run_dir, cache_dir = default_run_dir(), default_cache_dir()
+    assert config == Config(run_dir=run_dir, cache_dir=cache_dir, state=default_state(cache_dir, run_dir, None))
     assert set(origins.values()) == {"default"}
 
 

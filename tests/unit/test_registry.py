@@ -63,7 +63,7 @@ def test_names_and_versions_that_are_not_there(archive: ModelArchive) -> None:
 
 def test_an_announced_name_is_loading(archive: ModelArchive) -> None:
     registry = ModelRegistry()
-    registry.announced.add("cat")
+    registry.announced["cat", "1.0"] = ""
     with pytest.raises(ServiceUnavailableError, match="still loading"):
         registry.version("cat")
     version = make(archive)
