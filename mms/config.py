@@ -233,7 +233,13 @@ class ModelSettings:
     queue_size: int = _setting(
         100, _integer, "requests that may wait; one more is refused with 429", low=1, high=MAX_QUEUE
     )
+    queue_bytes: int = _setting(512 << 20, _size, "bytes of bodies that may wait; beyond that 429", low=1)
     queue_timeout: float = _setting(60.0, _number, "seconds a request may wait for a worker; then 504", low=0.001)
+    queue_order: str = _setting(
+        "adaptive",
+        _one_of("adaptive", "fifo"),
+        "which request is served next (adaptive: the oldest, or while the queue does not empty any more the newest)",
+    )
     retry: int = _setting(1, _integer, "times a request is run again after its worker died (0 or 1)", low=0, high=1)
     isolate_errors: str = _setting(
         "auto",
@@ -317,6 +323,9 @@ class Config:
     max_request_size: int = _setting(100 << 20, _size, "largest request body, before and after unpacking", low=1)
     max_response_size: int = _setting(100 << 20, _size, "largest answer of a handler", low=1)
     max_connections: int = _setting(10_000, _integer, "connections the front end holds open", low=1)
+    max_bytes_in_flight: int = _setting(
+        0, _size, "bytes of requests and answers that the front end holds (0: a quarter of the memory)", low=0
+    )
     header_timeout: float = _setting(10.0, _number, "seconds a client may take to send a request's headers", low=0.001)
     body_timeout: float = _setting(
         60.0, _number, "seconds a client may pause while it sends a body or reads an answer", low=0.001
@@ -370,7 +379,9 @@ class Config:
     response_timeout: float = _setting(120.0, _number, "default for models, seconds", low=0.001)
     startup_timeout: float = _setting(300.0, _number, "default for models, seconds", low=0.001)
     queue_size: int = _setting(100, _integer, "default for models: requests that may wait", low=1, high=MAX_QUEUE)
+    queue_bytes: int = _setting(512 << 20, _size, "default for models: bytes of bodies that may wait", low=1)
     queue_timeout: float = _setting(60.0, _number, "default for models, seconds", low=0.001)
+    queue_order: str = _setting("adaptive", _one_of("adaptive", "fifo"), "default for models: adaptive or fifo")
 
     def model_defaults(self) -> ModelSettings:
         return ModelSettings(
@@ -380,10 +391,12 @@ class Config:
             response_timeout=self.response_timeout,
             startup_timeout=self.startup_timeout,
             queue_size=self.queue_size,
+            queue_bytes=self.queue_bytes,
             queue_timeout=self.queue_timeout,
             worker_fs=self.worker_fs,
             worker_network=self.worker_network,
             worker_memory=self.worker_memory,
+            queue_order=self.queue_order,
         )
 
 

@@ -29,7 +29,7 @@ from mms.dataplane import DataPlane
 from mms.errors import ConfigError, MMSError, ModelLoadError, StartError
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer, bind
-from mms.metrics import Collector, GpuFacts, registry
+from mms.metrics import Collector, FrontEndFacts, GpuFacts, registry
 from mms.models.download import is_remote, split_pin
 from mms.models.readiness import Phase, Readiness
 from mms.models.registry import ModelRegistry
@@ -41,6 +41,7 @@ from mms.signature import TrustedKeys
 from mms.state import SavedModel, SavedVersion, State, read
 from mms.systemd import Notifier, address_of, passed_sockets
 from mms.token import TokenFile
+from mms.workers.environment import memory
 from mms.workers.gpus import GpuMonitor
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ NO_ACCESS_LOG = "access_log is written by nginx; start without --edge none, or l
 LIVE = (
     "access_log", "log_level", "max_connections", "header_timeout", "body_timeout", "keepalive_timeout", "drain_delay",
     "drain_timeout", "stop_grace", "verify_archives", "install_requirements", "worker_env", "batch_size",
-    "max_batch_delay", "workers", "response_timeout", "startup_timeout", "queue_size", "queue_timeout",
+    "max_batch_delay", "workers", "response_timeout", "startup_timeout", "queue_size", "queue_bytes", "queue_timeout",
+    "queue_order", "max_bytes_in_flight",
 )  # fmt: skip
 
 
@@ -302,6 +304,7 @@ class ModelServer:
             header_timeout=config.header_timeout,
             body_timeout=config.body_timeout,
             keepalive_timeout=config.keepalive_timeout,
+            max_bytes_in_flight=config.max_bytes_in_flight or memory() // 4,
         )
 
     def _check_addresses(self) -> None:
@@ -365,7 +368,7 @@ class ModelServer:
         collector = Collector(
             lambda: (version.facts() for version in self._registry.versions()),
             lambda: self._gpus,
-            lambda: len(self._http.connections),
+            lambda: FrontEndFacts(len(self._http.connections), self._http.shedding.bytes, self._http.shedding.step),
             self._inference.failures,
             lambda: self._control.saver is not None and self._control.saver.failed,
         )
@@ -611,7 +614,7 @@ class ModelServer:
             await asyncio.to_thread(self._nginx.reload, text)  # closes idle connections: not without need
         self._config = config
         self._control.config = config
-        self._http.limits = self._limits()
+        self._http.apply(self._limits())
         logging.getLogger("mms").setLevel(config.log_level.upper())
         self._run_dir.record(self._running())
 

@@ -14,7 +14,9 @@ from mms.api.openapi import inference_document
 from mms.dataplane import DataPlane
 from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, NotFoundError
 from mms.http.connection import Exchange
+from mms.http.request import Head
 from mms.http.response import JSON, json_body
+from mms.http.shedding import NO_REQUESTS
 from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion, VersionState
 from mms.payload import parse_query
@@ -75,8 +77,29 @@ class InferenceApi:
             exchange.arrived,
         )
 
+    def objection(self, head: Head, size: int) -> MMSError | None:
+        meaning: Meaning | None = head.meaning
+        if meaning is not None and meaning.generation == self._registry.generation:
+            version = meaning.version
+        else:
+            path, query = _split(head.target)
+            if path in self._own:
+                return None
+            try:
+                version = self._route(head, path, query).version
+            except MMSError as error:
+                self.refused(error)
+                return error
+        refusal = version.refusal(size)
+        if refusal is not None:
+            version.count(refusal)
+        return refusal
+
     def refused(self, error: MMSError) -> None:
         self.failures[error.status, error.type] += 1
+
+    def held(self) -> int:
+        return sum([version.held for version in self._registry.versions()])
 
     def _understand(self, exchange: Exchange) -> Meaning | None:
         """What a head means that was not met since the registry changed; None when the request is answered here."""
@@ -89,6 +112,11 @@ class InferenceApi:
             route = self._find(exchange)
             if route is None:
                 return None
+        shedding = exchange.connection.shedding
+        if shedding.step >= NO_REQUESTS:
+            busy = shedding.busy()
+            self.refused(busy)
+            raise busy
         facts = RequestFacts(head.content_type, head.encoding, route.query, route.query_is_input, head.headers)
         head.meaning = Meaning(generation, route.version, facts)
         return cast(Meaning, head.meaning)
@@ -105,14 +133,18 @@ class InferenceApi:
                 status, body = answer()
                 exchange.answer(status, JSON, json_body(body))
                 return None
-            route = self._prediction(path, query)
-            if head.method not in _METHODS:
-                raise MethodNotAllowedError(_NOT_ALLOWED, allow="GET, POST, PUT")
+            route = self._route(head, path, query)
         except MMSError as error:
             self.refused(error)
             raise
         if not query and len(self._routes) < MAX_ROUTES:
             self._routes[head.target] = route
+        return route
+
+    def _route(self, head: Head, path: str, query: bytes) -> Route:
+        route = self._prediction(path, query)
+        if head.method not in _METHODS:
+            raise MethodNotAllowedError(_NOT_ALLOWED, allow="GET, POST, PUT")
         return route
 
     def _prediction(self, path: str, query: bytes) -> Route:

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 from mms.errors import StartError
-from mms.http.connection import Application, Connection
+from mms.http.connection import Application, Connection, new_shedding
 from mms.http.limits import Limits
 from mms.http.request import KnownHeads
 from mms.http.response import ResponseHeads
 from mms.ports import cannot_listen
 
 BACKLOG = 4096
+TICK = 0.25
+TICKS_A_SWEEP = 4
 MAX_UNIX_PATH = 107  # unix(7): sun_path without its final zero
 
 
@@ -69,6 +71,8 @@ class HttpServer:
         self._heads = ResponseHeads()
         self._known = KnownHeads()
         self.connections: set[Connection] = set()
+        self.shedding = new_shedding(application, limits)
+        self._ticks = 0
         self._server: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -77,6 +81,11 @@ class HttpServer:
         create = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
         self._server = await create(self._connect, sock=sock, backlog=BACKLOG)
         self._tick()
+
+    def apply(self, limits: Limits) -> None:
+        """Other limits from now on; those of a request's time and size for connections that are made from now on."""
+        self.limits = limits
+        self.shedding.apply(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections)
 
     async def drain(self, limit: float) -> int:
         """Accept nothing more, let requests in hand finish for `limit` seconds; returns how many were cut off."""
@@ -93,12 +102,31 @@ class HttpServer:
         return cut
 
     def _connect(self) -> Connection:
-        return Connection(self._application, self.limits, self._heads, self._known, self.connections, edge=self._edge)
+        return Connection(
+            self._application,
+            self.limits,
+            self._heads,
+            self._known,
+            self.connections,
+            edge=self._edge,
+            shedding=self.shedding,
+        )
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
-        self._heads.tick()
-        now = time.monotonic()
-        for connection in list(self.connections):
-            connection.sweep(now)
-        self._timer = loop.call_later(1.0, self._tick)
+        if self.shedding.tick(len(self.connections)):
+            self._step_changed()
+        if not self._ticks % TICKS_A_SWEEP:
+            self._heads.tick()
+            now = time.monotonic()
+            for connection in list(self.connections):
+                connection.sweep(now)
+        self._ticks += 1
+        self._timer = loop.call_later(TICK, self._tick)
+
+    def _step_changed(self) -> None:
+        """While something is shed, no request takes the short way of known heads: each one meets the reader."""
+        self._known.shut = self.shedding.step > 0
+        self._known.clear()
+        for connection in self.connections:
+            connection.forget_heads()

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from mms.errors import MethodNotAllowedError, MMSError, QueueFullError
+from mms.errors import MethodNotAllowedError, MMSError, OverloadError
 
 JSON = b"content-type: application/json\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -55,7 +55,7 @@ def error_response(error: MMSError) -> tuple[int, bytes, bytes]:
     """Status, header block and JSON body of an error, in the native form."""
     body = json_body({"code": error.status, "type": error.type, "message": error.message})
     head = JSON
-    if isinstance(error, QueueFullError):
+    if isinstance(error, OverloadError):
         head += b"retry-after: %d\r\n" % error.retry_after
     elif isinstance(error, MethodNotAllowedError) and error.allow:
         head += b"allow: %s\r\n" % error.allow.encode()

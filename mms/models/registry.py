@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mms.errors import ConflictError, ModelNotFoundError, ModelVersionNotFoundError, ServiceUnavailableError
+from mms.errors import (
+    ConflictError,
+    LoadingError,
+    ModelNotFoundError,
+    ModelVersionNotFoundError,
+    ServiceUnavailableError,
+)
 from mms.models.version import ModelVersion
 
 
@@ -40,7 +46,7 @@ class ModelRegistry:
         return [version for model in self._models.values() for version in model.versions.values()]
 
     def model(self, name: str) -> Model:
-        """Raises ModelNotFoundError, or ServiceUnavailableError while the name is only announced."""
+        """Raises ModelNotFoundError, or LoadingError while the name is only announced."""
         try:
             return self._models[name]
         except KeyError:
@@ -98,4 +104,4 @@ class ModelRegistry:
 def _unavailable(label: str, failed: bool) -> ServiceUnavailableError:
     if failed:
         return ServiceUnavailableError(f"model {label} could not be restored; /readyz on the management port says why")
-    return ServiceUnavailableError(f"model {label} is still loading; try again soon")
+    return LoadingError(f"model {label} is still loading; try again soon")

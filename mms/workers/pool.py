@@ -184,10 +184,15 @@ class WorkerPool:
     def in_flight(self) -> int:
         return sum(len(worker.in_flight.jobs) for worker in self.workers)
 
+    @property
+    def bytes_in_flight(self) -> int:
+        """Of the bodies that workers have in hand: they are kept until they are answered, to be run again."""
+        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs)
+
     # jobs
 
     def submit(self, job: Job) -> None:
-        """Queue the job. Raises QueueFullError or ServiceUnavailableError."""
+        """Queue the job. Raises OverloadError or DrainingError."""
         self._queue.submit(job)
         if self._wake is None:
             self._wake_soon()
@@ -433,6 +438,7 @@ class WorkerPool:
         self.failure = None
         self.was_ready = True
         self.ready_workers.append(worker)
+        self._queue.forget_rate()
         self.minimum = max(self.minimum, min(self.ready, self.target))
         if self.ready >= self.target:
             self.last_death = ""

@@ -23,6 +23,7 @@ VALUES = {
     "initial_workers": "0",
     "synchronous": "true", "batch_size": "2", "max_batch_delay": "5", "min_workers": "0", "max_workers": "1",
     "response_timeout": "9", "startup_timeout": "9", "queue_size": "9", "queue_timeout": "9", "retry": "0",
+    "queue_bytes": "1MiB", "queue_order": "fifo",
     "isolate_errors": "true", "device": "cpu", "gpus": "", "threads": "1", "preload": "", "limit": "5",
     "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1", "max_requests": "0", "max_rss": "0",
     "worker_fs": "open", "worker_network": "open", "worker_memory": "0",
