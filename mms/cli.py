@@ -20,7 +20,8 @@ import click
 
 import mms
 from mms.config import Config, load_config, show_setting
-from mms.errors import MMSError, ModelLoadError
+from mms.errors import MMSError
+from mms.program import Program
 from mms.rundir import RunDirectory, Running
 from mms.token import read_token
 
@@ -34,11 +35,6 @@ _LAST_WORDS = ("ready", "mms: error")
 _Command = Callable[..., Any]
 
 
-def _fail(message: str, code: int = 1) -> NoReturn:
-    click.echo(f"mms: error: {message}", err=True)
-    sys.exit(code)
-
-
 def _settings(command: _Command) -> _Command:
     """An option for each setting, and --config."""
     for setting in reversed(fields(Config)):
@@ -50,26 +46,18 @@ def _settings(command: _Command) -> _Command:
     return click.option("--config", "file", type=click.Path(path_type=Path), help="settings file (YAML)")(command)
 
 
-def _read(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    return load_config(file=file, environ=_environment(), command_line=given)
-
-
 def _load(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    try:
-        return _read(file, options)
-    except MMSError as error:
-        _fail(error.message)
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    return load_config(file=file, command_line=given)
 
 
-def _environment() -> dict[str, str]:
-    return dict(os.environ)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group("mms", cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(mms.__version__, prog_name="mms")
 def main() -> None:
     """Serve model archives: batching, versions, worker pools and metrics behind nginx."""
+
+
+_fail = main.fail
 
 
 class _ManyModels(click.Command):
@@ -117,10 +105,10 @@ def start(daemon: bool, foreground: bool, fresh: bool, file: Path | None, **opti
     except OSError as error:
         _fail(f"cannot write the log {config.log_file}: {error.strerror}")
     try:
-        code = uvloop.run(serve(config, _announce, fresh=fresh, reread=lambda: _read(file, options)[0]))
+        code = uvloop.run(serve(config, _announce, fresh=fresh, reread=lambda: _load(file, options)[0]))
     except MMSError as error:
         _tell_parent(f"mms: error: {error.message}")
-        _fail(error.message)
+        raise
     sys.exit(code)
 
 
@@ -154,8 +142,6 @@ def _start_daemon(config: Config) -> NoReturn:
         log_file.touch()
     except OSError as error:
         _fail(f"cannot write the log {log_file}: {error.strerror}")
-    except MMSError as error:
-        _fail(error.message)
     read_end, write_end = os.pipe()
     words = [word for word in sys.argv[1:] if word != "--daemon"]
     with log_file.open("ab") as output:
@@ -188,10 +174,7 @@ _run_dir_option = click.option(
 def _running(run_dir: Path | None) -> tuple[RunDirectory, Running | None]:
     config, _ = _load(None, {"run_dir": str(run_dir) if run_dir else None})
     directory = RunDirectory(config.run_dir)
-    try:
-        return directory, directory.running()
-    except MMSError as error:
-        _fail(error.message)
+    return directory, directory.running()
 
 
 def _token(running: Running) -> bytes:
@@ -351,7 +334,7 @@ def _print_models(running: Running, models: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-@main.command("config")
+@main.command("config", cls=_ManyModels)
 @click.option("--json", "as_json", is_flag=True, help="one JSON document")
 @_settings
 def show_config(as_json: bool, file: Path | None, **options: Any) -> None:
@@ -380,38 +363,37 @@ def show_config(as_json: bool, file: Path | None, **options: Any) -> None:
 @click.option("--content-type", default="", help="of the request (default: from the file's name)")
 def check(archive: Path, request: Path | None, content_type: str) -> None:
     """Load ARCHIVE in one worker process, without a server, and run it on the file REQUEST if one is given."""
+    from mms import logs
     from mms.trial import run_trial
 
-    try:
-        answer = run_trial(archive, request, content_type)
-    except MMSError as error:
-        if isinstance(error, ModelLoadError) and error.traceback:
-            click.echo(error.traceback, err=True)
-        _fail(error.message)
+    logs.show_models_only()
+    status, answer = run_trial(archive, request, content_type)
     click.echo(answer)
+    sys.exit(0 if status < 400 else 1)
 
 
 @main.command()
 @click.argument("model")
-@click.argument("request", type=click.Path(exists=True, path_type=Path))
+@click.argument("request", type=click.Path(path_type=Path))
 @click.option("--content-type", default="", help="of the request (default: from the file's name)")
 @click.option("--version", "number", default="", help="a version (default: the default one)")
 @_run_dir_option
 def predict(model: str, request: Path, content_type: str, number: str, run_dir: Path | None) -> None:
     """Send the file REQUEST to MODEL on the running server and print the answer."""
-    from mms.client import guess_type, send
+    from mms.client import read_request, send
 
     directory, running = _running(run_dir)
     if running is None:
         _fail(_nobody(directory), NOT_READY)
-    path = f"/predictions/{model}" + (f"/{number}" if number else "")
+    content, guessed = read_request(request)
+    path = "/".join(quote(word, safe="") for word in (model, number) if word)
     try:
         code, body = send(
             running.inference_address,
             "POST",
-            path,
-            request.read_bytes(),
-            content_type or guess_type(request),
+            f"/predictions/{path}",
+            content,
+            content_type or guessed,
             certificate=running.tls_cert,
         )
     except OSError as error:

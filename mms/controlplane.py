@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from mms import wire
-from mms.archive import MODEL_NAME, ModelArchive
+from mms.archive import HANDLER, MODEL_NAME, ModelArchive
 from mms.config import Config, ModelSettings, merge_settings, read_yaml
 from mms.errors import (
     ArchiveError,
@@ -37,8 +37,9 @@ from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
-from mms.workers.pool import PoolSettings, WorkerPool
+from mms.workers.pool import MAX_BOOT_FAILURES, PoolSettings, Restarts, WorkerPool
 from mms.workers.process import Launch, reap_orphans
+from mms.workers.sandbox import Sandboxes, only_stricter
 
 log = logging.getLogger("mms.controlplane")
 
@@ -55,6 +56,7 @@ class ControlPlane:
         store: ModelStore,
         cache: CacheDirectory,
         state: Path | None = None,
+        boot_tries: int = MAX_BOOT_FAILURES,
     ) -> None:
         self.registry = registry
         self.store = store
@@ -64,13 +66,20 @@ class ControlPlane:
         self.gpus = find_gpus()
         self.config = config
         self._cache = cache
+        self._boot_tries = boot_tries
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._loads = asyncio.Semaphore(config.parallel_loads)
+        self._restarts = Restarts()
+        self._sandboxes = Sandboxes(config, cache.scratch)
         self._numbers = itertools.count(1)
         self._versions: dict[ModelVersion, SavedVersion] = {}  # registered, or still draining
         # by name and version: what is to be registered at start or could not be, and whether it is the default
         self._waiting: dict[tuple[str, str], tuple[SavedVersion, bool]] = {}
         self._closed = False
+
+    async def check_sandbox(self) -> None:
+        """Whether this machine can give workers what the server's settings demand. Raises ConfigError."""
+        await self._sandboxes.check(self._sandboxes.of(self.config.model_defaults()))
 
     async def register(
         self,
@@ -218,10 +227,11 @@ class ControlPlane:
     def reap_orphans(self, others: set[int]) -> None:
         """Wait for what workers left behind and died; `others` are children of the server that are not ours."""
         pools = [version.pool for version in self._versions if version.pool is not None]
-        # what is being forked or installed at the moment is ours, but not known yet
-        if not any(pool.starting for pool in pools):
+        # what is being forked, installed or tried at the moment is ours, but not known yet
+        if not self._sandboxes.trying and not any(pool.starting for pool in pools):
             workers = {worker.pid for pool in pools for worker in pool.workers if worker.pid is not None}
-            reap_orphans(workers | others | set(self.forkservers.pids()))
+            for pid in reap_orphans(workers | others | set(self.forkservers.pids())):
+                log.warning("process %d, which a worker had started, had left its session; killed", pid)
 
     async def close(self, drain: float) -> None:
         """Unload everything and end the fork servers; what is registered stays saved."""
@@ -257,6 +267,8 @@ class ControlPlane:
         archive = await asyncio.to_thread(self.store.open, url, sha256)
         if handler and self.store.only_signed:
             raise BadRequestError("handler: a signed archive names its own; no other can be chosen with trusted_keys")
+        if handler and not HANDLER.fullmatch(handler):
+            raise BadRequestError(f"handler = {handler!r}: module:Name is needed")
         return archive, await asyncio.to_thread(archive.digest) if self.saver is not None else ""
 
     async def _serve(self, archive: ModelArchive, name: str, saved: SavedVersion, *, at_start: bool) -> ModelVersion:
@@ -290,10 +302,16 @@ class ControlPlane:
         try:
             model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
             settings = self._settings(archive, model_config, saved.settings)
+            sandbox = self._sandboxes.of(settings)
+            await self._sandboxes.check(sandbox)
+            if owned is not None:
+                await asyncio.to_thread(self._sandboxes.hand_over, owned)
             version = ModelVersion(name, number, archive, settings)
             version.directory = owned
             version.at_start = at_start
-            version.pool = self._pool(version, folder, saved.handler or archive.manifest.handler, model_config)
+            version.handler = saved.handler or version.handler
+            version.sandbox = self._sandboxes.describe(settings)
+            version.pool = self._pool(version, folder, model_config, sandbox)
             replaced = self._failed(name, number)
             open_model_log(self.config.run_dir / "logs", name)
             if replaced is not None:
@@ -336,7 +354,9 @@ class ControlPlane:
             f"{archive.path.name}: {archive.manifest.config_file}",
             strict=False,
         )
+        only_stricter(settings, self.config.model_defaults(), f"{archive.path.name}: {archive.manifest.config_file}")
         settings = merge_settings(settings, changes, "request", strict=True)
+        only_stricter(settings, self.config.model_defaults(), "request")
         fixed: dict[str, Any] = {}
         gpus = self._gpus_for(settings)
         if settings.min_workers == -1:
@@ -355,13 +375,15 @@ class ControlPlane:
             raise ConfigError(f"gpus: {', '.join(map(str, missing))} do not exist; this server sees: {seen}")
         return list(settings.gpus or there)
 
-    def _pool(self, version: ModelVersion, folder: Path, handler: str, model_config: dict[str, Any]) -> WorkerPool:
+    def _pool(
+        self, version: ModelVersion, folder: Path, model_config: dict[str, Any], sandbox: wire.Sandbox
+    ) -> WorkerPool:
         settings, manifest = version.settings, version.archive.manifest
         load = wire.Load(
             model_name=version.name,
             version=version.version,
             directory=str(folder.absolute()),
-            handler=handler,
+            handler=version.handler,
             manifest=dict(manifest.raw),
             model_config=model_config,
             batch_size=settings.batch_size,
@@ -376,6 +398,8 @@ class ControlPlane:
             directory=load.directory,
             environ=environment.worker_environment(self.config.worker_env),
             preload=tuple(sorted({*manifest.preload, *settings.preload})),
+            scratch=self._sandboxes.scratch,
+            sandbox=sandbox,
         )
         pool = PoolSettings(
             label=version.label,
@@ -386,8 +410,11 @@ class ControlPlane:
             response_timeout=settings.response_timeout,
             startup_timeout=settings.startup_timeout,
             stop_grace=self.config.stop_grace,
+            max_requests=settings.max_requests,
+            max_rss=settings.max_rss,
+            boot_tries=self._boot_tries,
         )
-        return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads)
+        return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, self._restarts)
 
     def _interpreter(self, version: ModelVersion, folder: Path) -> Callable[[], Awaitable[str]] | None:
         """What makes the archive's own Python, if it brings requirements and may install them."""

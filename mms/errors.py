@@ -61,10 +61,14 @@ class ModelVersionNotFoundError(NotFoundError):
 
 
 class MethodNotAllowedError(MMSError):
-    """The path exists, but not for this method. Do not retry."""
+    """The path exists, but not for this method; those in `allow` are sent as `Allow`. Do not retry."""
 
     status = 405
     type = "MethodNotAllowedException"
+
+    def __init__(self, message: str, *, allow: str = "", status: int | None = None) -> None:
+        super().__init__(message, status=status)
+        self.allow = allow
 
 
 class ConflictError(MMSError):

@@ -171,7 +171,7 @@ class Collector:
         )
         restarts = CounterMetricFamily(
             "mms_worker_restarts",
-            "Workers that died and were replaced, by cause.",
+            "Workers that died or were recycled, by cause.",
             labels=["model", "version", "reason"],
         )
         cancelled = CounterMetricFamily(

@@ -152,12 +152,14 @@ class CacheDirectory:
         self.own = self._servers / f"{os.getpid()}-{secrets.token_hex(4)}"
         self.models = self.own / "models"
         self.nginx = self.own / "nginx"
+        self.scratch = self.own / "scratch"
         self._lock = -1
 
-    def acquire(self, edge_user: tuple[str, int] | None) -> None:
+    def acquire(self, edge_user: tuple[str, int] | None, *, for_others: bool = False) -> None:
         """Make this server's own folder, and remove those of servers that were killed. Raises StartError.
 
-        `edge_user` is the name and group id of the user that nginx's workers run as, if that is not this user.
+        `edge_user` is the name and group id of the user that nginx's workers run as, if that is not this user. With
+        `for_others`, workers run as another user and must reach what lies in here.
         """
         try:
             _make(self.path, parents=True)
@@ -176,13 +178,15 @@ class CacheDirectory:
             for folder, lock in dead:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
-            for folder in (self.models, self.nginx):
+            for folder in (self.models, self.nginx, self.scratch):
                 folder.mkdir(mode=0o700)
             self.venvs.mkdir(mode=0o700, exist_ok=True)
             if edge_user is not None:
                 for folder in (self.own, self.nginx):
                     os.chown(folder, -1, edge_user[1])
                     folder.chmod(0o710)
+            for folder in (self.own, self.models, self.scratch, self.venvs) if for_others else ():
+                folder.chmod(0o711)
         except OSError as error:
             raise StartError(f"cannot use the cache directory {self.path}: {error.strerror}") from None
         if edge_user is not None:

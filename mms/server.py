@@ -136,7 +136,8 @@ class ModelServer:
         self._run_dir.acquire(user)
         loads: list[asyncio.Task[None]] = []
         try:
-            self._cache.acquire(user)
+            self._cache.acquire(user, for_others=bool(self._config.worker_user))
+            await self._control.check_sandbox()
             sockets = self._listen(user[1] if user else None)
             self._catch_signals()
             self._run_dir.record(self._running())

@@ -23,6 +23,7 @@ from mms.payload import parse_query
 from mms.wire import RequestFacts
 
 MAX_ROUTES = 4096
+_NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
 _METHODS = frozenset((b"POST", b"PUT", b"GET"))
 
 
@@ -128,7 +129,7 @@ class InferenceApi:
             answer = self._own.get(path)
             if answer is not None:
                 if head.method not in (b"GET", b"HEAD"):
-                    raise MethodNotAllowedError("Requested method is not allowed, please refer to API document.")
+                    raise MethodNotAllowedError(_NOT_ALLOWED, allow="GET, HEAD")
                 status, body = answer()
                 exchange.answer(status, JSON, json_body(body))
                 return None
@@ -143,7 +144,7 @@ class InferenceApi:
     def _route(self, head: Head, path: str, query: bytes) -> Route:
         route = self._prediction(path, query)
         if head.method not in _METHODS:
-            raise MethodNotAllowedError("Requested method is not allowed, please refer to API document.")
+            raise MethodNotAllowedError(_NOT_ALLOWED, allow="GET, POST, PUT")
         return route
 
     def _prediction(self, path: str, query: bytes) -> Route:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import time
 from pathlib import Path
-
-import psutil
 
 from mms.errors import StartError
 from mms.http.connection import Application, Connection, new_shedding
 from mms.http.limits import Limits
 from mms.http.request import KnownHeads
 from mms.http.response import ResponseHeads
+from mms.ports import cannot_listen
 
 BACKLOG = 4096
 TICK = 0.25
@@ -40,7 +38,7 @@ def bind(address: str, *, group: int | None = None) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise StartError(f"cannot listen on {address}: {error.strerror}{_owner(int(port))}") from None
+        raise cannot_listen(address, error) from None
     return sock
 
 
@@ -61,15 +59,6 @@ def _bind_unix(path: Path, group: int | None) -> socket.socket:
         sock.close()
         raise StartError(f"cannot listen on unix:{path}: {error.strerror}") from None
     return sock
-
-
-def _owner(port: int) -> str:
-    """`, held by NAME (pid N)` where that can be seen."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
-                return f", held by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    return ""
 
 
 class HttpServer:

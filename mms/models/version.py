@@ -37,8 +37,10 @@ class ModelVersion:
         self.archive = archive
         self.settings = settings
         self.at_start = False
+        self.handler = archive.manifest.handler  # unless the registration chooses another
         self.loaded_at = time.time()
         self.directory: Path | None = None  # a folder of ours with the extracted archive, removed at the end
+        self.sandbox: dict[str, Any] = {}  # what its workers give up, as it is described
         self.metrics = VersionMetrics()
         self.queue = BatchQueue(
             batch_size=settings.batch_size,
@@ -130,7 +132,7 @@ class ModelVersion:
             "modelVersion": self.version,
             "modelUrl": archive.path.name,
             "runtime": archive.manifest.runtime,
-            "handler": archive.manifest.handler,
+            "handler": self.handler,
             **({"signedBy": archive.signed_by} if archive.signed_by else {}),
             "state": str(self.state),
             "minWorkers": settings.min_workers,
@@ -144,6 +146,9 @@ class ModelVersion:
             "queueTimeout": settings.queue_timeout,
             "queueOrder": settings.queue_order,
             **({"threads": pool.threads} if pool is not None else {}),
+            **({"maxRequests": settings.max_requests} if settings.max_requests else {}),
+            **({"maxRss": settings.max_rss} if settings.max_rss else {}),
+            **({"sandbox": self.sandbox} if self.sandbox else {}),
             "loadedAtStartup": self.at_start,
             "loadedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.loaded_at)),
             "workers": [describe_worker(worker, _memory(worker.pid)) for worker in (pool.workers if pool else ())],
@@ -151,7 +156,28 @@ class ModelVersion:
                 "remainingCapacity": max(0, self.queue.capacity - self.queue.depth),
                 "pendingRequests": self.queue.depth,
             },
+            **self._troubles(),
             **({"failure": {"message": failure.message, "traceback": failure.traceback}} if failure else {}),
+        }
+
+    def _troubles(self) -> dict[str, Any]:
+        """The latest death or failed start, and when missing workers are started; nothing while all was well."""
+        pool = self.pool
+        if pool is None:
+            return {}
+        troubles = {"forkServerDeaths": pool.forkserver_deaths} if pool.forkserver_deaths else {}
+        if pool.last_failure is None:
+            return troubles
+        failure, wait = pool.last_failure, pool.next_start
+        return {
+            **troubles,
+            "lastFailure": {
+                "cause": failure.cause,
+                "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(failure.at)),
+                "output": list(failure.output),
+            },
+            "deathsInWindow": pool.deaths,
+            **({"nextStartIn": round(wait, 1)} if wait is not None else {}),
         }
 
     def facts(self) -> VersionFacts:

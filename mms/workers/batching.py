@@ -30,6 +30,9 @@ MAX_FRAME_BYTES = 1 << 20  # beyond the first batch
 RETRY_SHARE = 0.1
 RETRY_MINIMUM = 3
 RETRY_WINDOW = 10.0
+POISON_MEMORY = 10.0  # seconds for which a request that has crashed two workers is known by its content
+MAX_POISONS = 64
+_FROM_OUTSIDE = ("signal 9 ", "signal 15 ")  # these deaths say nothing about the request
 STANDING_WAIT = 0.005  # the oldest job has waited longer than this, and than two batches take ...
 STANDING_SECONDS = 0.1  # ... for so long: the queue does not empty any more, and the newest jobs are served first
 FEWEST_WAITING = 20  # that many may wait even while overloaded: fewer would refuse some in normal times
@@ -145,6 +148,7 @@ class BatchQueue:
         self._alone: deque[Job] = deque()  # retries: each runs in a frame of its own, before anything else
         self._retried: deque[float] = deque()
         self._window: deque[tuple[float, int]] = deque()
+        self._poisons: dict[int, float] = {}  # content -> until when it is not run
         self._handed = 0  # jobs that workers were given
         self._drain: deque[tuple[float, int]] = deque()  # when how many were handed out, while others waited
         self._emptied = True  # nobody waited at some time since the last look
@@ -155,7 +159,11 @@ class BatchQueue:
         self.newest_first = False  # in force since the last look
 
     def submit(self, job: Job) -> None:
-        """Take the job in. Raises OverloadError, or DrainingError while closed."""
+        """Take the job in. Raises OverloadError, DrainingError while closed, or WorkerDiedError for one whose like has
+        just crashed two workers.
+        """
+        if self._poisons:
+            self._refuse_poison(job)
         held = self.bytes + job.size
         if self.depth >= self.room or held > self.max_bytes:
             refusal = self.refusal(job.size)
@@ -275,6 +283,8 @@ class BatchQueue:
         for job in lost:
             job.attempts += 1
             if not affordable or job.attempts > self.retry:
+                if job.attempts > 1 and _is_crash(cause) and len(self._poisons) < MAX_POISONS:
+                    self._poisons[_content(job)] = now + POISON_MEMORY
                 failed.append((job, self._death(job, cause)))
             else:
                 self.retries += 1
@@ -410,6 +420,17 @@ class BatchQueue:
         """The longest waiting job; only while `depth` is positive."""
         return next(job for job in itertools.chain(self._alone, self._waiting) if not job.settled)
 
+    def _refuse_poison(self, job: Job) -> None:
+        """Raises WorkerDiedError for a known one, which stays known for as long as it keeps coming."""
+        now = job.arrived
+        for content in [content for content, until in self._poisons.items() if until < now]:
+            del self._poisons[content]
+        content = _content(job)
+        if content in self._poisons:
+            self._poisons[content] = now + POISON_MEMORY
+            raise WorkerDiedError("the same request has just crashed two worker processes; it is not run again",
+                                  status=500)  # fmt: skip
+
     def _death(self, job: Job, cause: str) -> WorkerDiedError:
         if job.attempts > 1:
             return WorkerDiedError(f"the worker process died twice running this request ({cause})", status=500)
@@ -471,6 +492,15 @@ class BatchQueue:
         self._refused += 1
         wait = self.depth / self.rate if self.rate else 0.0
         return min(MAX_RETRY_AFTER, max(1, math.ceil(wait * (1 + self._refused * GOLDEN % 0.5))))
+
+
+def _is_crash(cause: str) -> bool:
+    return cause.startswith(("signal ", "exit code ")) and not cause.startswith(_FROM_OUTSIDE)
+
+
+def _content(job: Job) -> int:
+    """What makes two requests the same to a handler that does not look at their other headers."""
+    return hash((job.facts.content_type, job.facts.query, b"".join(job.parts)))
 
 
 def _by_arrival(jobs: deque[Job]) -> deque[Job]:

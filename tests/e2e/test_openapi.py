@@ -25,7 +25,8 @@ VALUES = {
     "response_timeout": "9", "startup_timeout": "9", "queue_size": "9", "queue_timeout": "9", "retry": "0",
     "queue_bytes": "1MiB", "queue_order": "fifo",
     "isolate_errors": "true", "device": "cpu", "gpus": "", "threads": "1", "preload": "", "limit": "5",
-    "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1",
+    "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1", "max_requests": "0", "max_rss": "0",
+    "worker_fs": "open", "worker_network": "open", "worker_memory": "0",
 }  # fmt: skip
 METHODS = ("get", "put", "post", "delete", "patch", "options")
 
@@ -133,6 +134,26 @@ def test_every_documented_parameter_of_a_change_is_taken(running: Server, path: 
 def test_every_setting_of_a_model_can_be_given_at_registration(running: Server) -> None:
     what = document(running, "management")["paths"]["/models"]["post"]
     assert {field.name for field in fields(ModelSettings)} <= {parameter["name"] for parameter in what["parameters"]}
+
+
+def test_the_bounds_of_settings_are_documented(running: Server) -> None:
+    what = document(running, "management")["paths"]["/models"]["post"]
+    query = {parameter["name"]: parameter["schema"] for parameter in what["parameters"]}
+    body = what["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert query["device"] == {"type": "string", "enum": ["auto", "cpu", "gpu"]}
+    assert query["batch_size"] == {"type": "integer", "minimum": 1, "maximum": 65536}
+    assert (query["gpus"], body["gpus"]["type"], body["gpus"]["items"]) == (
+        {"type": "string"},
+        "array",
+        {"type": "integer"},
+    )
+
+
+def test_lists_are_taken_in_a_body(running: Server) -> None:
+    body = {"url": "echo-1.0.mar", "model_name": "lists", "initial_workers": 0, "gpus": [], "preload": ["json"]}
+    headers = {"Content-Type": "application/json"}
+    assert fetch(running.management, "POST", "/models", json.dumps(body), headers).status == 200
+    assert running.manage("DELETE", "/models/lists").status == 200
 
 
 def test_every_served_management_route_is_documented(running: Server) -> None:

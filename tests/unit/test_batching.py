@@ -63,7 +63,7 @@ def make_worker(batch_seconds: float | None = None) -> InFlight:
 
 
 def make_job(number: int, *, size: int = 10, arrived: float = NOW) -> Job:
-    return Job(number, FACTS, b"r%d" % number, [b""], size, Caller(), arrived)
+    return Job(number, FACTS, b"r%d" % number, [b"%d" % number], size, Caller(), arrived)
 
 
 def fill(queue: BatchQueue, count: int, *, first: int = 1, size: int = 10, arrived: float = NOW) -> list[Job]:
@@ -708,3 +708,21 @@ def test_the_death_of_a_poisonous_retry_does_not_spend_the_budget() -> None:
             assert take(queue, worker) == [number]
             failed = queue.lose(worker, 1, "signal 6", NOW)
         assert failed[0][1].status == 500
+
+
+@pytest.mark.parametrize(("cause", "refused"), [("signal 11 (SIGSEGV)", True), ("signal 9 (SIGKILL)", False)])
+def test_f7_the_like_of_a_request_that_crashed_two_workers_is_not_run_for_a_while(cause: str, refused: bool) -> None:
+    queue = make_queue()
+    fill(queue, 1)
+    for _ in range(2):
+        worker = make_worker()
+        assert take(queue, worker) == [1]
+        queue.lose(worker, 1, cause, NOW)
+    for at in (NOW + 9, NOW + 18):
+        if refused:
+            with pytest.raises(WorkerDiedError, match="just crashed two worker processes") as caught:
+                queue.submit(make_job(1, arrived=at))
+            assert caught.value.status == 500
+    queue.submit(make_job(2, arrived=NOW + 18))
+    queue.submit(make_job(1, arrived=NOW + 29))
+    assert queue.depth == 2

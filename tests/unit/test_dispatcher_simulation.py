@@ -131,7 +131,8 @@ class Simulation:
         client.poison = self.chance() < self.poison_share
         client.hangs = self.chance() < self.hang_share
         size = self.pick((10, 10, 10, 10, 700_000))
-        client.job = Job(number, FACTS, b"", [], size, client, self.now)
+        body = b"poison" if client.poison else b"%d" % number
+        client.job = Job(number, FACTS, b"", [body], size, client, self.now)
         queue = self.queue
         full = queue.depth >= queue.room or bool(queue.depth and queue.bytes + size > queue.max_bytes)
         self.events.append(("submit", number, "poison" * client.poison, "hangs" * client.hangs))
@@ -141,6 +142,8 @@ class Simulation:
             assert full and 1 <= error.retry_after <= MAX_RETRY_AFTER
         except ServiceUnavailableError:
             assert self.queue.closed
+        except WorkerDiedError:
+            assert client.poison, "a good request is taken for a poison"
         else:
             assert not full and not self.queue.closed
             self.clients[number] = client
@@ -274,7 +277,7 @@ class Simulation:
         """The process ends; what it has written is read to the end; its jobs are taken back; another one starts."""
         self.events.append(("worker", self.workers.index(worker), "dies; begun jobs:", worker.started))
         self.read(worker, len(worker.written))
-        failed = self.queue.lose(worker.in_flight, worker.started, "signal 9", self.now)
+        failed = self.queue.lose(worker.in_flight, worker.started, "signal 6 (SIGABRT)", self.now)
         assert all(isinstance(error, WorkerDiedError) for _, error in failed)
         self.fail(failed)
         assert not worker.in_flight.jobs and not worker.in_flight.exclusive

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from mms.errors import MMSError, NotFoundError, QueueFullError
+from mms.errors import BadRequestError, MMSError, NotFoundError, QueueFullError
 from mms.http.connection import Connection, Exchange
 from mms.http.limits import LINGER_BYTES, MAX_FIELDS, MAX_HEAD, MAX_LINE, MAX_PIPELINED, Limits
 from mms.http.listener import HttpServer
 from mms.http.request import Head
+from mms.http.response import error_response
 
 LIMITS = Limits(max_request_size=100_000, max_connections=3, header_timeout=10, body_timeout=60, keepalive_timeout=75)
 GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -940,6 +941,11 @@ def test_draining_twice_changes_nothing() -> None:
     client.connection.drain()
     client.application.answer(client.application.exchanges[0])
     assert client.statuses() == [200]
+
+
+def test_an_error_that_names_a_file_that_is_not_utf8_is_told() -> None:
+    _, _, body = error_response(BadRequestError("cannot load \udcff"))
+    assert body == b'{"code":400,"type":"BadRequestException","message":"cannot load ?"}\n'
 
 
 def test_an_error_of_the_application_is_told_as_json() -> None:
