@@ -62,6 +62,14 @@ def _environment() -> dict[str, str]:
 @click.version_option(mms.__version__, prog_name="mms")
 def main() -> None:
     """Serve model archives: batching, versions, worker pools and metrics behind nginx."""
+    _open_standard_streams()
+
+
+def _open_standard_streams() -> None:
+    """Started with one of them closed, the first socket would get its number, and libuv and children its traffic."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
 
 
 class _ManyModels(click.Command):
