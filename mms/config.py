@@ -20,6 +20,7 @@ import yaml
 from mms.errors import ConfigError
 
 MAX_FILE = 1 << 20
+MAX_DEPTH = 32
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)
@@ -295,13 +296,29 @@ def show_setting(kind: type, name: str, value: Any) -> str:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that stands twice is an error, and so is an alias (a bomb is made of them)."""
+    """PyYAML's safe loader, but a key that stands twice is an error, and so are bombs: aliases, and great depth."""
+
+    _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise self._too_deep()
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= MAX_DEPTH:  # the scanner runs far ahead, at a cost that grows with the depth
+            raise self._too_deep()
+        super().fetch_flow_collection_start(token)
+
+    def _too_deep(self) -> yaml.MarkedYAMLError:
+        mark = self.get_mark()
+        return yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=mark)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()

@@ -7,12 +7,14 @@ import http.client
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -70,7 +72,7 @@ class State:
     """What a server holds when nobody asks it for anything."""
 
     processes: Counter[str]
-    descriptors: int  # without the connections that nginx keeps
+    descriptors: int  # without those of clients, nginx among them
     memory: int
     files: int
     threads: int
@@ -215,7 +217,7 @@ class Rig:
         inside = [path for folder in (running.run_dir, running.cache_dir) for path in folder.rglob("*")]
         return State(
             Counter(process.name() for process in processes_in(running.folder)),
-            main.num_fds() - len([c for c in main.net_connections("unix") if c.laddr]),
+            main.num_fds() - len([c for c in main.net_connections("all") if _is_connection(c)]),
             main.memory_info().rss,
             len([path for path in inside if not path.is_relative_to(running.run_dir / "logs")]),
             main.num_threads(),
@@ -310,6 +312,11 @@ class Rig:
             if reply.status not in (200, 202, done):
                 self.problems.append(f"{method} {path}: {reply.status} {reply.body.decode()}")
             return
+
+
+def _is_connection(found: Any) -> bool:
+    """Whether it is a client's, not a listener's or a worker's."""
+    return bool(found.laddr) if found.family == socket.AF_UNIX else found.status != psutil.CONN_LISTEN
 
 
 def _resume(process: psutil.Process) -> None:

@@ -26,8 +26,9 @@ CHUNKED = HEAD % (b"echo", b"Transfer-Encoding: chunked")
 def running(make_archive: MakeArchive) -> Iterator[Server]:
     """With short limits for slow clients."""
     archives = make_archive("echo"), make_archive("account"), make_archive("rows")
-    limits = {"header_timeout": 0.5, "body_timeout": 0.5, "keepalive_timeout": 0.5}
-    with server(*archives, max_request_size="2MiB", **limits) as started:
+    with server(
+        *archives, max_request_size="2MiB", header_timeout=0.5, body_timeout=0.5, keepalive_timeout=0.5
+    ) as started:
         yield started
 
 
