@@ -49,7 +49,7 @@ def observe(under: Rig, seconds: float, seed: int) -> Finding:
     account = clients.account
     after = under.compare(before)
     problems = [*account.violations, *under.problems]
-    if account.lost != len(account.violations):
+    if account.lost and not account.violations:
         problems.append(f"{account.lost} requests without an outcome")
     return Finding(under.port, account, under.timeline.count, before, after, problems)
 

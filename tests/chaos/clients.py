@@ -298,7 +298,7 @@ class Clients:
                     Outcome(port.name, target, status, json.loads(answer)["type"], reused), begun, answer=answer
                 )
             if not connection.open and index + 1 < count:
-                outcome = Outcome(port.name, target, 0, "closed after an answer", reused)
+                outcome = Outcome(port.name, target, 0, "closed after an answer", True)
                 self._judge(outcome, begun, sent=count - index - 1)
                 return
 

@@ -18,9 +18,9 @@ from tests.conftest import digest, eventually, needs_nginx
 
 @needs_nginx
 def test_five_seconds_of_chaos_lose_nothing_and_leave_nothing() -> None:
-    findings = chaos.run(5, 20, ("none", "nginx"))
+    findings = chaos.run(5, 20, ("nginx",))
     assert [problem for finding in findings for problem in finding.problems] == []
-    assert sum(sum(finding.faults.values()) for finding in findings) > 10
+    assert sum(sum(finding.faults.values()) for finding in findings) > 5
     assert chaos.show(findings, Console(quiet=True)) == 0
 
 

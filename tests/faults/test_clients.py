@@ -88,6 +88,7 @@ def test_f84_slow_clients_are_closed_at_the_limit_and_cost_little(running: Serve
     assert statuses == {b"HTTP/1.1 408"}
 
 
+@pytest.mark.slow
 def test_f84_a_client_that_does_not_read_its_answers_is_cut(running: Server) -> None:
     request = HEAD % (b"echo", b"Content-Length: 0\r\nX-Long: " + b"x" * 7000)
     with connections(running, 1) as (sock,):

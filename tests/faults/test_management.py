@@ -24,7 +24,7 @@ from tests.conftest import CLIENT_TIMEOUT, MakeArchive, Server, Traffic, eventua
 from tests.unit import test_archive as hostile
 
 LIMIT = 16 << 20
-STORM = {"quick": (3.0, 8), "long": (60.0, 50)}
+STORM = {"quick": (1.0, 8), "long": (60.0, 50)}
 SOME_CYCLES = 20
 
 

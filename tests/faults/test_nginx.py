@@ -30,6 +30,7 @@ pytestmark = needs_nginx
 BURST = 200
 
 
+@pytest.mark.slow
 def test_f60_a_burst_while_the_front_end_stands_still_waits_in_its_backlog(make_archive: MakeArchive) -> None:
     with server(make_archive("echo", queue_size=1000), edge="nginx") as running:
         answering = Answering()
@@ -103,6 +104,7 @@ def test_f63_a_full_disk_for_bodies_fails_the_large_request_only(make_archive: M
         assert running.predict("echo", b"x" * 5_000_000).status == 200
 
 
+@pytest.mark.slow
 def test_f64_an_access_log_on_a_full_disk_stops_nobody(make_archive: MakeArchive) -> None:
     with server(make_archive("echo"), edge="nginx", access_log="/dev/full") as running:
         client = connect(running.url)
@@ -110,6 +112,7 @@ def test_f64_an_access_log_on_a_full_disk_stops_nobody(make_archive: MakeArchive
         client.close()
 
 
+@pytest.mark.slow
 def test_f65_reloads_under_load_lose_no_request() -> None:
     console = Console(record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
     with contextlib.closing(console.file):

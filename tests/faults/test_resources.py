@@ -59,6 +59,7 @@ def test_f66_without_descriptors_open_connections_are_served_and_all_is_well_aft
         assert running.predict("echo", b"x").status == 200
 
 
+@pytest.mark.slow
 def test_f68_without_memory_for_bodies_small_requests_are_served(make_archive: MakeArchive) -> None:
     """Bodies that do not fit fail alone, with an answer or their connection; the server may not die of them."""
     with server(make_archive("echo")) as running:
@@ -192,7 +193,7 @@ def await_ping(address: str, process: subprocess.Popen[bytes]) -> None:
     eventually(answers, timeout=20)
 
 
-@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-"], ids=["stdin", "stdout", "stderr"])
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"], ids=["stdin", "all"])
 def test_f82_without_environment_terminal_and_home_it_serves(make_archive: MakeArchive, closed: str) -> None:
     with scratch() as folder:
         addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
