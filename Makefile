@@ -19,10 +19,10 @@ serve: $(VENV)/.demo nginx ## the demo, but the server keeps running until Ctrl-
 	@$(BIN)/python examples/image_classification/demo.py --keep
 
 test: $(VENV)/.dev nginx ## run all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 faults: $(VENV)/.dev nginx ## run every test of the fault catalogue, slow ones too (15 minutes at most)
-	@timeout 15m $(BIN)/python -m pytest -m fault
+	@timeout 15m $(BIN)/python -m pytest -m fault --numprocesses auto --dist loadfile
 
 chaos: $(VENV)/.dev nginx ## kill, stop and change everything under traffic, then count (5 minutes; SECONDS=)
 	@$(BIN)/python -m tests.chaos chaos $(if $(SECONDS),--seconds $(SECONDS))

@@ -19,8 +19,9 @@ import click
 
 import mms
 from mms.config import Config, load_config, show_setting
-from mms.errors import MMSError, ModelLoadError
+from mms.errors import ConfigError, MMSError, ModelLoadError
 from mms.rundir import RunDirectory, Running
+from mms.token import read_token
 
 NOT_READY = 3
 HEARTBEAT = 2.0
@@ -39,7 +40,7 @@ def _settings(command: _Command) -> _Command:
     """An option for each setting, and --config."""
     for setting in reversed(fields(Config)):
         flag = "--" + setting.name.replace("_", "-")
-        multiple = setting.name in ("models", "worker_env")
+        multiple = isinstance(setting.default, tuple)
         command = click.option(
             flag, setting.name, multiple=multiple, default=None, metavar="…", help=setting.metadata["help"]
         )(command)
@@ -253,7 +254,10 @@ def status(run_dir: Path | None, as_json: bool, quiet: bool) -> None:
             click.echo('{"running": false}' if as_json else _nobody(directory))
         sys.exit(NOT_READY)
     try:
-        models = describe_models(running.management_address)
+        token = read_token(Path(running.management_token_file)) if running.management_token_file else b""
+        models = describe_models(running.management_address, token=token, certificate=running.tls_cert)
+    except ConfigError as error:
+        _fail(error.message, NOT_READY)
     except OSError as error:
         _fail(f"the server (pid {running.pid}) does not answer on {running.management_address}: {error}", NOT_READY)
     ready = all(_is_ready(model) for model in models)
@@ -346,7 +350,12 @@ def predict(model: str, request: Path, content_type: str, number: str, run_dir: 
     path = f"/predictions/{model}" + (f"/{number}" if number else "")
     try:
         code, body = send(
-            running.inference_address, "POST", path, request.read_bytes(), content_type or guess_type(request)
+            running.inference_address,
+            "POST",
+            path,
+            request.read_bytes(),
+            content_type or guess_type(request),
+            certificate=running.tls_cert,
         )
     except OSError as error:
         _fail(f"no answer from {running.inference_address}: {error}")

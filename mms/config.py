@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 import os
 import re
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -21,8 +23,8 @@ from mms.errors import ConfigError
 
 MAX_FILE = 1 << 20
 MAX_DEPTH = 32
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
+_PORTS = {"http": 80, "https": 443}
 _SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -112,6 +114,39 @@ def _address(value: Any) -> str:
     return text
 
 
+def _origins(value: Any) -> tuple[str, ...]:
+    return tuple(_origin(word) for word in _words(value))
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
+        raise ValueError(f"{url}: only scheme, host and port, such as https://models.example.com")
+    return origin_of(url)
+
+
+def origin_of(url: str) -> str:
+    """`scheme://host:port` of an http address. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in _PORTS or not parts.hostname or re.search(r"[\s\\\x00-\x1f\x7f]", url):
+        raise ValueError("http://host or https://host is needed")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}:{parts.port or _PORTS[parts.scheme]}"
+
+
+def _networks(value: Any) -> tuple[str, ...]:
+    return tuple(str(ipaddress.ip_network(word)) for word in _words(value))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach the address."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return address.startswith("unix:") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 def _setting(default: Any, parse: Callable[[Any], Any], help: str, *, low: float | None = None) -> Any:
     return field(default=default, metadata={"parse": parse, "help": help, "low": low})
 
@@ -190,7 +225,17 @@ class Config:
     management_address: str = _setting(
         "127.0.0.1:8081", _address, "where models are registered and scaled; keep it private"
     )
+    management_token_file: Path | None = _setting(  # noqa: RUF009
+        None, _path, "file (mode 0600) with the token that every management call must bring"
+    )
+    management_hosts: tuple[str, ...] = _setting(
+        (), _words, "names by which the management port may be called, beside its address and localhost"
+    )
     metrics_address: str = _setting("127.0.0.1:8082", _address, "where Prometheus scrapes /metrics")
+    tls_cert: Path | None = _setting(  # noqa: RUF009
+        None, _path, "certificate chain (PEM): nginx speaks TLS on the inference port, and on a public management port"
+    )
+    tls_key: Path | None = _setting(None, _path, "the certificate's private key (PEM, mode 0600)")  # noqa: RUF009
     edge: str = _setting(
         "auto",
         _one_of("auto", "nginx", "none"),
@@ -224,6 +269,17 @@ class Config:
     stop_grace: float = _setting(5.0, _number, "seconds a worker gets to leave by itself before it is killed", low=0)
     parallel_loads: int = _setting(4, _integer, "workers that may load at the same time", low=1)
     verify_archives: bool = _setting(True, _boolean, "compare every file with the manifest's SHA-256 before it is used")
+    trusted_keys: Path | None = _setting(  # noqa: RUF009
+        None, _path, "file of public keys (PEM); then only archives that one of them has signed are served"
+    )
+    allowed_urls: tuple[str, ...] = _setting(
+        (), _origins, "where archives may be downloaded from, such as https://models.example.com (empty: nowhere)"
+    )
+    allowed_networks: tuple[str, ...] = _setting(
+        (), _networks, "private networks that downloads may connect to, such as 10.1.0.0/16"
+    )
+    max_download_size: int = _setting(8 << 30, _size, "largest archive that is downloaded", low=1)
+    download_timeout: float = _setting(600.0, _number, "seconds that one download may take", low=0.001)
     install_requirements: bool = _setting(
         False, _boolean, "install an archive's requirements.txt into a virtual environment of its own"
     )
@@ -296,29 +352,27 @@ def show_setting(kind: type, name: str, value: Any) -> str:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that stands twice is an error, and so are bombs: aliases, and great depth."""
+    """PyYAML's safe loader, but a key that stands twice is an error, and so are depth and aliases (bombs need them)."""
 
-    _depth = 0
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=event.start_mark)
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise self._too_deep()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=mark)
         node = super().compose_node(parent, index)
-        self._depth -= 1
+        self.depth -= 1
         return node
 
     def fetch_flow_collection_start(self, token: Any) -> None:
         if self.flow_level >= MAX_DEPTH:  # the scanner runs far ahead, at a cost that grows with the depth
-            raise self._too_deep()
+            mark: Any = self.get_mark()
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=mark)
         super().fetch_flow_collection_start(token)
-
-    def _too_deep(self) -> yaml.MarkedYAMLError:
-        mark = self.get_mark()
-        return yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=mark)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
@@ -332,21 +386,21 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping (at most 1 MiB, no aliases, no repeated keys). Raises ConfigError."""
+    """A YAML file with one mapping: at most 1 MiB, 32 levels, no aliases, no repeated keys. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE + 1)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    if len(data) > MAX_FILE:
-        raise ConfigError(f"{path}: larger than {MAX_FILE} bytes")
     return parse_yaml(data, str(path))
 
 
 def parse_yaml(data: bytes, origin: str) -> dict[str, Any]:
     """As read_yaml, from memory; `origin` is named in errors."""
+    if len(data) > MAX_FILE:
+        raise ConfigError(f"{origin}: larger than {MAX_FILE} bytes")
     try:
-        content = yaml.load(data, _UniqueKeys)
+        content = yaml.load(data, _UniqueKeys)  # noqa: TID251  # the one place
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise ConfigError(f"{origin}:{line} {error.problem}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mms import wire
-from mms.archive import ModelArchive
-from mms.config import MODEL_NAME, Config, ModelSettings, merge_settings, read_yaml
+from mms.archive import MODEL_NAME, ModelArchive
+from mms.config import Config, ModelSettings, merge_settings, read_yaml
 from mms.errors import BadRequestError, ConfigError, ConflictError, NotFoundError, ServiceUnavailableError
 from mms.logs import close_model_log, model_logger, open_model_log
+from mms.models.download import Downloads, is_remote, split_pin
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
@@ -29,6 +31,8 @@ from mms.workers.process import Launch, reap_orphans
 
 log = logging.getLogger("mms.controlplane")
 
+_SHA256 = re.compile("[0-9a-f]{64}")
+
 
 class ControlPlane:
     """Changes what is served; the data plane only ever sees the result in the registry."""
@@ -36,6 +40,7 @@ class ControlPlane:
     def __init__(self, config: Config, registry: ModelRegistry, store: ModelStore, cache: CacheDirectory) -> None:
         self.registry = registry
         self.store = store
+        self.downloads = Downloads(config, store)
         self.forkservers = ForkServers()
         self.gpus = find_gpus()
         self._config = config
@@ -51,16 +56,29 @@ class ControlPlane:
         *,
         name: str = "",
         handler: str = "",
+        sha256: str = "",
         changes: Mapping[str, Any] | None = None,
         synchronous: bool = True,
         at_start: bool = False,
     ) -> ModelVersion:
-        """Serve the archive `url` of the store; with `synchronous`, return when its workers are ready.
+        """Serve the archive `url`: a file of the store, or an address to download it from.
 
-        Raises BadRequestError, ModelNotFoundError, ArchiveError, ConfigError or ConflictError (nothing is registered),
-        and ModelLoadError (the version stays registered as FAILED; registering it again replaces it).
+        With `synchronous`, return when its workers are ready.
+
+        Raises BadRequestError, ModelNotFoundError, DownloadError, ArchiveError, ConfigError or ConflictError (nothing
+        is registered), and ModelLoadError (the version stays registered as FAILED; registering it again replaces it).
         """
-        archive = await asyncio.to_thread(self.store.open, url)
+        if is_remote(url):
+            url, pin = split_pin(url)
+            sha256 = sha256 or pin
+        sha256 = sha256.lower()
+        if sha256 and not _SHA256.fullmatch(sha256):
+            raise BadRequestError("sha256: 64 hexadecimal digits are needed")
+        if is_remote(url):
+            url = await self.downloads.fetch(url, sha256)
+        archive = await asyncio.to_thread(self.store.open, url, sha256)
+        if handler and self.store.only_signed:
+            raise BadRequestError("handler: a signed archive names its own; no other can be chosen with trusted_keys")
         name = name or archive.manifest.model_name
         if not MODEL_NAME.fullmatch(name):
             raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")

@@ -27,6 +27,20 @@ class BadRequestError(MMSError):
     type = "BadRequestException"
 
 
+class UnauthorizedError(MMSError):
+    """The management API wants its token, and this call brought none or a wrong one. Do not retry."""
+
+    status = 401
+    type = "UnauthorizedException"
+
+
+class ForbiddenError(MMSError):
+    """A management call for a name that is not this server's, or from a page of another site. Do not retry."""
+
+    status = 403
+    type = "ForbiddenException"
+
+
 class NotFoundError(MMSError):
     """No such path. Do not retry."""
 
@@ -111,6 +125,13 @@ class ArchiveError(MMSError):
 
     status = 400
     type = "InvalidModelException"
+
+
+class DownloadError(MMSError):
+    """The archive cannot be downloaded, or is not the one that was asked for. Retry when its server is well again."""
+
+    status = 400
+    type = "DownloadArchiveException"
 
 
 class ModelLoadError(MMSError):

@@ -142,8 +142,7 @@ class Request(msgspec.Struct, eq=False):
         if content_type and payload.is_form(content_type):
             row = {part.name: part.value() for part in self.form}
         else:
-            body = self.body if facts.encoding else self._body
-            row = {"body": payload.decode_value(body, content_type) if content_type else body}
+            row = {"body": payload.decoder(content_type)(self.body if facts.encoding else self._body)}
         return self.query | row if facts.query_is_input else row
 
 

@@ -11,12 +11,17 @@ from pathlib import Path
 MAX_BYTES = 100 << 20
 RUN_DIR_BYTES = 10 << 20  # of a log in the run directory, which is often in memory
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+_ESCAPED = {code: f"\\x{code:02x}" for code in (*range(9), *range(10, 32), *range(127, 160), 0x2028, 0x2029)}
 
 
 class _Formatter(logging.Formatter):
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """One line whatever the message holds: what a client or a handler wrote must not pass for a line of ours."""
+        return super().formatMessage(record).translate(_ESCAPED)
 
 
 class _RotatingFile(logging.handlers.RotatingFileHandler):

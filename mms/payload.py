@@ -7,6 +7,7 @@ becomes one value per field. Every limit here bounds what a hostile body can cos
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -65,11 +66,19 @@ def decode_text(data: bytes | bytearray | memoryview) -> str:
 
 def decode_value(data: bytearray, content_type: str) -> Any:
     """A body or part as MMS decodes it. Raises BadRequestError."""
+    return decoder(content_type)(data)
+
+
+@lru_cache(maxsize=1024)
+def decoder(content_type: str) -> Callable[[bytearray], Any]:
+    """What decodes bodies and parts of that type, as MMS does; it raises BadRequestError."""
     kind = media_type(content_type)
     if kind == "application/json":
-        return decode_json(data)
-    if kind.startswith("text"):
-        return decode_text(data)
+        return decode_json
+    return decode_text if kind.startswith("text") else _as_it_is
+
+
+def _as_it_is(data: bytearray) -> bytearray:
     return data
 
 

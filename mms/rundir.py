@@ -17,13 +17,15 @@ from mms.errors import StartError
 
 @dataclass(frozen=True)
 class Running:
-    """What `mms stop` and `mms status` know of the server in a run directory."""
+    """What `mms stop` and `mms status` know of the server in a run directory; with TLS, addresses begin with https."""
 
     pid: int
     inference_address: str
     management_address: str
     metrics_address: str
     stop_limit: float  # seconds in which the server has ended after SIGTERM, if all is well
+    management_token_file: str = ""
+    tls_cert: str = ""
 
 
 class RunDirectory:
@@ -186,6 +188,13 @@ def check_private(path: Path, kind: str) -> None:
         raise StartError(
             f"others may write in the {kind} directory {path} (mode {stat.S_IMODE(facts.st_mode):o}); "
             f"chmod go-w it, or choose another --{kind}-dir"
+        )
+    above = path.absolute().parent
+    mode = above.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise StartError(
+            f"anybody may rename the {kind} directory {path}: {above} is writable for all and has no sticky bit; "
+            f"choose another --{kind}-dir"
         )
 
 

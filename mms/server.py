@@ -15,22 +15,27 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mms_nginx.find import edge_user, find_nginx
 
 from mms.api.predictions import InferenceApi
-from mms.config import Config
+from mms.config import Config, is_loopback
 from mms.controlplane import ControlPlane
 from mms.dataplane import DataPlane
-from mms.errors import ConfigError, ModelLoadError, StartError
+from mms.errors import ConfigError, MMSError, ModelLoadError, StartError
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer, bind
 from mms.metrics import Collector, GpuFacts, registry
+from mms.models.download import is_remote, split_pin
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion
 from mms.rundir import CacheDirectory, RunDirectory, Running
+from mms.secret import read_secret
+from mms.signature import TrustedKeys
+from mms.token import TokenFile
 from mms.workers.gpus import GpuMonitor
 
 if TYPE_CHECKING:
@@ -58,15 +63,20 @@ class ModelServer:
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
         self._config = config
         self._say = say
-        self._store = ModelStore(config.model_store)
-        self._registry = ModelRegistry()
-        self._startup = self._archives()
         self._check_addresses()
-        self._run_dir = RunDirectory(config.run_dir)
+        self._token = self._management_token()
+        keys = None if config.trusted_keys is None else TrustedKeys(config.trusted_keys)
+        self._store = ModelStore(config.model_store, keys)
+        self._registry = ModelRegistry()
         self._cache = CacheDirectory(config.cache_dir)
         self._control = ControlPlane(config, self._registry, self._store, self._cache)
+        self._startup = self._archives()
+        self._run_dir = RunDirectory(config.run_dir)
         self._inference = InferenceApi(DataPlane(self._registry))
         self._nginx_program = self._find_edge()
+        self._tls = self._certificate()
+        self._renewal: asyncio.Task[None] | None = None
+        self._tls_stamp = self._look_at_certificate()
         self._http = HttpServer(self._inference, self._limits(), edge=self._nginx_program is not None)
         self._runners: list[web.AppRunner] = []
         self._nginx: Nginx | None = None
@@ -96,7 +106,7 @@ class ModelServer:
             self._cache.acquire(user)
             sockets = self._listen(user[1] if user else None)
             self._catch_signals()
-            self._run_dir.record(Running(os.getpid(), *self._addresses(), stop_limit=self._stop_limit()))
+            self._run_dir.record(self._running())
             loads += [asyncio.create_task(self._load(url, name)) for name, url in self._startup]
             await self._serve(sockets)
             self._start_edge()
@@ -122,16 +132,20 @@ class ModelServer:
         return self._exit_code
 
     def _archives(self) -> list[tuple[str, str]]:
-        """(name, file) of the models to load at start; each archive is checked before anything else happens."""
+        """(name, file) of the models to load at start; what is in the store is checked before anything else happens."""
         startup: list[tuple[str, str]] = []
         for entry in self._config.models:
             if entry.upper() == "ALL":
                 startup += [("", name) for name in self._store.names()]
             else:
-                name, equals, url = entry.partition("=")
+                name, equals, url = ("", "", "") if is_remote(entry) else entry.partition("=")
                 startup.append((name, url) if equals else ("", entry))
         seen: dict[tuple[str, str], str] = {}
         for name, url in startup:
+            if is_remote(url):
+                self._control.downloads.check(split_pin(url)[0])
+                self._registry.announced |= {name} if name else set()
+                continue
             archive = self._store.open(url)
             key = (name or archive.manifest.model_name, archive.manifest.version)
             if key in seen:
@@ -139,6 +153,16 @@ class ModelServer:
             seen[key] = url
             self._registry.announced.add(key[0])
         return startup
+
+    def _management_token(self) -> TokenFile | None:
+        """Whoever can register a model runs code here: only this machine may do that without a token."""
+        address, file = self._config.management_address, self._config.management_token_file
+        if file is None and not is_loopback(address):
+            raise ConfigError(
+                f"management_address = {address}: other machines reach it, and whoever registers a model runs code "
+                "here; set management_token_file, or keep it on 127.0.0.1 or a Unix socket"
+            )
+        return None if file is None else TokenFile(file)
 
     def _find_edge(self) -> str | None:
         if self._config.edge == "none":
@@ -153,6 +177,33 @@ class ModelServer:
         if program is None:
             self._say("nginx is not installed: the front end listens by itself (no TLS, no request spooling)")
         return program
+
+    def _certificate(self) -> tuple[Path, Path] | None:
+        """Certificate and key, if TLS is wanted; only nginx speaks it."""
+        cert, key = self._config.tls_cert, self._config.tls_key
+        if cert is None and key is None:
+            return None
+        if cert is None or key is None:
+            raise ConfigError("tls_cert and tls_key go together: set both")
+        if self._nginx_program is None:
+            raise ConfigError("tls_cert: TLS needs nginx in front; install it and do not start with --edge none")
+        read_secret(key, "key", 1)
+        if not os.access(cert, os.R_OK):
+            raise ConfigError(f"cannot read the certificate {cert}")
+        return cert, key
+
+    def _look_at_certificate(self) -> list[tuple[int, ...]]:
+        try:
+            facts = [path.stat() for path in self._tls or ()]
+        except OSError:
+            return []
+        return [(fact.st_ino, fact.st_size, fact.st_mtime_ns) for fact in facts]
+
+    def _speaks_tls(self, name: str, address: str) -> bool:
+        """The inference port does, and the management port where others can reach it."""
+        if self._tls is None or address.startswith("unix:"):
+            return False
+        return name == "inference" or (name == "management" and not is_loopback(address))
 
     def _limits(self) -> Limits:
         config = self._config
@@ -171,11 +222,24 @@ class ModelServer:
                 where = first if first == second else f"{first} and {second}"
                 raise ConfigError(f"{one}_address and {two}_address would both listen on {where}; each needs its own")
 
+    def _running(self) -> Running:
+        token_file = str(self._config.management_token_file or "")
+        certificate = str(self._tls[0]) if self._tls else ""
+        return Running(os.getpid(), *self._places(), self._stop_limit(), token_file, certificate)
+
     def _stop_limit(self) -> float:
         return self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
 
     def _addresses(self) -> tuple[str, str, str]:
         return self._config.inference_address, self._config.management_address, self._config.metrics_address
+
+    def _places(self) -> tuple[str, str, str]:
+        """The addresses, with https:// where TLS is spoken."""
+        inference, management, metrics = (
+            f"https://{address}" if self._speaks_tls(name, address) else address
+            for name, address in zip(LISTENERS, self._addresses(), strict=True)
+        )
+        return inference, management, metrics
 
     def _listen(self, group: int | None) -> list[socket.socket]:
         """The front end's sockets: behind nginx Unix ones, else the public ones."""
@@ -197,6 +261,7 @@ class ModelServer:
         from aiohttp import web
 
         from mms.api import management, metrics
+        from mms.api.guard import Guard
 
         inference, control, scrape = sockets
         await self._http.start(inference)
@@ -211,8 +276,9 @@ class ModelServer:
         def refresh() -> None:
             self._gpus = list(monitor.facts())
 
+        guard = Guard(self._config.management_address, self._config.management_hosts, self._token)
         apps = (
-            (management.application(self._control), control),
+            (management.application(self._control, guard), control),
             (metrics.application(registry(collector), refresh), scrape),
         )
         for app, sock in apps:
@@ -238,7 +304,12 @@ class ModelServer:
 
         config = self._config
         listeners = [
-            Listener(name, address, (self._run_dir.sockets / f"{name}.sock",))
+            Listener(
+                name,
+                address,
+                (self._run_dir.sockets / f"{name}.sock",),
+                self._tls if self._speaks_tls(name, address) else None,
+            )
             for name, address in zip(LISTENERS, self._addresses(), strict=True)
         ]
         user = edge_user()
@@ -313,7 +384,7 @@ class ModelServer:
 
     def _ready_line(self, seconds: float) -> str:
         failed, count = self._failed(), len(self._registry.versions())
-        inference, management, metrics = map(_url, self._addresses())
+        inference, management, metrics = map(_url, self._places())
         edge = "behind nginx" if self._nginx is not None else "without nginx"
         ready = f"{count - len(failed)} of {count}" if failed else str(count)
         text = (
@@ -322,7 +393,26 @@ class ModelServer:
         )
         return f"{text}; FAILED: {'; '.join(failed)}" if failed else text
 
+    def _renew_certificate(self) -> None:
+        """nginx reads certificate and key at its start: it reloads when they have changed."""
+        stamp = self._look_at_certificate()
+        if not stamp or stamp == self._tls_stamp or self._nginx is None or self._renewal is not None:
+            return
+        self._tls_stamp = stamp
+        self._renewal = asyncio.create_task(asyncio.to_thread(self._nginx.reload_files))
+        self._renewal.add_done_callback(self._renewed)
+
+    def _renewed(self, renewal: asyncio.Task[None]) -> None:
+        self._renewal = None
+        if not renewal.cancelled():
+            error = renewal.exception()
+            if isinstance(error, MMSError):
+                log.error("the new certificate is not in force: %s", error.message)
+            else:
+                log.info("nginx has taken the new certificate")
+
     def _tick(self) -> None:
+        self._renew_certificate()
         self._control.reap_orphans({self._nginx.pid} if self._nginx is not None else set())
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
 
@@ -443,7 +533,7 @@ def prepare_process() -> None:
 
 
 def _url(address: str) -> str:
-    return address if address.startswith("unix:") else f"http://{address}"
+    return address if address.startswith(("unix:", "https:")) else f"http://{address}"
 
 
 async def _first_of(*tasks: asyncio.Task[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The model-archiver command: packs, inspects and verifies model archives."""
+"""The model-archiver command: packs, inspects, verifies and signs model archives."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import click
 
 from mms.errors import MMSError
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-_ARCHIVE = click.Path(exists=True, path_type=Path)
+# Whether it is there is for whoever reads it to find out: a file that is missing is no wrong command line.
+_PATH = click.Path(path_type=Path)
 
 
 class _Program(click.Group):
@@ -50,22 +49,20 @@ def _fail(message: str, status: int) -> NoReturn:
     metavar="HANDLER",
     help="handler.py[:Name] (the file is copied in), module:name (in --model-path), or a built-in handler's name.",
 )
-@click.option("--model-path", type=_FOLDER, help="Bundle this whole folder, as Multi Model Server does.")
-@click.option("--serialized-file", type=_FILE, help="The weights.")
-@click.option("--model-file", type=_FILE, help="Python file with the model's class.")
+@click.option("--model-path", type=_PATH, help="Bundle this whole folder, as Multi Model Server does.")
+@click.option("--serialized-file", type=_PATH, help="The weights.")
+@click.option("--model-file", type=_PATH, help="Python file with the model's class.")
 @click.option(
     "--extra-files",
     metavar="A,B,...",
     default="",
     help="More files, folders or globs. A folder keeps its name and its tree (TorchServe's archiver flattens it).",
 )
-@click.option("-r", "--requirements-file", type=_FILE, help="pip requirements of the handler.")
+@click.option("-r", "--requirements-file", type=_PATH, help="pip requirements of the handler.")
 @click.option(
-    "--config-file", type=_FILE, help="model-config.yaml: batch_size, workers, ... and the handler's own keys."
+    "--config-file", type=_PATH, help="model-config.yaml: batch_size, workers, ... and the handler's own keys."
 )
-@click.option(
-    "--export-path", type=click.Path(file_okay=False, path_type=Path), default=".", help="Folder to write to."
-)
+@click.option("--export-path", type=_PATH, default=".", help="Folder to write to.")
 @click.option(
     "--archive-format",
     type=click.Choice(["default", "zip-store", "tgz", "no-archive"]),
@@ -84,6 +81,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
     model-archiver --model-name cat --handler service:handle --model-path folder
     model-archiver inspect cat.mar
     model-archiver verify cat.mar
+    model-archiver sign cat.mar --key me.key
     """
     given = [name for name in options if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if context.invoked_subcommand is not None:
@@ -100,15 +98,18 @@ def cli(context: click.Context, /, **options: Any) -> None:
 
 
 def _pack(*, export_path: Path, archive_format: str, force: bool, **options: Any) -> None:
-    from mms.archive import archive_name, write_archive
-    from mms.config import MODEL_NAME
+    from mms.archive import MODEL_NAME, VERSION, archive_name, write_archive
     from mms_archiver.collect import Recipe, collect
     from mms_archiver.progress import show_progress
 
-    for name in ("model_name", "version"):
-        if not MODEL_NAME.fullmatch(options[name]):
+    for name, pattern, signs in (
+        ("model_name", MODEL_NAME, "'.', '_', '-'"),
+        ("version", VERSION, "'.', '_', '-', '+'"),
+    ):
+        if not pattern.fullmatch(options[name]):
             raise click.UsageError(
-                f"{options[name]!r}: letters, digits, '.', '_' and '-' only, a letter or digit first"
+                f"--{name.replace('_', '-')} {options[name]!r}: 1 to 128 letters, digits and {signs}, "
+                "a letter or digit first"
             )
     target = export_path / archive_name(options["model_name"], archive_format)
     manifest, files = collect(Recipe(**options))
@@ -119,7 +120,7 @@ def _pack(*, export_path: Path, archive_format: str, force: bool, **options: Any
 
 
 @cli.command()
-@click.argument("archive", type=_ARCHIVE)
+@click.argument("archive", type=_PATH)
 @click.option("--json", "json_", is_flag=True, help="One JSON document instead of tables.")
 def inspect(archive: Path, json_: bool) -> None:
     """Show the manifest and the files of ARCHIVE."""
@@ -134,17 +135,47 @@ def inspect(archive: Path, json_: bool) -> None:
 
 
 @cli.command()
-@click.argument("archive", type=_ARCHIVE)
+@click.argument("archive", type=_PATH)
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), default=60, show_default=True, help="Seconds for the import."
 )
-def verify(archive: Path, timeout: float) -> None:
-    """Check structure and hashes of ARCHIVE, then import its handler. This runs code of the archive."""
+@click.option("--trusted-keys", type=_PATH, help="Public keys (PEM), one of which must have signed ARCHIVE.")
+def verify(archive: Path, timeout: float, trusted_keys: Path | None) -> None:
+    """Check structure, hashes and signature of ARCHIVE, then import its handler. This runs code of the archive."""
+    from mms.signature import TrustedKeys, signers
     from mms_archiver.verify import verify_archive
 
-    found = verify_archive(archive, timeout=timeout)
-    hashes = "hashes match" if found.manifest.files else "it has no hashes"
-    click.echo(f"{archive}: sound (files: {len(found.files)}, {hashes}, {found.manifest.handler} imports)")
+    found = verify_archive(archive, timeout=timeout, keys=TrustedKeys(trusted_keys) if trusted_keys else None)
+    facts = [f"files: {len(found.files)}", "hashes match" if found.manifest.hashed else "it has no hashes"]
+    if found.signed_by:
+        facts.append(f"signed by {found.signed_by[:16]}")
+    elif named := signers(found):
+        facts.append(f"its signature names {named[0][:16]}, which --trusted-keys would check")
+    click.echo(f"{archive}: sound ({', '.join(facts)}, {found.manifest.handler} imports)")
+
+
+@cli.command()
+@click.argument("name", type=click.Path(path_type=Path))
+def keygen(name: Path) -> None:
+    """Make a pair of ed25519 keys: NAME.key, which signs and is kept secret, and NAME.pub, which servers trust."""
+    from mms.signature import make_keys
+
+    private, public = name.with_name(f"{name.name}.key"), name.with_name(f"{name.name}.pub")
+    key_id = make_keys(private, public)
+    click.echo(f"{private} signs, {public} is for --trusted-keys; key {key_id[:16]}")
+
+
+@cli.command()
+@click.argument("archive", type=_PATH)
+@click.option("--key", type=_PATH, required=True, help="The private key (PEM, ed25519, mode 0600).")
+def sign(archive: Path, key: Path) -> None:
+    """Sign ARCHIVE: verify its files and pack them again with a signature, in the place of any there was."""
+    from mms.signature import SigningKey
+    from mms_archiver.sign import sign_archive
+
+    signing = SigningKey(key)
+    found = sign_archive(archive, signing)
+    click.echo(f"{archive}: {found.manifest.model_name} {found.manifest.version}, signed by {signing.id[:16]}")
 
 
 def main() -> None:

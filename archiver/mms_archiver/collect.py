@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mms.archive import Manifest
-from mms.config import ModelSettings, merge_settings, parse_yaml
+from mms.config import ModelSettings, merge_settings, read_yaml
 from mms.errors import ArchiveError
 from mms_archiver.entry import find_entry, handler_file
 
 _SKIPPED_FOLDERS = ("__MACOSX", "__pycache__")
-_SKIPPED_FILES = (".DS_Store", "MANIFEST.json")
+_SKIPPED_FILES = (".DS_Store", "MANIFEST.json", "SIGNATURE.json")
 _SKIPPED_ENDINGS = (".pyc", ".mar")
 
 
@@ -86,6 +86,8 @@ def collect(recipe: Recipe) -> tuple[Manifest, dict[str, Path]]:
     if recipe.config_file:
         _check_config(recipe.config_file)
     entry = find_entry(handler, collection.files)
+    if entry.needs_serialized_file and not serialized_file:
+        raise ArchiveError(f"the built-in handler {recipe.handler} needs weights: give --serialized-file")
     manifest = Manifest(
         model_name=recipe.model_name,
         version=recipe.version,
@@ -109,7 +111,7 @@ def _add_handler(recipe: Recipe, collection: Collection) -> str:
 
 
 def _check_config(path: Path) -> None:
-    merge_settings(ModelSettings(), parse_yaml(path.read_bytes(), str(path)), str(path), strict=False)
+    merge_settings(ModelSettings(), read_yaml(path), str(path), strict=False)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

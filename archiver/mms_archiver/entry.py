@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import pkgutil
 import re
+import symtable
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,14 +17,16 @@ from mms.errors import ArchiveError
 PRELOADABLE = ("torch", "torchvision", "numpy", "PIL", "sklearn", "scipy", "onnxruntime", "transformers")
 
 _BUILT_IN = "mms_handlers"
+_LOADS_WEIGHTS = f"{_BUILT_IN}.loading.load_model"  # a handler that imports this reads the serialized file
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A handler as the manifest names it (`module:Name`), and what is worth importing before it."""
+    """A handler as the manifest names it (`module:Name`), what is worth importing before it, and what it needs."""
 
     handler: str
     preload: tuple[str, ...]
+    needs_serialized_file: bool = False
 
 
 def handler_file(handler: str) -> Path | None:
@@ -34,23 +37,32 @@ def handler_file(handler: str) -> Path | None:
 
 def find_entry(handler: str, files: Mapping[str, Path]) -> Entry:
     """The entry for `--handler`, in the files of the archive or among the built-in handlers. Raises ArchiveError."""
-    location, _, name = handler.partition(":")
+    location, colon, name = handler.partition(":")
     module = location.removesuffix(".py").replace("/", ".")
-    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", module):
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", module) or (colon and not name):
         raise ArchiveError(f"{handler!r} names no handler; give handler.py:Name, module:name or a built-in handler")
     source = _archived_source(module, files)
     if source is None:
-        if name or module not in built_in_handlers():
-            raise ArchiveError(_not_found(module, files))
-        module = f"{_BUILT_IN}.{module}"
-        source = _built_in_source(module)
-        assert source is not None
-        name = _built_in_class(_parse(source)) or ""
-    elif module in sys.stdlib_module_names or module in PRELOADABLE:
+        return _built_in_entry(module, name, files)
+    if module in sys.stdlib_module_names or module in PRELOADABLE:
         raise ArchiveError(f"{source}: would hide the Python module {module}; rename it")
-    else:
-        name = _choose(_parse(source), name, source.name)
-    return Entry(f"{module}:{name}", _preload(module, files))
+    return Entry(f"{module}:{_choose(source, name)}", _preload(module, files))
+
+
+def _built_in_entry(module: str, name: str, files: Mapping[str, Path]) -> Entry:
+    if module not in built_in_handlers():
+        raise ArchiveError(_not_found(module, files))
+    full_name = f"{_BUILT_IN}.{module}"
+    source = _built_in_source(full_name)
+    assert source is not None
+    tree = _parse(source)
+    its_class = _built_in_class(tree)
+    if name not in ("", its_class):
+        raise ArchiveError(
+            f"the built-in handler {module} has no {name}; it is {module} alone, or {module}:{its_class}"
+        )
+    loads_weights = _LOADS_WEIGHTS in _imports(tree, _BUILT_IN)
+    return Entry(f"{full_name}:{its_class}", _preload(full_name, files), needs_serialized_file=loads_weights)
 
 
 def built_in_handlers() -> list[str]:
@@ -104,20 +116,33 @@ def _top_level(statements: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.Functi
                 yield from _top_level(body + [s for handler in handlers for s in handler.body] + orelse + finalbody)
 
 
-def _choose(tree: ast.Module, name: str, file: str) -> str:
+def _choose(source: Path, name: str) -> str:
+    """`name`, if the file has it; without one, as the server understands a module alone (mms.backend.loader)."""
+    tree, file = _parse(source), source.name
     defined = {node.name: isinstance(node, ast.ClassDef) for node in _top_level(tree.body)}
+    bound, all_known = _bound(source, tree)
     public = [found for found in defined if not found.startswith("_")]
     there = ", ".join(public) or "no class and no function"
     if name:
-        if name not in defined:
+        if all_known and name not in bound:
             raise ArchiveError(f"{file} has no {name}; it holds: {there}")
         return name
-    if defined.get("handle") is False:
+    if "handle" in bound:
         return "handle"
     classes = [found for found in public if defined[found]]
     if len(classes) != 1:
         raise ArchiveError(f"which handler of {file}? Give --handler {file}:Name; it holds: {there}")
     return classes[0]
+
+
+def _bound(source: Path, tree: ast.Module) -> tuple[set[str], bool]:
+    """The names that the file's top level assigns, imports or defines, and whether these are all (no `import *`)."""
+    try:
+        symbols = symtable.symtable(source.read_bytes(), str(source), "exec").get_symbols()  # type: ignore[arg-type]
+    except SyntaxError as error:
+        raise ArchiveError(f"{source}: line {error.lineno}: {error.msg}") from None
+    starred = any(isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in ast.walk(tree))
+    return {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}, not starred
 
 
 def _built_in_class(tree: ast.Module) -> str | None:

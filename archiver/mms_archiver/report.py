@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mms.archive import ModelArchive
+from mms.signature import signers
 
 
 def print_tables(archive: ModelArchive) -> None:
@@ -27,6 +28,7 @@ def as_json(archive: ModelArchive) -> str:
         "format": archive.format,
         "size": sum(file.size for file in archive.files),
         "manifest": archive.manifest.raw,
+        "signedBy": signers(archive),
         "files": [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in archive.files],
     }
     return json.dumps(document, indent=2)
@@ -45,6 +47,7 @@ def _manifest_table(archive: ModelArchive) -> Table:
         "preload": ", ".join(manifest.preload),
         "runtime": manifest.runtime,
         "format": archive.format,
+        "signed by": ", ".join(f"{key_id[:16]} (not checked)" for key_id in signers(archive)),
         "archiver": str(manifest.raw.get("archiverVersion", "")),
     }
     return _table(("", archive.path.name), [(name, value) for name, value in rows.items() if value])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mms.archive import ModelArchive
 from mms.errors import ArchiveError
+from mms.signature import TrustedKeys
 
 # Runs in a process of its own, in the folder of the archive, and finds the handler by the server's own rule.
 # The verdict goes to a file: what a handler prints, or a sys.exit in it, must not pass for one.
@@ -33,9 +34,11 @@ with open(verdict, "w", encoding="utf-8") as file:
 """
 
 
-def verify_archive(path: Path, *, timeout: float) -> ModelArchive:
-    """Raises ArchiveError with the first fault; `timeout` is for the import."""
+def verify_archive(path: Path, *, timeout: float, keys: TrustedKeys | None = None) -> ModelArchive:
+    """Raises ArchiveError with the first fault; `timeout` is for the import, `keys` may have signed it."""
     archive = ModelArchive.open(path)
+    if keys is not None:
+        archive.signed_by = keys.check(archive)
     with tempfile.TemporaryDirectory(prefix="model-archiver-") as folder:
         root = archive.extract(Path(folder) / "archive")
         _check_place(archive)

@@ -90,7 +90,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return dict(load_file(path))
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251  # nothing is tried without it
     if not isinstance(weights, dict):
         raise ValueError(f"{path.name} holds a {type(weights).__name__}, not a state dict; save model.state_dict()")
     return weights

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
+from mms.api.guard import Guard
 from mms.api.openapi import Operation, Parameter, document, setting_parameters
 from mms.config import nearest
 from mms.controlplane import ControlPlane
-from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, ModelLoadError, NotFoundError
+from mms.errors import (
+    BadRequestError,
+    MethodNotAllowedError,
+    MMSError,
+    ModelLoadError,
+    NotFoundError,
+    UnauthorizedError,
+)
 from mms.http.response import json_body
 from mms.models.version import ModelVersion
 
@@ -33,9 +42,9 @@ _Parameters = dict[str, Any]
 _Handler = Callable[[web.Request, _Parameters], Awaitable[web.Response]]
 
 
-def application(control: ControlPlane) -> web.Application:
+def application(control: ControlPlane, guard: Guard) -> web.Application:
     """The aiohttp application on the management listener."""
-    app = web.Application(middlewares=[_errors], client_max_size=MAX_BODY)
+    app = web.Application(middlewares=[errors_as_json, guard.middleware], client_max_size=MAX_BODY)
     app[CONTROL] = control
     for operation, handler in _TABLE:
         app.router.add_route(operation.method, operation.path, _translate(operation, handler))
@@ -43,10 +52,10 @@ def application(control: ControlPlane) -> web.Application:
 
 
 @web.middleware
-async def _errors(
+async def errors_as_json(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Every failure as MMS's JSON. The one broad except of the control plane."""
+    """Every failure as MMS's JSON; for the metrics port, too. The one broad except of the control plane."""
     try:
         return await handler(request)
     except MMSError as error:
@@ -58,7 +67,7 @@ async def _errors(
     except web.HTTPException as error:
         return _failure(BadRequestError(error.reason, status=error.status))
     except Exception:
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         return _failure(MMSError("the server failed to handle this; its log has the traceback"))
 
 
@@ -66,7 +75,10 @@ def _failure(error: MMSError) -> web.Response:
     body: dict[str, Any] = {"code": error.status, "type": error.type, "message": error.message}
     if isinstance(error, ModelLoadError) and error.traceback:
         body["traceback"] = error.traceback
-    return _json(body, error.status)
+    response = _json(body, error.status)
+    if isinstance(error, UnauthorizedError):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
 
 
 def _json(value: Any, status: int = 200) -> web.Response:
@@ -110,9 +122,11 @@ async def _register(request: web.Request, parameters: _Parameters) -> web.Respon
         str(parameters["url"]),
         name=str(parameters.get("model_name", "")),
         handler=str(parameters.get("handler", "")),
+        sha256=str(parameters.get("sha256", "")),
         changes=changes,
         synchronous=synchronous,
     )
+    log.info("registered %s from %s", version.label, version.archive.path.name)
     if not synchronous:
         return _status("Processing worker updates...", 202)
     workers = version.settings.min_workers
@@ -171,17 +185,20 @@ async def _change(request: web.Request, parameters: _Parameters) -> web.Response
 async def _set_default(request: web.Request, parameters: _Parameters) -> web.Response:
     name, number = request.match_info["model"], request.match_info["version"]
     request.app[CONTROL].set_default(name, number)
+    log.info("%s %s is the default now", name, number)
     return _status(f'Default version successfully updated for model "{name}" to "{number}"')
 
 
 async def _unregister(request: web.Request, parameters: _Parameters) -> web.Response:
     name, number = request.match_info["model"], request.match_info.get("version", "")
     await request.app[CONTROL].unregister(name, number)
+    log.info("unregistered %s %s", name, number or "(all versions)")
     return _status(f'Model "{name}" unregistered')
 
 
 async def _openapi(request: web.Request, parameters: _Parameters) -> web.Response:
-    return _json(document("MMS management API", "Register, scale, describe, unregister.", (row[0] for row in _TABLE)))
+    operations = (replace(row[0], statuses=tuple(sorted((*row[0].statuses, 401, 403)))) for row in _TABLE)
+    return _json(document("MMS management API", "Register, scale, describe, unregister.", operations))
 
 
 def _status(text: str, status: int = 200) -> web.Response:
@@ -213,7 +230,8 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
         Operation(
             "post", "/models", "Register an archive of the model store.", (200, 202, 400, 404, 409, 500),
             (
-                Parameter("url", "string", "the archive's file name in the model store", required=True),
+                Parameter("url", "string", "the archive's file name in the model store, or a URL", required=True),
+                Parameter("sha256", "string", "what the archive file's SHA-256 must be"),
                 Parameter("model_name", "string", "serve it under this name (default: the manifest's)"),
                 Parameter("handler", "string", "module:name instead of the manifest's handler"),
                 Parameter("runtime", "string", "python; accepted for MMS's sake"),

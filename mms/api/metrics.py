@@ -9,6 +9,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from mms.api.management import errors_as_json
+
 
 def application(registry: CollectorRegistry, refresh: Callable[[], None]) -> web.Application:
     """The aiohttp application on the metrics listener; `refresh` reads what may block (NVML), off the event loop."""
@@ -20,6 +22,6 @@ def application(registry: CollectorRegistry, refresh: Callable[[], None]) -> web
         response.enable_compression()
         return response
 
-    app = web.Application()
+    app = web.Application(middlewares=[errors_as_json])
     app.router.add_get("/metrics", metrics)
     return app

@@ -24,6 +24,8 @@ _MEANINGS = {
     200: "done",
     202: "accepted; workers start or stop in the background",
     400: "the request cannot be understood",
+    401: "the token is missing or wrong",
+    403: "a foreign Host or Origin",
     404: "no such model, version or archive",
     405: "not for this method",
     409: "exists already, or is being changed",

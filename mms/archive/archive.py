@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mms.archive.checks import MANIFEST, Container, Contents, Member
+from mms.archive.checks import MANIFEST, SIGNATURE, Container, Contents, Member
 from mms.archive.folder import FolderContainer
 from mms.archive.manifest import ArchivedFile, Manifest
 from mms.archive.tar import TarContainer
@@ -22,27 +22,38 @@ from mms.errors import ArchiveError
 class ModelArchive:
     """An archive on disk that has passed every check which needs no content. Made by `open`."""
 
-    def __init__(self, path: Path, container: Container, stamp: tuple[int, ...]) -> None:
+    def __init__(self, path: Path, container: Container, stamp: tuple[int, ...], name: str) -> None:
         self.path = path
+        self.name = name
         self.format = container.format
         self.manifest = Manifest.parse(container.manifest)
+        self.manifest_bytes = container.manifest
+        self.signature = container.signature
+        self.signed_by = ""  # the id of the trusted key, once that was checked
+        self.stored = container.format == "zip" and not any(
+            member.deflated for member in container.members if member.name not in (MANIFEST, SIGNATURE)
+        )
         self._stamp = stamp
         known = self.manifest.files
         self.files: Sequence[ArchivedFile] = [
             ArchivedFile(member.name, member.size, known[member.name].sha256 if member.name in known else "")
             for member in container.members
-            if not member.is_dir and member.name != MANIFEST
+            if not member.is_dir and member.name not in (MANIFEST, SIGNATURE)
         ]
 
     @classmethod
-    def open(cls, path: Path) -> ModelArchive:
-        """Checks names, sizes, structure and manifest; nothing is extracted. Raises ArchiveError."""
-        with _naming(path), _container(path) as container:
-            return cls(path, container, _stamp(path))
+    def open(cls, path: Path, *, name: str = "") -> ModelArchive:
+        """Checks names, sizes, structure and manifest; nothing is extracted. Raises ArchiveError.
+
+        `name` stands for the archive in errors, where the file's own name would tell nobody anything.
+        """
+        name = name or path.name
+        with _naming(name), _container(path) as container:
+            return cls(path, container, _stamp(path), name)
 
     def verify(self) -> None:
         """Reads everything and compares it with the manifest's hashes, if it has any. Raises ArchiveError."""
-        with _naming(self.path), self._reopen() as container:
+        with _naming(self.name), self._reopen() as container:
             for _, chunks in self._contents(container, verify=True):
                 for _ in chunks:
                     pass
@@ -50,13 +61,15 @@ class ModelArchive:
     def extract(self, destination: Path, *, verify: bool = True) -> Path:
         """The folder to load from: `destination`, which must not exist; of a folder archive, the folder itself.
 
-        The files are hashed while they are written. On failure (ArchiveError) nothing is left behind.
+        The files are hashed while they are written; those of a signed archive always, as its signature covers only the
+        hashes. On failure (ArchiveError) nothing is left behind.
         """
+        verify = verify or bool(self.signed_by)
         if self.format == "directory":
             if verify:
                 self.verify()
             return self.path
-        with _naming(self.path), self._reopen() as container:
+        with _naming(self.name), self._reopen() as container:
             if os.path.lexists(destination):
                 raise ArchiveError(f"{destination} exists")
             temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
@@ -78,7 +91,7 @@ class ModelArchive:
 
     def _contents(self, container: Container, *, verify: bool) -> Contents:
         expected = self.manifest.files if verify else {}
-        if expected:
+        if verify and self.manifest.hashed:
             _compare_names({file.name for file in self.files}, set(expected))
         for member, chunks in container.contents():
             file = expected.get(member.name)
@@ -142,12 +155,12 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except ArchiveError as error:
-        raise ArchiveError(f"{path.name}: {error.message}", status=error.status) from None
+        raise ArchiveError(f"{name}: {error.message}", status=error.status) from None
     except FileNotFoundError as error:
         raise ArchiveError(f"{error.filename}: no such file", status=404) from None
     except OSError as error:
-        raise ArchiveError(f"{path.name}: {error.filename or ''}: {error.strerror}", status=500) from None
+        raise ArchiveError(f"{name}: {error.filename or ''}: {error.strerror}", status=500) from None

@@ -15,8 +15,10 @@ from typing import Protocol
 from mms.errors import ArchiveError
 
 MANIFEST = "MAR-INF/MANIFEST.json"
+SIGNATURE = "MAR-INF/SIGNATURE.json"  # of the manifest, hence in no manifest
 MAX_ENTRIES = 10_000
 MAX_MANIFEST = 2 << 20
+MAX_SIGNATURE = 2 * MAX_MANIFEST
 MAX_TOTAL = 8 << 30
 MAX_RATIO = 200  # of unpacked to packed bytes; weights that pack better are stored by write_archive
 RATIO_FREE = 1 << 20  # bytes to which MAX_RATIO does not apply
@@ -57,6 +59,7 @@ class Container(Protocol):
     format: str
     members: Sequence[Member]
     manifest: bytes
+    signature: bytes  # empty where there is none
 
     def contents(self) -> Contents: ...
 
@@ -141,7 +144,8 @@ def check_size(count: int, total: int) -> None:
         )
 
 
-def check_manifest_size(size: int) -> None:
-    """Refuses a manifest that is too large to be parsed."""
-    if size > MAX_MANIFEST:
-        raise ArchiveError(f"{MANIFEST} is larger than {MAX_MANIFEST >> 20} MiB")
+def check_manifest_size(size: int, name: str = MANIFEST) -> None:
+    """Refuses a manifest, or a signature, that is too large to be parsed."""
+    limit = MAX_MANIFEST if name == MANIFEST else MAX_SIGNATURE
+    if size > limit:
+        raise ArchiveError(f"{name} is larger than {limit >> 20} MiB")

@@ -11,7 +11,8 @@ from mms.archive.checks import (
     CHUNK,
     MANIFEST,
     MAX_ENTRIES,
-    MAX_MANIFEST,
+    MAX_SIGNATURE,
+    SIGNATURE,
     Contents,
     Member,
     check_manifest_size,
@@ -33,13 +34,19 @@ class FolderContainer:
         check_names(self.members)
         if not any(member.name == MANIFEST and not member.is_dir for member in self.members):
             raise ArchiveError(f"no {MANIFEST} in it")
-        with open(path / MANIFEST, "rb") as file:
-            self.manifest = file.read(MAX_MANIFEST + 1)
-        check_manifest_size(len(self.manifest))
+        self.manifest = self._document(MANIFEST)
+        signed = any(member.name == SIGNATURE and not member.is_dir for member in self.members)
+        self.signature = self._document(SIGNATURE) if signed else b""
 
     def contents(self) -> Contents:
         for member in self.members:
             yield member, self._read(member)
+
+    def _document(self, name: str) -> bytes:
+        with open(self._path / name, "rb") as file:
+            data = file.read(MAX_SIGNATURE + 1)
+        check_manifest_size(len(data), name)
+        return data
 
     def _scan(self, folder: Path, prefix: str) -> list[Member]:
         members: list[Member] = []

@@ -14,8 +14,8 @@ from mms.errors import ArchiveError
 
 RUNTIMES = ("python", "python3")
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
 _HANDLER = re.compile(r"(?!.*\.\.)[\w-][\w.-]*(?:/[\w.-]+)*(?::[^\W\d]\w*)?")
 _MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -38,7 +38,7 @@ class ArchivedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The manifest. `files` is empty in archives of other makers; `raw` is the document as handlers see it."""
+    """The manifest. Archives of other makers list no `files`; `raw` is the document as handlers see it."""
 
     model_name: str
     version: str = "1.0"
@@ -52,6 +52,11 @@ class Manifest:
     files: Mapping[str, ArchivedFile] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def hashed(self) -> bool:
+        """Whether the document lists its files, if only to say that there are none."""
+        return self.raw.get("files") is not None
+
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
         """Raises ArchiveError that names the field at fault."""
@@ -60,8 +65,8 @@ class Manifest:
         if not isinstance(model, dict):
             raise _fault("model", "an object with modelName and handler is needed")
         manifest = cls(
-            model_name=_matching(model.get("modelName"), _NAME, "model.modelName"),
-            version=_matching(_version(model.get("modelVersion")), _VERSION, "model.modelVersion"),
+            model_name=_matching(model.get("modelName"), MODEL_NAME, "model.modelName"),
+            version=_matching(_version(model.get("modelVersion")), VERSION, "model.modelVersion"),
             handler=_matching(model.get("handler"), _HANDLER, "model.handler"),
             runtime=_runtime(document.get("runtime")),
             preload=_modules(document.get("preload")),

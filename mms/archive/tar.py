@@ -15,6 +15,7 @@ from mms.archive.checks import (
     MANIFEST,
     MAX_RATIO,
     RATIO_FREE,
+    SIGNATURE,
     Contents,
     Member,
     check_manifest_size,
@@ -73,23 +74,24 @@ class TarContainer:
         self._file = file
         self._prefix = ""
         found: list[Member] = []
-        manifests: dict[str, bytes] = {}
+        documents: dict[str, bytes] = {}
         total = 0
         for member, chunks in self._walk():
             found.append(member)
             total += member.size
             check_size(len(found), total)
-            if MANIFEST in (member.name, member.name.partition("/")[2]):
-                if manifests:
-                    raise ArchiveError(f"two {MANIFEST} in it")
-                check_manifest_size(member.size)
-                manifests[member.name] = b"".join(chunks)
+            for name in {MANIFEST, SIGNATURE} & {member.name, member.name.partition("/")[2]}:
+                if any(known.endswith(name) for known in documents):
+                    raise ArchiveError(f"two {name} in it")
+                check_manifest_size(member.size, name)
+                documents[member.name] = b"".join(chunks)
         self._prefix = _leading_folder(found)
         self.members: Sequence[Member] = list(self._stripped(found))
         check_names(self.members)
-        if self._prefix + MANIFEST not in manifests:
+        if self._prefix + MANIFEST not in documents:
             raise ArchiveError(f"no {MANIFEST} in it")
-        self.manifest = manifests[self._prefix + MANIFEST]
+        self.manifest = documents[self._prefix + MANIFEST]
+        self.signature = documents.get(self._prefix + SIGNATURE, b"")
 
     def contents(self) -> Contents:
         remaining = iter(self.members)

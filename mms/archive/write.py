@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from mms.archive.checks import CHUNK, MANIFEST, MAX_RATIO, RATIO_FREE, Member, check_names, check_size
+from mms.archive.checks import CHUNK, MANIFEST, MAX_RATIO, RATIO_FREE, SIGNATURE, Member, check_names, check_size
 from mms.archive.manifest import ArchivedFile, Manifest
 from mms.errors import ArchiveError
 
 FORMATS = ("default", "zip-store", "tgz", "no-archive")
 
 Progress = Callable[[int], None]
+Sign = Callable[[bytes], bytes]
 
 
 def archive_name(model_name: str, format: str) -> str:
@@ -37,23 +38,25 @@ def write_archive(
     format: str,
     progress: Progress | None = None,
     force: bool = False,
+    sign: Sign | None = None,
 ) -> Path:
     """Writes `files` (name in the archive -> source) and the manifest with their hashes to `path`. Raises ArchiveError.
 
     Formats: `default` (deflated zip), `zip-store`, `tgz`, `no-archive` (a folder). `progress` gets the bytes read.
+    `sign` makes the signature from the bytes of the manifest.
     """
     if format not in FORMATS:
         raise ArchiveError(f"unknown format {format}; known are {', '.join(FORMATS)}")
-    if MANIFEST in files:
-        raise ArchiveError(f"{MANIFEST} is written by the archiver and cannot be one of the files")
-    check_names(Member(name, 0) for name in (*files, MANIFEST))
+    if taken := {MANIFEST, SIGNATURE} & files.keys():
+        raise ArchiveError(f"{taken.pop()} is written by the archiver and cannot be one of the files")
+    check_names(Member(name, 0) for name in (*files, MANIFEST, SIGNATURE))
     Manifest.parse(manifest.to_json())
     _check_free(path, format, force)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         if format != "no-archive":
-            check_size(len(files) + 1, sum(source.stat().st_size for source in files.values()))
-        _WRITERS[format](temporary, manifest, _Sources(files, progress))
+            check_size(len(files) + 2, sum(source.stat().st_size for source in files.values()))
+        _WRITERS[format](temporary, manifest, _Sources(files, progress, sign))
         _put_in_place(temporary, path)
     except OSError as error:
         raise ArchiveError(f"{error.filename or path}: {error.strerror}") from None
@@ -65,10 +68,11 @@ def write_archive(
 class _Sources:
     """Reads the files in order of their names, once, and keeps size and hash of each."""
 
-    def __init__(self, files: Mapping[str, Path], progress: Progress | None) -> None:
+    def __init__(self, files: Mapping[str, Path], progress: Progress | None, sign: Sign | None) -> None:
         self.names = sorted(files)
         self._paths = files
         self._progress = progress
+        self._sign = sign
         self._done = 0
         self._read: dict[str, ArchivedFile] = {}
 
@@ -91,10 +95,14 @@ class _Sources:
 
     def again(self) -> _Sources:
         """For a second attempt, which does not count as progress."""
-        return _Sources(self._paths, None)
+        return _Sources(self._paths, None, self._sign)
 
-    def complete(self, manifest: Manifest) -> bytes:
-        return dataclasses.replace(manifest, files=self._read).to_json()
+    def documents(self, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
+        """What is written last, when the hashes are known: the manifest, and its signature if there is to be one."""
+        document = dataclasses.replace(manifest, files=self._read).to_json()
+        yield MANIFEST, document
+        if self._sign:
+            yield SIGNATURE, self._sign(document)
 
 
 def _write_deflated(path: Path, manifest: Manifest, sources: _Sources) -> None:
@@ -115,7 +123,8 @@ def _write_zip(path: Path, manifest: Manifest, sources: _Sources, *, stored: fro
             with archive.open(_zip_entry(name, sources.size(name), deflate=name not in stored), "w") as entry:
                 for chunk in sources.chunks(name):
                     entry.write(chunk)
-        archive.writestr(_zip_entry(MANIFEST, 0, deflate=True), sources.complete(manifest))
+        for name, document in sources.documents(manifest):
+            archive.writestr(_zip_entry(name, 0, deflate=True), document)
     return frozenset(
         entry.filename
         for entry in archive.infolist()
@@ -149,9 +158,10 @@ def _write_tar(path: Path, manifest: Manifest, sources: _Sources, *, level: int)
                 total += len(chunk)
                 honest = honest and total <= MAX_RATIO * file.tell() + RATIO_FREE // 2
             packed.write(bytes(-sources.size(name) % 512))
-        document = sources.complete(manifest)
-        packed.write(_tar_header(f"{manifest.model_name}/{MANIFEST}", len(document)))
-        packed.write(document + bytes(-len(document) % 512 + 1024))
+        for name, document in sources.documents(manifest):
+            packed.write(_tar_header(f"{manifest.model_name}/{name}", len(document)))
+            packed.write(document + bytes(-len(document) % 512))
+        packed.write(bytes(1024))
     return honest
 
 
@@ -171,8 +181,9 @@ def _write_folder(path: Path, manifest: Manifest, sources: _Sources) -> None:
             for chunk in sources.chunks(name):
                 file.write(chunk)
     (path / MANIFEST).parent.mkdir(exist_ok=True)
-    with _new_file(path / MANIFEST) as file:
-        file.write(sources.complete(manifest))
+    for name, document in sources.documents(manifest):
+        with _new_file(path / name) as file:
+            file.write(document)
 
 
 _WRITERS: dict[str, Callable[[Path, Manifest, _Sources], None]] = {

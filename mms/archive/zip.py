@@ -18,6 +18,7 @@ from mms.archive.checks import (
     MAX_ENTRIES,
     MAX_RATIO,
     RATIO_FREE,
+    SIGNATURE,
     Contents,
     Member,
     check_manifest_size,
@@ -79,17 +80,21 @@ class ZipContainer:
             member.name: self._locate(header, member, end) for (header, member), end in zip(placed, ends, strict=True)
         }
         self.members: Sequence[Member] = [located[member.name] for _, member in headers]
-        self.manifest = self._manifest()
+        if not any(member.name == MANIFEST and not member.is_dir for member in self.members):
+            raise ArchiveError(f"no {MANIFEST} in it")
+        self.manifest = self._document(MANIFEST)
+        self.signature = self._document(SIGNATURE)
 
     def contents(self) -> Contents:
         for member in self.members:
             yield member, self._read(member)
 
-    def _manifest(self) -> bytes:
-        found = [member for member in self.members if member.name == MANIFEST]
-        if not found or found[0].is_dir:
-            raise ArchiveError(f"no {MANIFEST} in it")
-        check_manifest_size(found[0].size)
+    def _document(self, name: str) -> bytes:
+        """The whole of a small file; nothing if it is not there."""
+        found = [member for member in self.members if member.name == name and not member.is_dir]
+        if not found:
+            return b""
+        check_manifest_size(found[0].size, name)
         return b"".join(self._read(found[0]))
 
     def _directory(self) -> tuple[int, int, int]:

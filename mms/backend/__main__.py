@@ -12,6 +12,7 @@ from mms import wire
 from mms.archive import ModelArchive
 from mms.backend import loop, process
 from mms.backend.loader import load_handler
+from mms.errors import ArchiveError, MMSError
 from mms.handler import Request
 
 
@@ -29,30 +30,47 @@ def main() -> None:
     if arguments.channel is None:
         if arguments.archive is None or arguments.request is None:
             parser.error("--archive and --request are needed")
-        sys.exit(run_once(arguments.archive, arguments.request.read_bytes(), arguments.content_type))
+        try:
+            load, body = _prepare(arguments.archive), arguments.request.read_bytes()
+        except MMSError as error:
+            parser.exit(2, f"{parser.prog}: error: {error.message}\n")
+        except OSError as error:
+            parser.exit(2, f"{parser.prog}: error: {error.filename}: {error.strerror}\n")
+        sys.exit(run_once(load, body, arguments.content_type))
     process.settle_in(
         server=arguments.server, name=arguments.name, directory=os.getcwd(), keep=(arguments.channel, arguments.page)
     )
     loop.main(socket.socket(fileno=arguments.channel), arguments.page)
 
 
-def run_once(directory: Path, body: bytes, content_type: str) -> int:
-    """Load the archive in this process and run one request, so that a debugger sees it all."""
+def _prepare(directory: Path) -> wire.Load:
+    """What the server would tell its worker. Raises ArchiveError and ConfigError."""
+    from mms.config import ModelSettings, merge_settings, read_yaml  # workers do without
+
+    if not directory.is_dir():
+        raise ArchiveError(f"{directory} is no folder; model-archiver --archive-format no-archive makes one")
     manifest = ModelArchive.open(directory).manifest
-    load = wire.Load(
+    model_config = read_yaml(directory / manifest.config_file) if manifest.config_file else {}
+    settings = merge_settings(ModelSettings(), model_config, manifest.config_file, strict=False)
+    return wire.Load(
         model_name=manifest.model_name,
         version=manifest.version,
         directory=str(directory.absolute()),
         handler=manifest.handler,
         manifest=dict(manifest.raw),
-        model_config={},
-        batch_size=1,
-        isolate_errors="auto",
+        model_config=model_config,
+        batch_size=settings.batch_size,
+        isolate_errors=settings.isolate_errors,
         gpu=None,
-        threads=os.cpu_count() or 1,
+        threads=settings.threads or os.cpu_count() or 1,
         max_request_size=1 << 30,
         max_response_size=1 << 30,
     )
+
+
+def run_once(load: wire.Load, body: bytes, content_type: str) -> int:
+    """Load the archive in this process and run one request, so that a debugger sees it all."""
+    os.chdir(load.directory)
     stages = load_handler(load)
     facts = wire.RequestFactsView(content_type, "", b"", False, wire.EMPTY_HEADERS)
     ((outcome, answer),) = stages.run([Request(facts, b"debug", bytearray(body), load.max_request_size)])

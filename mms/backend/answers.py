@@ -13,12 +13,13 @@ from mms.handler import PredictionError, Response
 from mms.wire import Outcome
 
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_INSIDE = re.compile(r"0x[0-9A-Fa-f]{4,}|(?<![\w.])/[\w.-]+(?:/[\w.-]+)+")
 _VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 _FRAMING = frozenset(
     {b"content-length", b"transfer-encoding", b"connection", b"keep-alive", b"upgrade", b"trailer", b"te"}
 )
 
-_BYTES = Outcome(200, b"content-type: application/octet-stream\r\n", "")
+PLAIN_BYTES = Outcome(200, b"content-type: application/octet-stream\r\n", "")
 _TEXT = Outcome(200, b"content-type: text/plain; charset=utf-8\r\n", "")
 _JSON = Outcome(200, b"content-type: application/json\r\n", "")
 
@@ -29,18 +30,15 @@ Body = bytes | bytearray | memoryview
 Answer = tuple[Outcome, Body]
 
 
+def is_error_status(status: Any) -> bool:
+    return isinstance(status, int) and 400 <= status <= 599
+
+
 def failure(error: MMSError | PredictionError) -> Answer:
     """The answer for a request that failed."""
     kind = "PredictionException" if isinstance(error, PredictionError) else error.type
-    status = error.status if isinstance(error.status, int) and 400 <= error.status <= 599 else 500
+    status = error.status if is_error_status(error.status) else 500
     return Outcome(status, b"", kind), str(error.message).encode("utf-8", "replace")
-
-
-def plain_answer(value: Any, limit: int) -> Answer:
-    """A handler's result for which it has set nothing. Raises HandlerError when it cannot be sent."""
-    if type(value) is bytes and len(value) <= limit:
-        return _BYTES, value
-    return answer(value, 200, "", {}, limit)
 
 
 def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str], limit: int) -> Answer:
@@ -75,9 +73,9 @@ def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str
 
 def _body(value: Any) -> tuple[Body, Outcome]:
     if isinstance(value, bytes | bytearray):
-        return value, _BYTES
+        return value, PLAIN_BYTES
     if isinstance(value, memoryview):
-        return value.cast("B") if value.c_contiguous else value.tobytes(), _BYTES
+        return value.cast("B") if value.c_contiguous else value.tobytes(), PLAIN_BYTES
     if isinstance(value, str):
         try:
             return value.encode(), _TEXT
@@ -87,9 +85,14 @@ def _body(value: Any) -> tuple[Body, Outcome]:
         return _encode_json(value), _JSON
     except Exception as error:  # encoding runs the tolist() of any library
         raise HandlerError(
-            f"the handler returned {type(value).__name__}, which cannot be sent ({error}); "
+            f"the handler returned {type(value).__name__}, which cannot be sent ({_scrubbed(str(error))}); "
             "return bytes, str, or something JSON can hold"
         ) from None
+
+
+def _scrubbed(text: str) -> str:
+    """Without memory addresses and absolute paths, which are no client's business."""
+    return _INSIDE.sub("...", text)
 
 
 def _plain(value: Any) -> Any:
@@ -109,7 +112,8 @@ def _header(name: Any, value: Any) -> bytes:
     try:
         raw_name, raw_value = name.encode("ascii"), value.encode("latin-1")
     except (AttributeError, UnicodeEncodeError):
-        raise HandlerError(f"the handler set header {name!r} to {value!r}; both must be latin-1 text") from None
+        fault = f"the handler set header {name!r} to {value!r}; both must be latin-1 text"
+        raise HandlerError(_scrubbed(fault)) from None
     if not _TOKEN.fullmatch(raw_name) or not _VALUE.fullmatch(raw_value):
         raise HandlerError(f"the handler set header {name!r} to {value!r}, which is not a valid header")
     if raw_name.lower() in _FRAMING:

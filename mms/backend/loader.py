@@ -30,10 +30,6 @@ def load_handler(load: Load) -> Stages:
         if isinstance(handler, Handler):
             handler.initialize(context)
             return RequestStages(handler, context, isolate=isolate != "false", limit=load.max_response_size)
-        if not callable(getattr(handler, "handle", None)):
-            raise ModelLoadError(
-                f"{load.handler}: the class has neither handle(data, context) nor mms.handler.Handler as base"
-            )
         if callable(getattr(handler, "initialize", None)):
             handler.initialize(context)
         handle = handler.handle
@@ -50,9 +46,19 @@ def load_handler(load: Load) -> Stages:
 def find_entry(handler: str, directory: Path) -> Any:
     """The class or function that `module:Name`, `module.py:name` or (as MMS has it) `module` names.
 
-    The one place that says what a module alone means: its function `handle`, else its only public class. Raises
-    ModelLoadError; what the module raises passes through.
+    A module alone means its `handle`, else its only public class; the archiver goes by the same rule when it chooses
+    from source that it does not import. Raises ModelLoadError, also for a class that cannot serve; what the module
+    raises passes through.
     """
+    entry = _named(handler, directory)
+    if inspect.isclass(entry) and not (issubclass(entry, Handler) or callable(getattr(entry, "handle", None))):
+        raise ModelLoadError(
+            f"{handler}: the class {entry.__name__} has neither handle(data, context) nor mms.handler.Handler as base"
+        )
+    return entry
+
+
+def _named(handler: str, directory: Path) -> Any:
     module_name, _, name = handler.partition(":")
     module = _import(module_name.removesuffix(".py"), directory)
     if name:

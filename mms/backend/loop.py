@@ -161,31 +161,34 @@ class Loop:
     def _predict(self, frame: wire.PredictView, payload: bytearray, at: int) -> None:
         """Run the frame's jobs; their bodies lie back to back in `payload`, from `at` on."""
         received = flushed = begun = _monotonic()
-        ids = frame.ids
-        count, size = len(ids), frame.batch_size
-        replies = Replies(self._channel, ids)
-        stages, progress, limit = self._stages, self._progress, self._limit
-        jobs = zip(wire.spread(frame.facts, frame.facts_of, count), frame.request_ids, frame.sizes, strict=True)
-        whole = count == 1 and len(payload) == frame.sizes[0]
-        for first in range(0, count, size):
+        size = frame.batch_size
+        replies = Replies(self._channel, frame.ids)
+        stages, progress = self._stages, self._progress
+        requests = self._requests(frame, payload, at)
+        for first in range(0, len(requests), size):
+            batch = requests[first : first + size]
             if begun - flushed > ANSWER_WITHIN:
                 replies.flush()
                 flushed = begun
             done = self._started
-            self._started = done + min(size, count - first)
+            self._started = done + len(batch)
             _pack_progress(progress, 0, done, self._started, begun)
-            requests = []
-            for facts, request_id, length in itertools.islice(jobs, size):
-                end = at + length
-                requests.append(Request(facts, request_id, payload if whole else payload[at:end], limit))
-                at = end
-            answers = stages.run(requests)
+            answers = stages.run(batch)
             ended = _monotonic()
-            times = wire.BatchTimes(len(requests), begun - received, ended - begun, *stages.take_times())
+            times = wire.BatchTimes(len(batch), begun - received, ended - begun, *stages.take_times())
             replies.add(answers, times)
             begun = ended
         _pack_progress(progress, 0, self._started, self._started, 0.0)
         replies.flush()
+
+    def _requests(self, frame: wire.PredictView, payload: bytearray, at: int) -> list[Request]:
+        facts = wire.spread(frame.facts, frame.facts_of, len(frame.ids))
+        if len(facts) == 1 and len(payload) == frame.sizes[0]:
+            bodies = [payload]
+        else:
+            ends = list(itertools.accumulate(frame.sizes, initial=at))
+            bodies = [payload[start:end] for start, end in itertools.pairwise(ends)]
+        return list(map(Request, facts, frame.request_ids, bodies, itertools.repeat(self._limit)))
 
 
 def serve(sock: socket.socket, progress: mmap.mmap) -> int:

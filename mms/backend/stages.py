@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from mms.backend.answers import Answer, answer, failure, plain_answer
+from mms.backend.answers import PLAIN_BYTES, Answer, answer, failure, is_error_status
 from mms.errors import HandlerError, MMSError
 from mms.handler import Context, Handler, PredictionError, Request
 
@@ -81,7 +81,12 @@ class BatchStages:
             return [self._answer(index, result, requests) for index, result in enumerate(results)]
         limit = self._limit
         try:
-            return [plain_answer(result, limit) for result in results]
+            return [
+                (PLAIN_BYTES, result)
+                if type(result) is bytes and len(result) <= limit
+                else answer(result, 200, "", _NO_HEADERS, limit)
+                for result in results
+            ]
         except MMSError:
             return [self._answer(index, result, requests) for index, result in enumerate(results)]
 
@@ -189,6 +194,9 @@ def client_error(error: BaseException, requests: Sequence[Request]) -> MMSError 
 
     The traceback goes to standard error, which is the model's log.
     """
+    if isinstance(error, PredictionError) and not is_error_status(error.status):
+        fault = f"the handler set status {error.status!r} in a PredictionError; it must be a number from 400 to 599"
+        error = HandlerError(fault)
     if isinstance(error, PredictionError) or (isinstance(error, MMSError) and not isinstance(error, HandlerError)):
         return error
     ids = ", ".join(request.id for request in requests)

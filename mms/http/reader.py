@@ -94,7 +94,7 @@ class RequestReader:
             start += 1
         leading = start - at
         if leading > MAX_LEADING or not (b"\r\n" * MAX_LEADING).startswith(data[at:start]):
-            return self._cannot_begin(BadRequestError("more than empty lines before the request line"))
+            return self._cannot_begin(BadRequestError("only empty lines (CR LF) may stand before the request line"))
         end = data.find(b"\r\n", start)
         if start < len(data) and end >= 0 and not leading % 2:
             refusal = verdicts.judge_line(data[start:end])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
 
 from mms.archive import ModelArchive
-from mms.errors import BadRequestError, ConfigError, ModelNotFoundError
+from mms.errors import ArchiveError, BadRequestError, ConfigError, ModelNotFoundError
+from mms.signature import TrustedKeys
 
 _SUFFIXES = (".mar", ".tar.gz", ".tgz")
 _PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")
@@ -16,10 +18,22 @@ _PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")
 class ModelStore:
     """Finds archives by file name; nothing outside its folder can be named."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, keys: TrustedKeys | None = None) -> None:
         if folder is not None:
             _check(folder)
         self._folder = folder
+        self._keys = keys
+
+    @property
+    def only_signed(self) -> bool:
+        """Whether it holds back archives that no trusted key has signed."""
+        return self._keys is not None
+
+    def folder(self) -> Path:
+        """Raises ModelNotFoundError if there is none."""
+        if self._folder is None:
+            raise ModelNotFoundError("the server was started without --model-store")
+        return self._folder
 
     def names(self) -> list[str]:
         """The archives in the store, sorted."""
@@ -45,9 +59,28 @@ class ModelStore:
             raise ModelNotFoundError(f"{url} is not in the model store; it holds {there}")
         return path
 
-    def open(self, url: str) -> ModelArchive:
-        """The archive, structurally checked. Raises ArchiveError as well."""
-        return ModelArchive.open(self.path(url))
+    def open(self, url: str, sha256: str = "") -> ModelArchive:
+        """The archive; structure, signature and, if given, the file's SHA-256 are checked. Raises ArchiveError too."""
+        path = self.path(url)
+        archive = self._opened(path, url)
+        if sha256 and (path.is_dir() or file_sha256(path) != sha256):
+            raise ArchiveError(f"{url}: its SHA-256 is not the one that was asked for")
+        return archive
+
+    def check(self, path: Path, name: str) -> None:
+        """Raises ArchiveError if the file at `path` could not be served as `name`: what `open` checks, and hashes."""
+        self._opened(path, name).verify()
+
+    def _opened(self, path: Path, name: str) -> ModelArchive:
+        archive = ModelArchive.open(path, name=name)
+        if self._keys is not None:
+            archive.signed_by = self._keys.check(archive)
+        return archive
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check(folder: Path) -> None:

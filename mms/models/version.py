@@ -109,6 +109,7 @@ class ModelVersion:
             "modelUrl": archive.path.name,
             "runtime": archive.manifest.runtime,
             "handler": archive.manifest.handler,
+            **({"signedBy": archive.signed_by} if archive.signed_by else {}),
             "state": str(self.state),
             "minWorkers": settings.min_workers,
             "maxWorkers": settings.worker_limit,

@@ -15,17 +15,25 @@ MAX_CONNECTIONS = 10_240
 MAX_PROCESSES = 2
 READ_MARGIN = 30.0
 
+# For TLS 1.2: forward secrecy and authenticated encryption only. Those of TLS 1.3 are all good.
+_CIPHERS = ":".join(
+    f"ECDHE-{key}-{cipher}"
+    for cipher in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")
+    for key in ("ECDSA", "RSA")
+)
+
 # Below crit nginx quotes request lines, and with them query strings, in its error log.
 _ERROR_LEVELS = {"debug": "info", "info": "crit", "warning": "crit", "error": "crit"}
 
 
 @dataclass(frozen=True)
 class Listener:
-    """One public address and the front ends' sockets behind it."""
+    """One public address and the front ends' sockets behind it; `tls` is certificate chain and key."""
 
     name: str
     address: str
     upstream: tuple[Path, ...]
+    tls: tuple[Path, Path] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,29 +57,34 @@ class _Error:
 
     @property
     def body(self) -> str:
-        return json.dumps({"code": self.status, "type": self.type, "message": self.message})
+        """As the front end writes its own: without spaces, and ended."""
+        error = {"code": self.status, "type": self.type, "message": self.message}
+        return json.dumps(error, separators=(",", ":")) + "\n"
 
 
 def _errors(max_request_size: int) -> list[_Error]:
-    too_large = f"The body is over the limit of {max_request_size} bytes (max_request_size)."
-    no_answer = "The front end did not answer; try again."
-    late = "The front end did not answer in time; try again when load is lower."
+    too_large = f"the request body is over max_request_size ({max_request_size} bytes)"
+    no_path = "Requested resource is not found, please refer to API document."
+    no_method = "Requested method is not allowed, please refer to API document."
+    no_answer = "the front end did not answer; try again"
+    late = "the front end did not answer in time; try again when load is lower"
     return [
-        _Error((400, 494), 400, "BadRequestException", "Not a valid HTTP request, or its headers are too long.", True),
-        _Error((404,), 404, "ResourceNotFoundException", "No such path."),
-        _Error((405,), 405, "MethodNotAllowedException", "No path takes this method."),
+        _Error((400, 494), 400, "BadRequestException", "not a valid HTTP request, or its headers are too long", True),
+        _Error((497,), 421, "BadRequestException", "this port speaks TLS: use https", True),
+        _Error((404,), 404, "ResourceNotFoundException", no_path),
+        _Error((405,), 405, "MethodNotAllowedException", no_method),
         _Error((413,), 413, "RequestEntityTooLargeException", too_large),
-        _Error((414,), 414, "BadRequestException", "The request line is over 8192 bytes.", True),
-        _Error((500,), 500, "InternalServerException", "The edge could not handle this request."),
-        _Error((501,), 501, "BadRequestException", "This Transfer-Encoding is not supported.", True),
+        _Error((414,), 414, "RequestEntityTooLargeException", "the request line is longer than 8192 bytes", True),
+        _Error((500,), 500, "InternalServerException", "the edge could not handle this request"),
+        _Error((501,), 501, "BadRequestException", "of Transfer-Encodings only chunked is supported", True),
         _Error((502, 503), 502, "BadGatewayException", no_answer),
         _Error((504,), 504, "DeadlineExceededException", late),
-        _Error((505,), 505, "BadRequestException", "This HTTP version is not supported.", True),
+        _Error((505,), 505, "BadRequestException", "this HTTP version is not supported; use HTTP/1.1", True),
     ]
 
 
 def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
 
 
@@ -133,4 +146,5 @@ def render(
         read_timeout=_time(response_timeout + READ_MARGIN),
         body_timeout=_time(body_timeout),
         header_timeout=_time(header_timeout),
+        ciphers=_CIPHERS,
     )

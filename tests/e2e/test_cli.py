@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mms.archive import MANIFEST
 from tests.conftest import (
     MakeArchive,
     Server,
@@ -198,19 +199,48 @@ def test_a_name_may_be_given_at_the_start(make_archive: MakeArchive) -> None:
             started.close()
 
 
+def in_the_foreground(folder: Path, archive: str) -> subprocess.CompletedProcess[str]:
+    """Runs `folder/archive` on the file `request`, called from `folder`."""
+    (folder / "request").write_text("hello")
+    words = [sys.executable, "-m", "mms.backend", "--archive", archive, "--request", "request"]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=20, check=False)
+
+
 def test_a_handler_runs_in_the_foreground_for_a_debugger(make_archive: MakeArchive, tmp_path: Path) -> None:
     with zipfile.ZipFile(make_archive("echo")) as archive:
         archive.extractall(tmp_path / "model")
-    request = tmp_path / "request"
-    request.write_bytes(b"hello")
-    ran = subprocess.run(
-        [sys.executable, "-m", "mms.backend", "--archive", str(tmp_path / "model"), "--request", str(request)],
-        capture_output=True,
-        timeout=20,
-        check=False,
-    )
+    ran = in_the_foreground(tmp_path, "model")
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["sha256"] == digest(b"hello")
+
+
+def test_a_handler_in_the_foreground_has_its_config_and_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "model" / "MAR-INF").mkdir(parents=True)
+    manifest = {"model": {"modelName": "m", "handler": "service:handle", "configFile": "model-config.yaml"}}
+    (tmp_path / "model" / MANIFEST).write_text(json.dumps(manifest))
+    (tmp_path / "model" / "model-config.yaml").write_text("batch_size: 4\ngreeting: hi\n")
+    (tmp_path / "model" / "service.py").write_text(
+        "import os\n"
+        "def handle(data, context):\n"
+        "    size = context.system_properties['batch_size']\n"
+        "    return data and [[context.config['greeting'], size, sorted(os.listdir())[0]]]\n"
+    )
+    ran = in_the_foreground(tmp_path, "model")
+    assert (ran.returncode, ran.stdout) == (0, '["hi",4,"MAR-INF"]\n'), ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("archive", "reason"),
+    [
+        ("gone", "gone is no folder; model-archiver --archive-format no-archive makes one"),
+        ("request", "request is no folder; model-archiver --archive-format no-archive makes one"),
+        (".", "no MAR-INF/MANIFEST.json in it"),
+    ],
+)
+def test_what_cannot_run_in_the_foreground_is_named(tmp_path: Path, archive: str, reason: str) -> None:
+    ran = in_the_foreground(tmp_path, archive)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert reason in ran.stderr and ran.stderr.count("\n") == 1
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ DOCS = ROOT / "docs"
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
 OTHER_PAGES = [
     ROOT / name
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "archiver/README.md", "handlers/README.md")
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "archiver/README.md", "handlers/README.md")
 ] + sorted(ROOT.glob("examples/*/README.md"))  # fmt: skip
 COMMAND_TIMEOUT = 30
 PORTS = {"8080": "INFERENCE", "8081": "MANAGEMENT", "8082": "METRICS"}

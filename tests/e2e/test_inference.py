@@ -61,11 +61,11 @@ def test_a_packed_body_is_unpacked(either: Server, encoding: str) -> None:
     ("body", "encoding", "status"),
     [
         (b"not packed at all", "gzip", 400),
-        (gzip.compress(b"x" * 1000)[:-9], "gzip", 400),
-        (gzip.compress(b"x") + b"more", "gzip", 400),
+        (gzip.compress(b"x" * 1000, mtime=0)[:-9], "gzip", 400),
+        (gzip.compress(b"x", mtime=0) + b"more", "gzip", 400),
         (b"x", "br", 400),
-        (gzip.compress(gzip.compress(b"x")), "gzip, gzip", 400),
-        (gzip.compress(b"\0" * (4 << 20)), "gzip", 413),
+        (gzip.compress(gzip.compress(b"x", mtime=0), mtime=0), "gzip, gzip", 400),
+        (gzip.compress(b"\0" * (4 << 20), mtime=0), "gzip", 413),
     ],
     ids=["no-gzip", "cut", "trailing-bytes", "brotli", "twice", "bomb"],
 )

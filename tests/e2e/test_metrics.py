@@ -67,6 +67,12 @@ def test_it_is_prometheus_text_with_every_family(running: Server) -> None:
         assert all(math.isfinite(sample.value) for sample in family.samples)
 
 
+def test_errors_have_the_form_of_all_ports(running: Server) -> None:
+    for method, path, status in (("GET", "/nope", 404), ("POST", "/metrics", 405)):
+        reply = fetch(running.metrics, method, path)
+        assert reply.status == status and "refer to API document" in reply.message
+
+
 def test_openmetrics_is_served_to_those_who_ask(running: Server) -> None:
     reply = fetch(running.metrics, "GET", "/metrics", None, {"Accept": "application/openmetrics-text; version=1.0.0"})
     assert reply.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mms.api import management
+from mms.api.guard import Guard
 from mms.api.openapi import INFERENCE
 from mms.config import ModelSettings
 from mms.controlplane import ControlPlane
@@ -22,7 +23,7 @@ VALUES = {
     "synchronous": "true", "batch_size": "2", "max_batch_delay": "5", "min_workers": "0", "max_workers": "1",
     "response_timeout": "9", "startup_timeout": "9", "queue_size": "9", "queue_timeout": "9", "retry": "0",
     "isolate_errors": "true", "device": "cpu", "gpus": "", "threads": "1", "preload": "", "limit": "5",
-    "next_page_token": "0", "min_worker": "1", "max_worker": "1",
+    "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1",
 }  # fmt: skip
 METHODS = ("get", "put", "post", "delete", "patch", "options")
 
@@ -126,7 +127,7 @@ def test_every_setting_of_a_model_can_be_given_at_registration(running: Server) 
 
 def test_every_served_management_route_is_documented(running: Server) -> None:
     found = {(method, path) for method, path, _ in operations(document(running, "management"))}
-    app = management.application(object.__new__(ControlPlane))
+    app = management.application(object.__new__(ControlPlane), Guard("unix:/m", (), None))
     served = {
         (route.method.lower(), route.resource.canonical)
         for route in app.router.routes()

@@ -52,6 +52,7 @@ class Tensor:
         (Tensor(), JSON, b"[1.5,2.5]"),
         ([{"scores": Tensor()}], JSON, b'[{"scores":[1.5,2.5]}]'),
         (math.nan, JSON, b"null"),
+        ([math.inf], JSON, b"[null]"),
     ],
 )
 def test_a_result_becomes_bytes_of_its_own_type(value: Any, head: bytes, body: bytes) -> None:

@@ -131,6 +131,11 @@ def test_every_format_can_be_written_inspected_and_verified(folder: Path, format
         (HANDLER + SERVICE, "handler.py:Classifier", "handler:Classifier"),
         ("class _Hidden: ...\n" + HANDLER, "handler.py", "handler:Classifier"),
         ("try:\n    import torch\nexcept ImportError:\n    class A: ...\n", "handler.py:A", "handler:A"),
+        ("from model import Net\nhandle = Net().run\n", "handler.py", "handler:handle"),
+        ("from model import Net\n", "handler.py:Net", "handler:Net"),
+        ("from model import Net\n_service = Net()\npredict = _service.run\n", "handler.py:predict", "handler:predict"),
+        ("from model import *\n", "handler.py:Net", "handler:Net"),
+        ("with open('x') as handle:\n    pass\n", "handler.py:handle", "handler:handle"),
     ],
 )
 def test_the_entry_is_found_in_the_file(folder: Path, source: str, handler: str, entry: str) -> None:
@@ -150,6 +155,8 @@ def test_a_built_in_handler_is_named_in_full_without_being_imported(folder: Path
     before = set(sys.modules)
     archive = packed("--handler", "image_classifier", "--serialized-file", "model.pt2")
     assert archive.manifest.handler == "mms_handlers.image_classifier:ImageClassifier"
+    in_full = packed("--handler", "image_classifier:ImageClassifier", "--serialized-file", "model.pt2", "--force")
+    assert in_full.manifest.handler == archive.manifest.handler
     assert "torch" in archive.manifest.preload
     assert names(archive) == ["model.pt2"]
     assert not {"torch", "mms_handlers.image_classifier"} & (set(sys.modules) - before)
@@ -176,7 +183,16 @@ def test_packing_runs_nothing_of_the_model(folder: Path) -> None:
     ("arguments", "words"),
     [
         (["--handler", "handler.py:Nope"], ["handler.py has no Nope", "it holds: Classifier"]),
-        (["--handler", "model.py:"], []),
+        (["--handler", "model.py:"], ["'model.py:' names no handler"]),
+        (["--handler", "import.py:Nope"], ["import.py has no Nope"]),
+        (["--handler", "outside.py:handle"], ["outside.py: line 1"]),
+        (["--handler", "image_classifier:Nope"], ["image_classifier has no Nope", "image_classifier:ImageClassifier"]),
+        (["--handler", "image_classifier"], ["image_classifier needs weights", "--serialized-file"]),
+        (["--handler", "tensor"], ["tensor needs weights", "--serialized-file"]),
+        (["--handler", "handler.py", "--serialized-file", "gone.pt2"], ["gone.pt2: no such file"]),
+        (["--handler", "handler.py", "--serialized-file", "words"], ["words: not a plain file"]),
+        (["--handler", "handler.py", "--model-path", "gone"], ["gone: No such file"]),
+        (["--handler", "handler.py", "--export-path", "model.pt2"], ["model.pt2: File exists"]),
         (["--handler", "two.py"], ["which handler of two.py", "A, B, f"]),
         (["--handler", "broken.py"], ["broken.py: line 1"]),
         (["--handler", "json.py"], ["would hide the Python module json"]),
@@ -200,6 +216,8 @@ def test_packing_runs_nothing_of_the_model(folder: Path) -> None:
 )
 def test_a_mistake_in_the_model_is_one_clear_line(folder: Path, arguments: list[str], words: list[str]) -> None:
     (folder / "two.py").write_text("class A: ...\nclass B: ...\ndef f(): ...\n")
+    (folder / "import.py").write_text("from model import Net\n")
+    (folder / "outside.py").write_text("nonlocal handle\n")
     (folder / "broken.py").write_text("def (\n")
     (folder / "json.py").write_text(SERVICE)
     (folder / "bad.yaml").write_text("batch_size: many\n")
@@ -209,10 +227,7 @@ def test_a_mistake_in_the_model_is_one_clear_line(folder: Path, arguments: list[
     os.mkfifo(folder / "b" / "fifo")
     (folder / "c").mkdir()
     (folder / "c" / "link").symlink_to(folder / "words")
-    if words:
-        fails(pack(*arguments), 1, *words)
-    else:
-        packed(*arguments)
+    fails(pack(*arguments), 1, *words)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +237,7 @@ def test_a_mistake_in_the_model_is_one_clear_line(folder: Path, arguments: list[
         (["--runtime", "java"], ["--runtime"]),
         (["--model-name", "../cat"], ["'../cat'"]),
         (["--model-name", ".cat"], ["'.cat'"]),
-        (["--version", "1/2"], ["'1/2'"]),
-        (["--serialized-file", "gone.pt2"], ["gone.pt2"]),
-        (["--serialized-file", "words"], ["words"]),
-        (["--model-path", "gone"], ["gone"]),
+        (["--version", "1/2"], ["--version '1/2'", "'+'"]),
         (["--nonsense"], ["--nonsense"]),
         (["inspect"], ["does not go with inspect"]),
     ],
@@ -239,7 +251,15 @@ def test_a_wrong_command_line_is_status_2(folder: Path, arguments: list[str], wo
 def test_name_and_handler_are_needed(folder: Path) -> None:
     fails(call("--handler", "handler.py"), 2, "--model-name is needed")
     fails(call("--model-name", "cat"), 2, "--handler is needed")
-    fails(call("inspect", "gone.mar"), 2, "gone.mar")
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["verify"], ["sign", "--key", "gone.key"]])
+def test_an_archive_that_is_not_there_is_a_mistake_as_any_missing_file(folder: Path, command: list[str]) -> None:
+    fails(call(*command, "gone.mar"), 1, "gone.", "o such file")
+
+
+def test_a_version_may_have_all_that_a_manifest_allows(folder: Path) -> None:
+    assert packed("--handler", "handler.py", "--version", "1.0+cu121").manifest.version == "1.0+cu121"
 
 
 def test_an_existing_archive_is_kept_without_force(folder: Path) -> None:
@@ -278,6 +298,7 @@ def test_inspect_shows_names_as_text_not_as_markup(folder: Path) -> None:
         ("import no_such_module\n", ["cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"]),
         ("raise ValueError('two\\nlines')\n", ["ValueError: two lines"]),
         ("del handle\n", ["defines no class or function handle"]),
+        ("class handle: ...\n", ["the class handle has neither handle(data, context) nor mms.handler.Handler as base"]),
         ("import os\nprint('last words', flush=True)\nos._exit(0)\n", ["status 0", "last words"]),
         ("raise SystemExit(0)\n", ["status 0"]),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n", ["status -9"]),
@@ -335,7 +356,9 @@ def test_verify_understands_archives_of_other_makers(folder: Path, handler: str,
     (folder / "old" / "MAR-INF").mkdir(parents=True)
     (folder / "old" / MANIFEST).write_text(json.dumps({"model": {"modelName": "old", "handler": handler}}))
     (folder / "old" / "service.py").write_text(SERVICE)
-    (folder / "old" / "private.py").write_text("class _Base: ...\nclass Service(_Base): ...\n")
+    (folder / "old" / "private.py").write_text(
+        "class _Base:\n    def handle(self, d, c): ...\nclass Service(_Base): ...\n"
+    )
     assert call("verify", "old").exit_code == status
 
 

@@ -221,6 +221,15 @@ def test_good_requests_are_served_again_on_the_same_connection(name: str) -> Non
 
 # what is refused (reliability.md, appendix A)
 
+
+@pytest.mark.parametrize("before", [b"\n", b"\r\r\n", b"\r\n" * 20], ids=repr)
+def test_what_may_stand_before_a_request_line_is_said(before: bytes) -> None:
+    client = connect()
+    client.send(before + GET)
+    (answer,) = client.answers()
+    assert answer.status == 400 and b'"only empty lines (CR LF) may stand before the request line"' in answer.body
+
+
 LENGTH = b"POST /p HTTP/1.1\r\nHost: x\r\nContent-Length: "
 CODING = b"POST /p HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: "
 REFUSED = {

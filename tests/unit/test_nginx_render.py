@@ -10,6 +10,8 @@ import pytest
 from mms_nginx import Listener, render
 from mms_nginx.check import listen_addresses, socket_address
 
+from mms.http.response import json_body
+
 DIRECTORY = Path("/run/mms")
 INFERENCE = Listener("inference", "127.0.0.1:8080", (Path("/run/mms/inference.sock"),))
 MANAGEMENT = Listener("management", "127.0.0.1:8081", (Path("/run/mms/management.sock"),))
@@ -117,8 +119,11 @@ def test_errors_are_json_of_the_known_shape() -> None:
     bodies = re.findall(r'return (\d+) "((?:[^"\\]|\\.)*)"', rendered())
     assert {status for status, _ in bodies} >= {"400", "404", "413", "414", "502", "504"}
     for status, body in bodies:
-        answer = json.loads(re.sub(r"\\(.)", r"\1", body))
+        assert body.endswith("\\n") and "\\n" not in body[:-2]
+        text = re.sub(r"\\(.)", r"\1", body.removesuffix("\\n"))
+        answer = json.loads(text)
         assert answer.keys() == {"code", "type", "message"} and answer["code"] == int(status)
+        assert text.encode() + b"\n" == json_body(answer)
 
 
 def test_upstream_of_several_front_ends() -> None:

@@ -329,3 +329,14 @@ def test_the_times_of_the_stages_are_told_once() -> None:
     stages.run(make_requests("a"))
     assert all(seconds > 0 for seconds in stages.take_times())
     assert stages.take_times() == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("status", [99, 200, 600, "400", None])
+def test_a_prediction_error_with_a_status_that_is_no_error_is_the_handlers_fault(
+    status: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why = f"the handler set status {status!r} in a PredictionError; it must be a number from 400 to 599"
+    answers = run_batch(lambda data, context: ["a", PredictionError("sorry", status)], make_requests("a", "b"))
+    assert statuses(answers) == [200, 500]
+    assert answers[1][2:] == (why.encode(), "HandlerException")
+    assert f"requests id-2: {why}" in capsys.readouterr().err
