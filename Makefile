@@ -7,10 +7,10 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test faults chaos soak lost fuzz lint format bench build clean nginx wrk
+.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench overload build clean nginx wrk
 
 help: ## print this menu
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.demo nginx ## package a real network, serve it behind nginx, show what it sees in two photos
 	@$(BIN)/python examples/image_classification/demo.py
@@ -36,6 +36,9 @@ soak: $(VENV)/.dev ## 2,000 registrations beside steady load: does anything grow
 fuzz: $(VENV)/.dev ## hostile bytes for everything that reads bytes (60 s each; SECONDS=, TARGETS=)
 	@$(BIN)/python -m tests.fuzz $(TARGETS) $(if $(SECONDS),--seconds $(SECONDS))
 
+simulate: $(VENV)/.dev ## the dispatcher under a fake clock: SEEDS=100000 runs so many, SEED=n repeats one
+	@$(if $(SEEDS),SEEDS=$(SEEDS)) $(if $(SEED),SEED=$(SEED)) $(BIN)/python -m pytest -q -n0 -o timeout=0 tests/unit/test_dispatcher_simulation.py
+
 lint: $(VENV)/.dev ## check style, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -48,6 +51,9 @@ format: $(VENV)/.dev ## put the code into its house style
 
 bench: $(VENV)/.dev nginx wrk ## measure the server against the floor on this machine
 	@$(BIN)/python -m benchmarks.hotpath
+
+overload: $(VENV)/.dev ## twice and five times the load that a model can serve: who is answered, and how soon (SECONDS=60)
+	@$(BIN)/python -m benchmarks.overload $(if $(SECONDS),--seconds $(SECONDS))
 
 build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build

@@ -113,8 +113,8 @@ def _edge(folder: Path, port: int) -> list[Command]:
     return [echo, _nginx(folder, text)]
 
 
-def _package(folder: Path) -> None:
-    (folder / "noop.py").write_text(HANDLER)
+def _package(folder: Path, handler: str) -> None:
+    (folder / "noop.py").write_text(handler)
     archiver = [sys.executable, "-c", "from mms_archiver.cli import main; raise SystemExit(main())"]
     options = ["--model-name", "noop", "--handler", f"{folder}/noop.py:handle", "--export-path", str(folder)]
     done = subprocess.run([*archiver, *options], capture_output=True, text=True, env=_environment(), cwd=folder)
@@ -122,9 +122,13 @@ def _package(folder: Path) -> None:
         raise ServerError(f"model-archiver failed: {done.stderr.strip()}")
 
 
-def _mms(batch_size: int, edge: str) -> Callable[[Path, int], list[Command]]:
+def mms_command(
+    batch_size: int, edge: str, *, handler: str = HANDLER, **more: object
+) -> Callable[[Path, int], list[Command]]:
+    """How to start MMS with one worker that runs `handler`; `more` are further settings."""
+
     def commands(folder: Path, port: int) -> list[Command]:
-        _package(folder)
+        _package(folder, handler)
         settings = {
             "model-store": folder,
             "models": "noop.mar",
@@ -136,6 +140,7 @@ def _mms(batch_size: int, edge: str) -> Callable[[Path, int], list[Command]]:
             "workers": 1,
             "batch-size": batch_size,
             "queue-size": 10_000,
+            **{name.replace("_", "-"): value for name, value in more.items()},
         }
         options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
         return [[sys.executable, "-m", "mms.cli", "start", *options]]
@@ -144,7 +149,7 @@ def _mms(batch_size: int, edge: str) -> Callable[[Path, int], list[Command]]:
 
 
 def _ours(name: str, batch_size: int, edge: str) -> Spec:
-    return Spec(name, _mms(batch_size, edge), "/predictions/noop", "/ping")
+    return Spec(name, mms_command(batch_size, edge), "/predictions/noop", "/ping")
 
 
 FLOOR = Spec("nginx return 200", _floor)
@@ -177,6 +182,11 @@ class Server:
         self._log = self.folder / "server.log"
         self._processes: list[subprocess.Popen[bytes]] = []
         self.tree = ProcessTree(set(), uuid.uuid4().hex)
+
+    @property
+    def pid(self) -> int:
+        """Of the first process that was started."""
+        return self._processes[0].pid
 
     def start(self) -> None:
         """Returns when a POST is answered with 200. Raises ServerError."""

@@ -14,26 +14,25 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import click
 
 import mms
 from mms.config import Config, load_config, show_setting
-from mms.errors import ConfigError, MMSError, ModelLoadError
+from mms.errors import MMSError
+from mms.program import Program
 from mms.rundir import RunDirectory, Running
 from mms.token import read_token
 
 NOT_READY = 3
 HEARTBEAT = 2.0
+RELOAD_TIMEOUT = 30.0
+RELOAD_POLL = 0.02
 _READY_FD = "_MMS_READY_FD"
 _LAST_WORDS = ("ready", "mms: error")
 
 _Command = Callable[..., Any]
-
-
-def _fail(message: str, code: int = 1) -> NoReturn:
-    click.echo(f"mms: error: {message}", err=True)
-    sys.exit(code)
 
 
 def _settings(command: _Command) -> _Command:
@@ -49,17 +48,10 @@ def _settings(command: _Command) -> _Command:
 
 def _load(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    try:
-        return load_config(file=file, environ=_environment(), command_line=given)
-    except MMSError as error:
-        _fail(error.message)
+    return load_config(file=file, command_line=given)
 
 
-def _environment() -> dict[str, str]:
-    return dict(os.environ)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group("mms", cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(mms.__version__, prog_name="mms")
 def main() -> None:
     """Serve model archives: batching, versions, worker pools and metrics behind nginx."""
@@ -71,6 +63,9 @@ def _open_standard_streams() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
+
+
+_fail = main.fail
 
 
 class _ManyModels(click.Command):
@@ -90,8 +85,9 @@ class _ManyModels(click.Command):
 @main.command(cls=_ManyModels)
 @click.option("--daemon", is_flag=True, help="return when the server is ready, and leave it running")
 @click.option("--foreground", is_flag=True, help="stay in the foreground (the default)")
+@click.option("--fresh", is_flag=True, help="forget what was registered: start with what --models names only")
 @_settings
-def start(daemon: bool, foreground: bool, file: Path | None, **options: Any) -> None:
+def start(daemon: bool, foreground: bool, fresh: bool, file: Path | None, **options: Any) -> None:
     """Start a server and stay in the foreground until Ctrl-C or SIGTERM.
 
     \b
@@ -117,10 +113,10 @@ def start(daemon: bool, foreground: bool, file: Path | None, **options: Any) -> 
     except OSError as error:
         _fail(f"cannot write the log {config.log_file}: {error.strerror}")
     try:
-        code = uvloop.run(serve(config, _announce))
+        code = uvloop.run(serve(config, _announce, fresh=fresh, reread=lambda: _load(file, options)[0]))
     except MMSError as error:
         _tell_parent(f"mms: error: {error.message}")
-        _fail(error.message)
+        raise
     sys.exit(code)
 
 
@@ -154,8 +150,6 @@ def _start_daemon(config: Config) -> NoReturn:
         log_file.touch()
     except OSError as error:
         _fail(f"cannot write the log {log_file}: {error.strerror}")
-    except MMSError as error:
-        _fail(error.message)
     read_end, write_end = os.pipe()
     words = [word for word in sys.argv[1:] if word != "--daemon"]
     with log_file.open("ab") as output:
@@ -188,10 +182,15 @@ _run_dir_option = click.option(
 def _running(run_dir: Path | None) -> tuple[RunDirectory, Running | None]:
     config, _ = _load(None, {"run_dir": str(run_dir) if run_dir else None})
     directory = RunDirectory(config.run_dir)
+    return directory, directory.running()
+
+
+def _token(running: Running) -> bytes:
+    """What the server's management API wants to see."""
     try:
-        return directory, directory.running()
+        return read_token(Path(running.management_token_file)) if running.management_token_file else b""
     except MMSError as error:
-        _fail(error.message)
+        _fail(error.message, NOT_READY)
 
 
 def _nobody(directory: RunDirectory) -> str:
@@ -242,6 +241,58 @@ def _ended(pidfd: int, pid: int, limit: float) -> bool:
 
 @main.command()
 @_run_dir_option
+def reload(run_dir: Path | None) -> None:
+    """Have the server read its settings again; what can change does so at once, and no request is lost."""
+    directory, running = _running(run_dir)
+    if running is None:
+        _fail(_nobody(directory), NOT_READY)
+    before = directory.reloaded()
+    try:
+        pidfd = os.pidfd_open(running.pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGHUP)
+    except ProcessLookupError:
+        _fail(f"the server (pid {running.pid}) is not seen from here: it has just ended, or is in another container")
+    except PermissionError as error:
+        _fail(f"cannot reload pid {running.pid}: {error.strerror}")
+    deadline = time.monotonic() + RELOAD_TIMEOUT
+    while (done := directory.reloaded()) is None or done == before:
+        if select.select([pidfd], [], [], RELOAD_POLL)[0] or time.monotonic() > deadline:
+            _fail(f"the server (pid {running.pid}) did not say that it has reloaded; see its log")
+    if done.failure:
+        _fail(f"not reloaded, everything stays as it was: {done.failure}")
+    click.echo(f"reloaded; changed: {', '.join(done.applied) or 'nothing'}")
+    if done.restart:
+        click.echo(f"changed by a restart only: {', '.join(done.restart)}")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("number", metavar="[VERSION]", default="")
+@_run_dir_option
+def retry(model: str, number: str, run_dir: Path | None) -> None:
+    """Start the workers now that MODEL lacks, for instance because it is FAILED (without VERSION: its default one)."""
+    from mms.client import send
+
+    directory, running = _running(run_dir)
+    if running is None:
+        _fail(_nobody(directory), NOT_READY)
+    path = "/".join(quote(part, safe="") for part in ("models", model, number, "retry") if part)
+    try:
+        code, body = send(
+            running.management_address, "POST", f"/{path}", token=_token(running), certificate=running.tls_cert
+        )
+    except OSError as error:
+        _fail(f"no answer from {running.management_address}: {error}")
+    answer = json.loads(body)
+    if code >= 400:
+        if "traceback" in answer:
+            click.echo(answer["traceback"], err=True)
+        _fail(answer["message"])
+    click.echo(answer["status"])
+
+
+@main.command()
+@_run_dir_option
 @click.option("--json", "as_json", is_flag=True, help="one JSON document")
 @click.option("--quiet", is_flag=True, help="no output, only the exit code")
 def status(run_dir: Path | None, as_json: bool, quiet: bool) -> None:
@@ -254,10 +305,7 @@ def status(run_dir: Path | None, as_json: bool, quiet: bool) -> None:
             click.echo('{"running": false}' if as_json else _nobody(directory))
         sys.exit(NOT_READY)
     try:
-        token = read_token(Path(running.management_token_file)) if running.management_token_file else b""
-        models = describe_models(running.management_address, token=token, certificate=running.tls_cert)
-    except ConfigError as error:
-        _fail(error.message, NOT_READY)
+        models = describe_models(running.management_address, token=_token(running), certificate=running.tls_cert)
     except OSError as error:
         _fail(f"the server (pid {running.pid}) does not answer on {running.management_address}: {error}", NOT_READY)
     ready = all(_is_ready(model) for model in models)
@@ -294,7 +342,7 @@ def _print_models(running: Running, models: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-@main.command("config")
+@main.command("config", cls=_ManyModels)
 @click.option("--json", "as_json", is_flag=True, help="one JSON document")
 @_settings
 def show_config(as_json: bool, file: Path | None, **options: Any) -> None:
@@ -323,38 +371,37 @@ def show_config(as_json: bool, file: Path | None, **options: Any) -> None:
 @click.option("--content-type", default="", help="of the request (default: from the file's name)")
 def check(archive: Path, request: Path | None, content_type: str) -> None:
     """Load ARCHIVE in one worker process, without a server, and run it on the file REQUEST if one is given."""
+    from mms import logs
     from mms.trial import run_trial
 
-    try:
-        answer = run_trial(archive, request, content_type)
-    except MMSError as error:
-        if isinstance(error, ModelLoadError) and error.traceback:
-            click.echo(error.traceback, err=True)
-        _fail(error.message)
+    logs.show_models_only()
+    status, answer = run_trial(archive, request, content_type)
     click.echo(answer)
+    sys.exit(0 if status < 400 else 1)
 
 
 @main.command()
 @click.argument("model")
-@click.argument("request", type=click.Path(exists=True, path_type=Path))
+@click.argument("request", type=click.Path(path_type=Path))
 @click.option("--content-type", default="", help="of the request (default: from the file's name)")
 @click.option("--version", "number", default="", help="a version (default: the default one)")
 @_run_dir_option
 def predict(model: str, request: Path, content_type: str, number: str, run_dir: Path | None) -> None:
     """Send the file REQUEST to MODEL on the running server and print the answer."""
-    from mms.client import guess_type, send
+    from mms.client import read_request, send
 
     directory, running = _running(run_dir)
     if running is None:
         _fail(_nobody(directory), NOT_READY)
-    path = f"/predictions/{model}" + (f"/{number}" if number else "")
+    content, guessed = read_request(request)
+    path = "/".join(quote(word, safe="") for word in (model, number) if word)
     try:
         code, body = send(
             running.inference_address,
             "POST",
-            path,
-            request.read_bytes(),
-            content_type or guess_type(request),
+            f"/predictions/{path}",
+            content,
+            content_type or guessed,
             certificate=running.tls_cert,
         )
     except OSError as error:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from mms.errors import MMSError
+
 TIMEOUT = 300.0
 
 
@@ -63,26 +65,35 @@ def send(
 
 
 def describe_models(address: str, *, token: bytes = b"", certificate: str = "") -> list[dict[str, Any]]:
-    """The description of every version of every model. Raises OSError."""
+    """The description of every version of every model; one that goes meanwhile is left out. Raises OSError."""
     described = []
 
-    def get(path: str) -> tuple[int, bytes]:
-        return send(address, "GET", path, token=token, certificate=certificate)
+    def get(path: str) -> dict[str, Any]:
+        status, body = send(address, "GET", path, token=token, certificate=certificate)
+        try:
+            document = json.loads(body)
+        except ValueError:
+            document = None
+        if not isinstance(document, dict) or status not in (200, 404):
+            told = document.get("message") if isinstance(document, dict) else None
+            raise OSError(told or f"status {status}, and not the JSON of a management API")
+        return document if status == 200 else {}
 
     start = "0"
     while start:
-        status, body = get(f"/models?next_page_token={start}")
-        page = json.loads(body)
-        if status != 200:
-            raise OSError(page.get("message", body.decode()))
-        for entry in page["models"]:
+        page = get(f"/models?next_page_token={start}")
+        for entry in page.get("models", ()):
             name = quote(entry["modelName"], safe="")
-            default = json.loads(get(f"/models/{name}")[1])
-            for version in default.get("versions", ()):
-                described.append(json.loads(get(f"/models/{name}/{quote(version, safe='')}")[1]))
+            for version in get(f"/models/{name}").get("versions", ()):
+                described.append(get(f"/models/{name}/{quote(version, safe='')}"))
         start = page.get("nextPageToken", "")
-    return described
+    return [description for description in described if description]
 
 
-def guess_type(path: Path) -> str:
-    return mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+def read_request(path: Path) -> tuple[bytes, str]:
+    """The file's content, and the content type that its name tells. Raises MMSError."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MMSError(f"cannot read {path}: {error.strerror}") from None
+    return content, mimetypes.guess_type(path.name)[0] or "application/octet-stream"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import ipaddress
 import os
 import re
@@ -23,6 +24,11 @@ from mms.errors import ConfigError
 
 MAX_FILE = 1 << 20
 MAX_DEPTH = 32
+MAX_SHOWN = 200  # characters of a wrong value in an error
+MAX_WORKERS = 1024
+MAX_BATCH = 65_536
+MAX_QUEUE = 1_000_000
+MAX_THREADS = 1024
 
 _PORTS = {"http": 80, "https": 443}
 _SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)
@@ -32,20 +38,19 @@ _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 1
 def _integer(value: Any) -> int:
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError("a whole number is needed")
-    return int(value)
-
-
-def _zero_or_one(value: Any) -> int:
-    number = _integer(value)
-    if number not in (0, 1):
-        raise ValueError("0 or 1 is needed")
-    return number
+    try:
+        return int(value)
+    except (ValueError, TypeError):
+        raise ValueError("a whole number is needed") from None
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool):
         raise ValueError("a number is needed")
-    number = float(value)
+    try:
+        number = float(value)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError("a number is needed") from None
     if not -1e12 < number < 1e12:
         raise ValueError("a finite number is needed")
     return number
@@ -81,6 +86,10 @@ def _path(value: Any) -> Path | None:
     return None if value in (None, "") else Path(_text(str(value))).expanduser().absolute()
 
 
+def _paths(value: Any) -> tuple[str, ...]:
+    return tuple(str(Path(word).expanduser().absolute()) for word in _words(value))
+
+
 def _words(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [word for word in re.split(r"[,\s]+", value) if word]
@@ -89,20 +98,36 @@ def _words(value: Any) -> tuple[str, ...]:
     return tuple(str(word) for word in value)
 
 
+def _models(value: Any) -> tuple[str, ...]:
+    words = _words(value)
+    for word in words:
+        name, equals, file = word.partition("=")
+        if equals and "://" not in name and not (name and file):
+            raise ValueError(f"{word}: name=file is needed")
+    return words
+
+
 def _integers(value: Any) -> tuple[int, ...]:
     return tuple(_integer(word) for word in (value if isinstance(value, list | tuple) else _words(value)))
 
 
-def _one_of(*words: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
+@dataclass(frozen=True)
+class OneOf:
+    """Parses one of a few words."""
+
+    words: tuple[str, ...]
+
+    def __call__(self, value: Any) -> str:
         text = str(value)
         if isinstance(value, bool):  # YAML reads on, off, yes and no as these
-            text = "none" if value is False and "none" in words else text.lower()
-        if text not in words:
-            raise ValueError(f"one of {', '.join(words)} is needed")
+            text = "none" if value is False and "none" in self.words else text.lower()
+        if text not in self.words:
+            raise ValueError(f"one of {', '.join(self.words)} is needed")
         return text
 
-    return parse
+
+def _one_of(*words: str) -> OneOf:
+    return OneOf(words)
 
 
 def _address(value: Any) -> str:
@@ -147,8 +172,10 @@ def is_loopback(address: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _setting(default: Any, parse: Callable[[Any], Any], help: str, *, low: float | None = None) -> Any:
-    return field(default=default, metadata={"parse": parse, "help": help, "low": low})
+def _setting(
+    default: Any, parse: Callable[[Any], Any], help: str, *, low: float | None = None, high: float | None = None
+) -> Any:
+    return field(default=default, metadata={"parse": parse, "help": help, "low": low, "high": high})
 
 
 def default_run_dir() -> Path:
@@ -172,6 +199,12 @@ def default_cache_dir() -> Path:
     return Path(temporary) / f"mms-cache-{os.getuid()}"
 
 
+def default_state(cache_dir: Path, run_dir: Path, model_store: Path | None) -> Path:
+    """One file per run directory and model store, on disk: a run directory is often emptied at boot."""
+    key = hashlib.sha256(os.fsencode(f"{run_dir}\0{model_store or ''}")).hexdigest()[:12]
+    return cache_dir / "state" / f"{run_dir.name}-{key}.json"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """How one model version is served: server defaults < model-config.yaml in the archive < the registration call.
@@ -179,21 +212,35 @@ class ModelSettings:
     Durations are seconds here; `max_batch_delay` is given in milliseconds in every file and call, as MMS users know it.
     """
 
-    batch_size: int = _setting(1, _integer, "most requests that one call of the handler gets", low=1)
+    batch_size: int = _setting(1, _integer, "most requests that one call of the handler gets", low=1, high=MAX_BATCH)
     max_batch_delay: float = _setting(
         0.0, _milliseconds, "milliseconds an idle worker waits for a fuller batch (0: takes what is there)", low=0
     )
-    min_workers: int = _setting(-1, _integer, "workers to run (-1: one per GPU, without GPUs one per core)", low=-1)
+    min_workers: int = _setting(
+        -1, _integer, "workers to run (-1: one per GPU, without GPUs one per core)", low=-1, high=MAX_WORKERS
+    )
     max_workers: int = _setting(
-        -1, _integer, "upper bound of workers, kept and shown; nothing scales up to it yet (-1: as min_workers)", low=-1
+        -1,
+        _integer,
+        "upper bound of workers, kept and shown; nothing scales up to it yet (-1: as min_workers)",
+        low=-1,
+        high=MAX_WORKERS,
     )
     response_timeout: float = _setting(
         120.0, _number, "seconds one batch may run before its worker is killed", low=0.001
     )
     startup_timeout: float = _setting(300.0, _number, "seconds a worker may take to load", low=0.001)
-    queue_size: int = _setting(100, _integer, "requests that may wait; one more is refused with 429", low=1)
+    queue_size: int = _setting(
+        100, _integer, "requests that may wait; one more is refused with 429", low=1, high=MAX_QUEUE
+    )
+    queue_bytes: int = _setting(512 << 20, _size, "bytes of bodies that may wait; beyond that 429", low=1)
     queue_timeout: float = _setting(60.0, _number, "seconds a request may wait for a worker; then 504", low=0.001)
-    retry: int = _setting(1, _zero_or_one, "times a request is run again after its worker died (0 or 1)", low=0)
+    queue_order: str = _setting(
+        "adaptive",
+        _one_of("adaptive", "fifo"),
+        "which request is served next (adaptive: the oldest, or while the queue does not empty any more the newest)",
+    )
+    retry: int = _setting(1, _integer, "times a request is run again after its worker died (0 or 1)", low=0, high=1)
     isolate_errors: str = _setting(
         "auto",
         _one_of("auto", "true", "false"),
@@ -203,9 +250,26 @@ class ModelSettings:
         "auto", _one_of("auto", "cpu", "gpu"), "where the workers run (auto: GPUs where there are any)"
     )
     gpus: tuple[int, ...] = _setting((), _integers, "the GPUs to spread the workers over, by number (empty: all)")
-    threads: int = _setting(0, _integer, "CPU threads per worker (0: its share when it starts, cores / workers)", low=0)
+    threads: int = _setting(
+        0, _integer, "CPU threads per worker (0: its share when it starts, cores / workers)", low=0, high=MAX_THREADS
+    )
     preload: tuple[str, ...] = _setting(
         (), _words, "modules that the fork server imports before the workers are forked"
+    )
+    max_requests: int = _setting(
+        0, _integer, "requests after which a worker is replaced by a new one (0: never)", low=0
+    )
+    max_rss: int = _setting(
+        0, _size, "resident memory above which a worker is replaced by a new one (0: no bound)", low=0
+    )
+    worker_fs: str = _setting(
+        "open",
+        _one_of("open", "restricted"),
+        "restricted: workers read the system, Python and their archive, and write only their temporary folder",
+    )
+    worker_network: str = _setting("open", _one_of("open", "none"), "none: workers can open no network sockets")
+    worker_memory: int = _setting(
+        0, _size, "address space that a worker may use, for models on CPUs (0: no bound); prefer max_rss", low=0
     )
 
     @property
@@ -218,7 +282,7 @@ class Config:
     """The settings of one server."""
 
     model_store: Path | None = _setting(None, _path, "folder of the archives")  # noqa: RUF009  # makes a field
-    models: tuple[str, ...] = _setting((), _words, "what to serve at start: a.mar, name=b.mar, or ALL")
+    models: tuple[str, ...] = _setting((), _models, "what to serve at start: a.mar, name=b.mar, or ALL")
     inference_address: str = _setting(
         "127.0.0.1:8080", _address, "where clients send predictions: host:port or unix:/path"
     )
@@ -246,6 +310,9 @@ class Config:
     cache_dir: Path = _setting(  # noqa: RUF009
         None, _path, "folder on disk for extracted archives, their requirements and request bodies that nginx spools"
     )
+    state: Path = _setting(  # noqa: RUF009
+        None, _path, "file that keeps what is registered, for the next start (a path in cache_dir unless set)"
+    )
     access_log: Path | None = _setting(  # noqa: RUF009
         None, _path, "nginx writes a line of JSON per request to this file (SIGUSR1 opens it anew)"
     )
@@ -256,6 +323,9 @@ class Config:
     max_request_size: int = _setting(100 << 20, _size, "largest request body, before and after unpacking", low=1)
     max_response_size: int = _setting(100 << 20, _size, "largest answer of a handler", low=1)
     max_connections: int = _setting(10_000, _integer, "connections the front end holds open", low=1)
+    max_bytes_in_flight: int = _setting(
+        0, _size, "bytes of requests and answers that the front end holds (0: a quarter of the memory)", low=0
+    )
     header_timeout: float = _setting(10.0, _number, "seconds a client may take to send a request's headers", low=0.001)
     body_timeout: float = _setting(
         60.0, _number, "seconds a client may pause while it sends a body or reads an answer", low=0.001
@@ -263,11 +333,14 @@ class Config:
     keepalive_timeout: float = _setting(
         75.0, _number, "seconds an idle connection stays open (behind nginx, nginx decides)", low=0.001
     )
+    drain_delay: float = _setting(
+        0.0, _number, "seconds at stop in which /readyz says 503 and the ports stay open, for load balancers", low=0
+    )
     drain_timeout: float = _setting(
         30.0, _number, "seconds that requests in hand get to finish at stop and unload", low=0
     )
     stop_grace: float = _setting(5.0, _number, "seconds a worker gets to leave by itself before it is killed", low=0)
-    parallel_loads: int = _setting(4, _integer, "workers that may load at the same time", low=1)
+    parallel_loads: int = _setting(4, _integer, "workers that may load at the same time", low=1, high=MAX_WORKERS)
     verify_archives: bool = _setting(True, _boolean, "compare every file with the manifest's SHA-256 before it is used")
     trusted_keys: Path | None = _setting(  # noqa: RUF009
         None, _path, "file of public keys (PEM); then only archives that one of them has signed are served"
@@ -286,15 +359,29 @@ class Config:
     worker_env: tuple[str, ...] = _setting(
         (), _words, "names of environment variables that workers get beside the usual ones"
     )
-    batch_size: int = _setting(1, _integer, "default for models: see batch_size of a model", low=1)
+    worker_user: str = _setting("", _text, "run the workers as this user (the server must be root)")
+    worker_fs: str = _setting("open", _one_of("open", "restricted"), "for all models: see worker_fs of a model")
+    worker_read: tuple[str, ...] = _setting((), _paths, "further files and folders that restricted workers may read")
+    worker_network: str = _setting("open", _one_of("open", "none"), "for all models: see worker_network of a model")
+    worker_memory: int = _setting(0, _size, "for all models: see worker_memory of a model", low=0)
+    worker_nice: int = _setting(
+        0, _integer, "how far workers stand back for the server when CPUs are short (0 to 19, as nice)", low=0
+    )
+    batch_size: int = _setting(1, _integer, "default for models: see batch_size of a model", low=1, high=MAX_BATCH)
     max_batch_delay: float = _setting(0.0, _milliseconds, "default for models, milliseconds", low=0)
     workers: int = _setting(
-        -1, _integer, "default number of workers per model (-1: one per GPU, else one per core)", low=-1
+        -1,
+        _integer,
+        "default number of workers per model (-1: one per GPU, else one per core)",
+        low=-1,
+        high=MAX_WORKERS,
     )
     response_timeout: float = _setting(120.0, _number, "default for models, seconds", low=0.001)
     startup_timeout: float = _setting(300.0, _number, "default for models, seconds", low=0.001)
-    queue_size: int = _setting(100, _integer, "default for models: requests that may wait", low=1)
+    queue_size: int = _setting(100, _integer, "default for models: requests that may wait", low=1, high=MAX_QUEUE)
+    queue_bytes: int = _setting(512 << 20, _size, "default for models: bytes of bodies that may wait", low=1)
     queue_timeout: float = _setting(60.0, _number, "default for models, seconds", low=0.001)
+    queue_order: str = _setting("adaptive", _one_of("adaptive", "fifo"), "default for models: adaptive or fifo")
 
     def model_defaults(self) -> ModelSettings:
         return ModelSettings(
@@ -304,7 +391,12 @@ class Config:
             response_timeout=self.response_timeout,
             startup_timeout=self.startup_timeout,
             queue_size=self.queue_size,
+            queue_bytes=self.queue_bytes,
             queue_timeout=self.queue_timeout,
+            worker_fs=self.worker_fs,
+            worker_network=self.worker_network,
+            worker_memory=self.worker_memory,
+            queue_order=self.queue_order,
         )
 
 
@@ -327,16 +419,24 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def parse_setting(kind: type, name: str, value: Any, origin: str) -> Any:
-    """One value as its field's type. Raises ConfigError that names the setting and where the value came from."""
+def parse_setting(kind: type, name: str, value: Any, origin: str, *, called: str = "") -> Any:
+    """One value as its field's type. Raises ConfigError with its origin and name, or what it is `called` there."""
     meta = next(f.metadata for f in fields(kind) if f.name == name)
+    called = called or name
     try:
         parsed = meta["parse"](value)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{origin}: {name} = {value!r}: {error}") from None
-    if meta["low"] is not None and isinstance(parsed, int | float) and parsed < meta["low"]:
-        raise ConfigError(f"{origin}: {name} = {value!r}: must be at least {meta['low']}")
+        raise ConfigError(f"{origin}: {called} = {_shown(value)}: {error}") from None
+    if meta["low"] is not None and parsed < meta["low"]:
+        raise ConfigError(f"{origin}: {called} = {_shown(value)}: must be at least {meta['low']}")
+    if meta["high"] is not None and parsed > meta["high"]:
+        raise ConfigError(f"{origin}: {called} = {_shown(value)}: must be at most {meta['high']}")
     return parsed
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def show_setting(kind: type, name: str, value: Any) -> str:
@@ -441,6 +541,9 @@ def load_config(
     take(command_line or {}, "command line")
     values["run_dir"] = values.get("run_dir") or default_run_dir()
     values["cache_dir"] = values.get("cache_dir") or default_cache_dir()
+    values["state"] = values.get("state") or default_state(
+        values["cache_dir"], values["run_dir"], values.get("model_store")
+    )
     return Config(**values), origins
 
 
@@ -454,7 +557,7 @@ def merge_settings(base: ModelSettings, changes: Mapping[str, Any], origin: str,
     for key, value in changes.items():
         name = _ALIASES.get(key, key)
         if name in known:
-            values[name] = parse_setting(ModelSettings, name, value, origin)
+            values[name] = parse_setting(ModelSettings, name, value, origin, called=key)
         elif strict:
             raise ConfigError(f"{origin}: unknown setting {key}{nearest(key, known)}")
     merged = dataclasses.replace(base, **values)

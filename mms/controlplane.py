@@ -8,26 +8,38 @@ import logging
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mms import wire
-from mms.archive import MODEL_NAME, ModelArchive
+from mms.archive import HANDLER, MODEL_NAME, ModelArchive
 from mms.config import Config, ModelSettings, merge_settings, read_yaml
-from mms.errors import BadRequestError, ConfigError, ConflictError, NotFoundError, ServiceUnavailableError
+from mms.errors import (
+    ArchiveError,
+    BadRequestError,
+    ConfigError,
+    ConflictError,
+    MMSError,
+    NotFoundError,
+    ServiceUnavailableError,
+)
 from mms.logs import close_model_log, model_logger, open_model_log
 from mms.models.download import Downloads, is_remote, split_pin
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
 from mms.rundir import CacheDirectory
+from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
-from mms.workers.pool import PoolSettings, WorkerPool
+from mms.workers.pool import MAX_BOOT_FAILURES, PoolSettings, Restarts, WorkerPool
 from mms.workers.process import Launch, reap_orphans
+from mms.workers.sandbox import Sandboxes, only_stricter
 
 log = logging.getLogger("mms.controlplane")
 
@@ -37,18 +49,37 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 class ControlPlane:
     """Changes what is served; the data plane only ever sees the result in the registry."""
 
-    def __init__(self, config: Config, registry: ModelRegistry, store: ModelStore, cache: CacheDirectory) -> None:
+    def __init__(
+        self,
+        config: Config,
+        registry: ModelRegistry,
+        store: ModelStore,
+        cache: CacheDirectory,
+        state: Path | None = None,
+        boot_tries: int = MAX_BOOT_FAILURES,
+    ) -> None:
         self.registry = registry
         self.store = store
         self.downloads = Downloads(config, store)
+        self.saver = Saver(state, self.snapshot) if state is not None else None
         self.forkservers = ForkServers()
         self.gpus = find_gpus()
-        self._config = config
+        self.config = config
         self._cache = cache
+        self._boot_tries = boot_tries
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._loads = asyncio.Semaphore(config.parallel_loads)
+        self._restarts = Restarts()
+        self._sandboxes = Sandboxes(config, cache.scratch)
         self._numbers = itertools.count(1)
-        self._versions: set[ModelVersion] = set()  # registered, or still draining
+        self._versions: dict[ModelVersion, SavedVersion] = {}  # registered, or still draining
+        # by name and version: what is to be registered at start or could not be, and whether it is the default
+        self._waiting: dict[tuple[str, str], tuple[SavedVersion, bool]] = {}
+        self._closed = False
+
+    async def check_sandbox(self) -> None:
+        """Whether this machine can give workers what the server's settings demand. Raises ConfigError."""
+        await self._sandboxes.check(self._sandboxes.of(self.config.model_defaults()))
 
     async def register(
         self,
@@ -59,7 +90,6 @@ class ControlPlane:
         sha256: str = "",
         changes: Mapping[str, Any] | None = None,
         synchronous: bool = True,
-        at_start: bool = False,
     ) -> ModelVersion:
         """Serve the archive `url`: a file of the store, or an address to download it from.
 
@@ -67,6 +97,26 @@ class ControlPlane:
 
         Raises BadRequestError, ModelNotFoundError, DownloadError, ArchiveError, ConfigError or ConflictError (nothing
         is registered), and ModelLoadError (the version stays registered as FAILED; registering it again replaces it).
+        """
+        url, sha256 = await self.fetch(url, sha256)
+        archive, digest = await self._open(url, handler, sha256)
+        name = name or archive.manifest.model_name
+        saved = SavedVersion(
+            version=archive.manifest.version,
+            archive=url,
+            sha256=digest,
+            handler=handler,
+            settings=dict(changes or {}),
+        )
+        version = await self._serve(archive, name, saved, at_start=False)
+        if synchronous and version.pool is not None:
+            await version.pool.settled()
+        return version
+
+    async def fetch(self, url: str, sha256: str = "") -> tuple[str, str]:
+        """The file in the store that `url` names, downloaded if it is an address, and the SHA-256 it must have, if any.
+
+        Raises BadRequestError, ConflictError, DownloadError or ArchiveError.
         """
         if is_remote(url):
             url, pin = split_pin(url)
@@ -76,19 +126,55 @@ class ControlPlane:
             raise BadRequestError("sha256: 64 hexadecimal digits are needed")
         if is_remote(url):
             url = await self.downloads.fetch(url, sha256)
-        archive = await asyncio.to_thread(self.store.open, url, sha256)
-        if handler and self.store.only_signed:
-            raise BadRequestError("handler: a signed archive names its own; no other can be chosen with trusted_keys")
-        name = name or archive.manifest.model_name
-        if not MODEL_NAME.fullmatch(name):
-            raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")
-        async with self._locks[name]:
-            version = await self._add(archive, name, handler, changes or {}, at_start)
-        if version.pool is not None:
-            version.pool.set_target(version.settings.min_workers)
-            if synchronous:
-                await version.pool.settled()
-        return version
+        return url, sha256
+
+    async def load_named(self, file: str, name: str) -> ModelVersion:
+        """Register what the setting `models` names, without waiting for its workers. Raises as `register`."""
+        archive, digest = await self._open(file, "")
+        saved = SavedVersion(version=archive.manifest.version, archive=file, sha256=digest, named=True)
+        return await self._serve(archive, name or archive.manifest.model_name, saved, at_start=True)
+
+    def announce(self, models: Iterable[SavedModel]) -> None:
+        """Say what will be registered by `restore`; until then it is kept in the saved state, and requests get 503."""
+        for model in models:
+            for saved in model.versions:
+                self._waiting[model.name, saved.version] = saved, saved.version == model.default
+                self.registry.announced[model.name, saved.version] = ""
+
+    async def restore(self, name: str, number: str) -> ModelVersion:
+        """Register what was announced, without waiting for its workers.
+
+        Raises as `register`; then it can be tried again. An archive that is not the saved one is an ArchiveError.
+        """
+        saved, _ = self._waiting[name, number]
+        self.registry.announced[name, number] = ""
+        try:
+            archive, digest = await self._open(saved.archive, saved.handler)
+            if saved.sha256 not in ("", digest):
+                raise ArchiveError(f"{saved.archive} has changed since it was registered; register it again")
+            return await self._serve(archive, name, msgspec.structs.replace(saved, sha256=digest), at_start=True)
+        except MMSError as error:
+            if (name, number) in self._waiting:
+                self.registry.announced[name, number] = error.message
+            raise
+
+    async def retry(self, name: str, version: str = "", *, synchronous: bool = True) -> ModelVersion:
+        """Start the workers that a version lacks now, not after the pause; one that was not restored is tried again.
+
+        Raises ModelLoadError when synchronous and they cannot be started, and what `restore` raises.
+        """
+        failed = [number for (waiting, number), why in self.registry.announced.items() if waiting == name and why]
+        if version in failed:
+            found = await self.restore(name, version)
+        elif failed and not version and not any(model.name == name for model in self.registry):
+            found = await self.restore(name, failed[0])
+        else:
+            found = self.registry.version(name, version)
+            if found.pool is not None:
+                found.pool.set_target(found.pool.target)
+        if synchronous and found.pool is not None:
+            await found.pool.settled()
+        return found
 
     async def change(
         self, name: str, version: str, changes: Mapping[str, Any], *, synchronous: bool = False
@@ -106,70 +192,146 @@ class ControlPlane:
         found.apply(settings)
         if "min_workers" in changes:
             pool.set_target(settings.min_workers)
-            if synchronous:
-                await pool.settled()
+        if (saved := self._versions.get(found)) is not None:
+            self._versions[found] = msgspec.structs.replace(saved, settings={**saved.settings, **changes})
+        await self._save()
+        if "min_workers" in changes and synchronous:
+            await pool.settled()
         return found
 
-    def set_default(self, name: str, version: str) -> None:
+    async def set_default(self, name: str, version: str) -> None:
         found = self.registry.version(name, version)
         if found.state is VersionState.FAILED:
             raise ConflictError(f"model {found.label} is FAILED and cannot become the default")
         self.registry.set_default(name, version)
+        for (waiting, number), (saved, _) in self._waiting.items():
+            if waiting == name:
+                self._waiting[waiting, number] = saved, False
+        await self._save()
 
     async def unregister(self, name: str, version: str = "") -> None:
         """Stop serving a version (default: all of the model's), after its requests in hand are answered."""
-        model = self.registry.model(name)
-        versions = [model.version(version)] if version else list(model.versions.values())
+        forgotten = self._forget(name, version)
+        try:
+            model = self.registry.model(name)
+            versions = [model.version(version)] if version else list(model.versions.values())
+        except MMSError:
+            if not forgotten:
+                raise
+            versions = []
         for found in versions:
             self.registry.remove(found)
-        await asyncio.gather(*(self._unload(found, self._config.drain_timeout) for found in versions))
+        await self._save()
+        await asyncio.gather(*(self._unload(found, self.config.drain_timeout) for found in versions))
 
     def reap_orphans(self, others: set[int]) -> None:
         """Wait for what workers left behind and died; `others` are children of the server that are not ours."""
         pools = [version.pool for version in self._versions if version.pool is not None]
-        # what is being forked or installed at the moment is ours, but not known yet
-        if not any(pool.starting for pool in pools):
+        # what is being forked, installed or tried at the moment is ours, but not known yet
+        if not self._sandboxes.trying and not any(pool.starting for pool in pools):
             workers = {worker.pid for pool in pools for worker in pool.workers if worker.pid is not None}
-            reap_orphans(workers | others | set(self.forkservers.pids()))
+            for pid in reap_orphans(workers | others | set(self.forkservers.pids())):
+                log.warning("process %d, which a worker had started, had left its session; killed", pid)
 
     async def close(self, drain: float) -> None:
-        """Unload everything and end the fork servers."""
+        """Unload everything and end the fork servers; what is registered stays saved."""
+        self._closed = True
         await asyncio.gather(*(self._unload(version, drain) for version in list(self._versions)))
         self.forkservers.close()
 
-    async def _add(
-        self, archive: ModelArchive, name: str, handler: str, changes: Mapping[str, Any], at_start: bool
-    ) -> ModelVersion:
+    def snapshot(self) -> State:
+        """What is registered, or waits to be."""
+        models = {
+            model.name: SavedModel(
+                name=model.name,
+                default=model.default,
+                versions=[self._versions[version] for version in model.versions.values()],
+            )
+            for model in self.registry
+        }
+        for (name, number), (saved, default) in self._waiting.items():
+            known = models.get(name)
+            models[name] = SavedModel(
+                name=name,
+                default=number if default or known is None else known.default,
+                versions=[*(known.versions if known else ()), saved],
+            )
+        return State(models=list(models.values()))
+
+    async def _save(self) -> None:
+        if self.saver is not None and not self._closed:
+            await asyncio.shield(self.saver.save())
+
+    async def _open(self, url: str, handler: str, sha256: str = "") -> tuple[ModelArchive, str]:
+        """The archive and, if what is registered is saved, its digest."""
+        archive = await asyncio.to_thread(self.store.open, url, sha256)
+        if handler and self.store.only_signed:
+            raise BadRequestError("handler: a signed archive names its own; no other can be chosen with trusted_keys")
+        if handler and not HANDLER.fullmatch(handler):
+            raise BadRequestError(f"handler = {handler!r}: module:Name is needed")
+        return archive, await asyncio.to_thread(archive.digest) if self.saver is not None else ""
+
+    async def _serve(self, archive: ModelArchive, name: str, saved: SavedVersion, *, at_start: bool) -> ModelVersion:
+        """Register, save, and begin to start workers."""
+        if not MODEL_NAME.fullmatch(name):
+            raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")
+        async with self._locks[name]:
+            version = await self._add(archive, name, saved, at_start)
+        if version.pool is not None:
+            version.pool.set_target(version.settings.min_workers)
+            if at_start:
+                version.pool.minimum = version.pool.target
+        await self._save()
+        return version
+
+    def _forget(self, name: str, version: str) -> bool:
+        """Give up what could not be restored."""
+        announced = self.registry.announced
+        keys = [key for key, why in announced.items() if why and key[0] == name and version in ("", key[1])]
+        for key in keys:
+            del announced[key], self._waiting[key]
+        return bool(keys)
+
+    async def _add(self, archive: ModelArchive, name: str, saved: SavedVersion, at_start: bool) -> ModelVersion:
         """Extract, configure and register; the pool exists afterwards but runs nothing yet."""
         number = archive.manifest.version
         self._failed(name, number)
         target = self._cache.models / f"{name}-{next(self._numbers)}"
-        folder = await asyncio.to_thread(archive.extract, target, verify=self._config.verify_archives)
+        folder = await asyncio.to_thread(archive.extract, target, verify=self.config.verify_archives)
         owned = folder if folder == target else None
         try:
             model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
-            settings = self._settings(archive, model_config, changes)
+            settings = self._settings(archive, model_config, saved.settings)
+            sandbox = self._sandboxes.of(settings)
+            await self._sandboxes.check(sandbox)
+            if owned is not None:
+                await asyncio.to_thread(self._sandboxes.hand_over, owned)
             version = ModelVersion(name, number, archive, settings)
             version.directory = owned
             version.at_start = at_start
-            version.pool = self._pool(version, folder, handler or archive.manifest.handler, model_config)
+            version.handler = saved.handler or version.handler
+            version.sandbox = self._sandboxes.describe(settings)
+            version.pool = self._pool(version, folder, model_config, sandbox)
             replaced = self._failed(name, number)
-            open_model_log(self._config.run_dir / "logs", name)
+            open_model_log(self.config.run_dir / "logs", name)
             if replaced is not None:
                 self.registry.remove(replaced)
             self.registry.add(version)
-            self._versions.add(version)
+            self._versions[version] = saved
+            _, is_default = self._waiting.pop((name, number), (saved, False))
+            if is_default:
+                self.registry.set_default(name, number)
         except BaseException:
             if owned is not None:
                 shutil.rmtree(owned, ignore_errors=True)
             raise
         if replaced is not None:
-            await self._unload(replaced, self._config.drain_timeout)
+            await self._unload(replaced, self.config.drain_timeout)
         return version
 
     async def _unload(self, version: ModelVersion, drain: float) -> None:
         await version.unload(drain)
-        self._versions.discard(version)
+        self._versions.pop(version, None)
         if not any(other.name == version.name for other in self._versions):
             close_model_log(version.name)
 
@@ -187,12 +349,14 @@ class ControlPlane:
         self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any]
     ) -> ModelSettings:
         settings = merge_settings(
-            self._config.model_defaults(),
+            self.config.model_defaults(),
             model_config,
             f"{archive.path.name}: {archive.manifest.config_file}",
             strict=False,
         )
+        only_stricter(settings, self.config.model_defaults(), f"{archive.path.name}: {archive.manifest.config_file}")
         settings = merge_settings(settings, changes, "request", strict=True)
+        only_stricter(settings, self.config.model_defaults(), "request")
         fixed: dict[str, Any] = {}
         gpus = self._gpus_for(settings)
         if settings.min_workers == -1:
@@ -211,27 +375,31 @@ class ControlPlane:
             raise ConfigError(f"gpus: {', '.join(map(str, missing))} do not exist; this server sees: {seen}")
         return list(settings.gpus or there)
 
-    def _pool(self, version: ModelVersion, folder: Path, handler: str, model_config: dict[str, Any]) -> WorkerPool:
+    def _pool(
+        self, version: ModelVersion, folder: Path, model_config: dict[str, Any], sandbox: wire.Sandbox
+    ) -> WorkerPool:
         settings, manifest = version.settings, version.archive.manifest
         load = wire.Load(
             model_name=version.name,
             version=version.version,
             directory=str(folder.absolute()),
-            handler=handler,
+            handler=version.handler,
             manifest=dict(manifest.raw),
             model_config=model_config,
             batch_size=settings.batch_size,
             isolate_errors=settings.isolate_errors,
             gpu=0 if settings.gpus else None,
             threads=settings.threads,
-            max_request_size=self._config.max_request_size,
-            max_response_size=self._config.max_response_size,
+            max_request_size=self.config.max_request_size,
+            max_response_size=self.config.max_response_size,
         )
         how = Launch(
             name=f"mms-{version.name}",
             directory=load.directory,
-            environ=environment.worker_environment(self._config.worker_env),
+            environ=environment.worker_environment(self.config.worker_env),
             preload=tuple(sorted({*manifest.preload, *settings.preload})),
+            scratch=self._sandboxes.scratch,
+            sandbox=sandbox,
         )
         pool = PoolSettings(
             label=version.label,
@@ -241,16 +409,19 @@ class ControlPlane:
             gpus=[self.gpus[index] for index in settings.gpus],
             response_timeout=settings.response_timeout,
             startup_timeout=settings.startup_timeout,
-            stop_grace=self._config.stop_grace,
+            stop_grace=self.config.stop_grace,
+            max_requests=settings.max_requests,
+            max_rss=settings.max_rss,
+            boot_tries=self._boot_tries,
         )
-        return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads)
+        return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, self._restarts)
 
     def _interpreter(self, version: ModelVersion, folder: Path) -> Callable[[], Awaitable[str]] | None:
         """What makes the archive's own Python, if it brings requirements and may install them."""
         file = version.archive.manifest.requirements_file
         if not file:
             return None
-        if not self._config.install_requirements:
+        if not self.config.install_requirements:
             log.warning("%s brings %s, which is not installed: install_requirements is off", version.label, file)
             return None
         make, output = environment.own_interpreter, model_logger(version.name)

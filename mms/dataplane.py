@@ -31,7 +31,7 @@ class DataPlane:
         caller: Caller,
         arrived: float,
     ) -> Job:
-        """Queue a request; `caller` is told its one outcome. Raises QueueFullError or ServiceUnavailableError instead.
+        """Queue a request; `caller` is told its one outcome. Raises OverloadError or ServiceUnavailableError instead.
 
         `parts` are the pieces of its body, `size` their bytes in all, `arrived` is monotonic seconds.
         """

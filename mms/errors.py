@@ -61,10 +61,14 @@ class ModelVersionNotFoundError(NotFoundError):
 
 
 class MethodNotAllowedError(MMSError):
-    """The path exists, but not for this method. Do not retry."""
+    """The path exists, but not for this method; those in `allow` are sent as `Allow`. Do not retry."""
 
     status = 405
     type = "MethodNotAllowedException"
+
+    def __init__(self, message: str, *, allow: str = "", status: int | None = None) -> None:
+        super().__init__(message, status=status)
+        self.allow = allow
 
 
 class ConflictError(MMSError):
@@ -81,8 +85,8 @@ class RequestTooLargeError(MMSError):
     type = "RequestEntityTooLargeException"
 
 
-class QueueFullError(MMSError):
-    """The version's queue is full: raised by BatchQueue. Retry after `retry_after` seconds (sent as `Retry-After`)."""
+class OverloadError(MMSError):
+    """There is more work than can be done in time. Retry after `retry_after` seconds (sent as `Retry-After`)."""
 
     status = 429
     type = "TooManyRequestsException"
@@ -92,11 +96,45 @@ class QueueFullError(MMSError):
         self.retry_after = retry_after
 
 
+class QueueFullError(OverloadError):
+    """`queue_size` requests wait already: raised by BatchQueue. Retry after `Retry-After`."""
+
+
+class QueueBytesError(OverloadError):
+    """The bodies that wait are `queue_bytes` already: raised by BatchQueue. Retry after `Retry-After`."""
+
+    type = "TooManyBytesException"
+
+
+class QueueWaitError(OverloadError):
+    """The wait would be longer than `queue_timeout`: raised by BatchQueue. Retry after `Retry-After`."""
+
+    type = "WaitTooLongException"
+
+
+class ServerBusyError(OverloadError):
+    """The front end runs out of descriptors or of `max_bytes_in_flight`. Retry after `Retry-After`."""
+
+    type = "ServerBusyException"
+
+
 class ServiceUnavailableError(MMSError):
-    """No worker can take the request now (loading, failed, draining, scaled to 0). Retry later."""
+    """No worker can take the request now: failed, scaled to 0, or no connection more can be held. Retry later."""
 
     status = 503
     type = "ServiceUnavailableException"
+
+
+class LoadingError(ServiceUnavailableError):
+    """The model is still loading. Retry soon."""
+
+    type = "ModelLoadingException"
+
+
+class DrainingError(ServiceUnavailableError):
+    """The version is being unloaded, or the server stops. Retry on another server."""
+
+    type = "DrainingException"
 
 
 class WorkerDiedError(MMSError):

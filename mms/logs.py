@@ -50,6 +50,15 @@ def setup(level: str, file: Path | None, max_bytes: int = MAX_BYTES) -> None:
     logging.raiseExceptions = False  # a full disk must not turn log calls into noise
 
 
+def show_models_only() -> None:
+    """What the models' workers print goes to standard error as it is, with warnings but without the pools' reports."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.getLogger("mms").handlers[:] = [handler]
+    logging.getLogger("mms.model").setLevel(logging.INFO)
+    logging.getLogger("mms.pool").setLevel(logging.CRITICAL)
+
+
 def model_logger(name: str) -> logging.Logger:
     """The log of one model's workers; dots in the name would make it another model's child."""
     return logging.getLogger(f"mms.model.{name.replace('.', '%2E')}")

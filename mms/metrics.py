@@ -90,11 +90,23 @@ class VersionFacts:
     metrics: VersionMetrics
     queue_depth: int
     queue_capacity: int
+    queue_bytes: int
+    newest_first: bool
+    drain_rate: float
     cancelled: int
     retries: int
     in_flight: int
     workers: list[WorkerFacts]
     failed_workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEndFacts:
+    """The inference port at scrape time."""
+
+    connections: int
+    bytes_in_flight: int
+    shedding_step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +139,14 @@ class Collector:
         self,
         versions: Callable[[], Iterable[VersionFacts]],
         gpus: Callable[[], Iterable[GpuFacts]],
-        connections: Callable[[], int],
+        front_end: Callable[[], FrontEndFacts],
         failures: Counter[tuple[int, str]],
+        unsaved: Callable[[], bool] = lambda: False,
     ) -> None:
         self._versions = versions
         self._gpus = gpus
-        self._connections = connections
+        self._front_end = front_end
+        self._unsaved = unsaved
         self._failures = failures  # of requests that reached no model, by status and cause
 
     def collect(self) -> Iterator[Metric]:
@@ -157,7 +171,7 @@ class Collector:
         )
         restarts = CounterMetricFamily(
             "mms_worker_restarts",
-            "Workers that died and were replaced, by cause.",
+            "Workers that died or were recycled, by cause.",
             labels=["model", "version", "reason"],
         )
         cancelled = CounterMetricFamily(
@@ -191,6 +205,17 @@ class Collector:
         gauges: tuple[tuple[str, str, Callable[[VersionFacts], float]], ...] = (
             ("mms_queue_depth", "Requests that wait for a worker.", lambda facts: facts.queue_depth),
             ("mms_queue_capacity", "Requests that may wait; one more is refused.", lambda facts: facts.queue_capacity),
+            ("mms_queue_bytes", "Bytes of the bodies that wait for a worker.", lambda facts: facts.queue_bytes),
+            (
+                "mms_queue_newest_first",
+                "1 while the newest requests are served first, because the queue does not empty any more.",
+                lambda facts: facts.newest_first,
+            ),
+            (
+                "mms_queue_drain_rate",
+                "Requests per second that left the queue while others waited; 0 if that never was.",
+                lambda facts: facts.drain_rate,
+            ),
             ("mms_requests_in_flight", "Requests at a worker.", lambda facts: facts.in_flight),
             (
                 "mms_model_load_duration_seconds",
@@ -222,8 +247,17 @@ class Collector:
         yield from (states, cpu, memory)
 
     def _host(self) -> Iterator[Metric]:
-        connections = GaugeMetricFamily("mms_connections", "Open connections on the inference port.")
-        connections.add_metric([], self._connections())
+        front = self._front_end()
+        yield GaugeMetricFamily("mms_connections", "Open connections on the inference port.", front.connections)
+        yield GaugeMetricFamily(
+            "mms_bytes_in_flight", "Bytes of requests and answers in the front end.", front.bytes_in_flight
+        )
+        yield GaugeMetricFamily(
+            "mms_shedding_step",
+            "What the front end does without: 0 nothing, 1 keep-alive, 2 requests, 3 connections.",
+            front.shedding_step,
+        )
+        yield GaugeMetricFamily("mms_state_unsaved", "1 while what is registered cannot be saved.", self._unsaved())
         build = GaugeMetricFamily("mms_build_info", "Always 1.", labels=["version", "python"])
         build.add_metric([mms.__version__, platform.python_version()], 1)
         utilization = GaugeMetricFamily("mms_gpu_utilization_ratio", "GPU utilisation, 0 to 1.", labels=["gpu", "uuid"])
@@ -233,7 +267,7 @@ class Collector:
             if gpu.utilization is not None:
                 utilization.add_metric(labels, gpu.utilization)
             used.add_metric(labels, gpu.memory_used)
-        yield from (connections, build, utilization, used)
+        yield from (build, utilization, used)
 
 
 def registry(collector: Collector) -> CollectorRegistry:

@@ -28,6 +28,16 @@ class Running:
     tls_cert: str = ""
 
 
+@dataclass(frozen=True)
+class Reloaded:
+    """What became of a reload; `number` counts those of the server in a run directory."""
+
+    number: int
+    applied: list[str]
+    restart: list[str]  # settings that have changed, but only a restart changes
+    failure: str
+
+
 class RunDirectory:
     """Owned by one server at a time, through a lock that ends with its process."""
 
@@ -37,6 +47,7 @@ class RunDirectory:
         self.nginx = path / "nginx"
         self.logs = path / "logs"
         self._record = path / "mms.json"
+        self._reload = path / "reload.json"
         self._lock = -1
 
     def prepare(self) -> None:
@@ -77,9 +88,19 @@ class RunDirectory:
 
     def record(self, running: Running) -> None:
         """Say who is running here; written whole or not at all."""
-        temporary = self._record.with_suffix(".new")
-        temporary.write_text(json.dumps(asdict(running)))
-        temporary.rename(self._record)
+        _write(self._record, asdict(running))
+
+    def record_reload(self, applied: list[str], restart: list[str], failure: str) -> None:
+        """Say what became of a reload, for the command that waits for it."""
+        before = self.reloaded()
+        _write(self._reload, asdict(Reloaded(before.number + 1 if before else 1, applied, restart, failure)))
+
+    def reloaded(self) -> Reloaded | None:
+        """The latest reload."""
+        try:
+            return Reloaded(**json.loads(self._reload.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
 
     def recorded(self) -> Running | None:
         """The server that runs here, or one that was killed: the record of one that ended by itself is gone."""
@@ -112,7 +133,8 @@ class RunDirectory:
         if self._lock == -1:
             return
         shutil.rmtree(self.sockets, ignore_errors=True)
-        self._record.unlink(missing_ok=True)
+        for file in (self._record, self._reload):
+            file.unlink(missing_ok=True)
         os.close(self._lock)
         self._lock = -1
 
@@ -130,12 +152,14 @@ class CacheDirectory:
         self.own = self._servers / f"{os.getpid()}-{secrets.token_hex(4)}"
         self.models = self.own / "models"
         self.nginx = self.own / "nginx"
+        self.scratch = self.own / "scratch"
         self._lock = -1
 
-    def acquire(self, edge_user: tuple[str, int] | None) -> None:
+    def acquire(self, edge_user: tuple[str, int] | None, *, for_others: bool = False) -> None:
         """Make this server's own folder, and remove those of servers that were killed. Raises StartError.
 
-        `edge_user` is the name and group id of the user that nginx's workers run as, if that is not this user.
+        `edge_user` is the name and group id of the user that nginx's workers run as, if that is not this user. With
+        `for_others`, workers run as another user and must reach what lies in here.
         """
         try:
             _make(self.path, parents=True)
@@ -154,13 +178,15 @@ class CacheDirectory:
             for folder, lock in dead:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
-            for folder in (self.models, self.nginx):
+            for folder in (self.models, self.nginx, self.scratch):
                 folder.mkdir(mode=0o700)
             self.venvs.mkdir(mode=0o700, exist_ok=True)
             if edge_user is not None:
                 for folder in (self.own, self.nginx):
                     os.chown(folder, -1, edge_user[1])
                     folder.chmod(0o710)
+            for folder in (self.own, self.models, self.scratch, self.venvs) if for_others else ():
+                folder.chmod(0o711)
         except OSError as error:
             raise StartError(f"cannot use the cache directory {self.path}: {error.strerror}") from None
         if edge_user is not None:
@@ -214,6 +240,12 @@ def _user(number: int) -> str:
         return pwd.getpwuid(number).pw_name
     except KeyError:
         return str(number)
+
+
+def _write(file: Path, content: dict[str, object]) -> None:
+    temporary = file.with_suffix(".new")
+    temporary.write_text(json.dumps(content))
+    temporary.rename(file)
 
 
 def _make(folder: Path, *, parents: bool = False) -> None:

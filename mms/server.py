@@ -15,9 +15,11 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from mms_nginx.find import edge_user, find_nginx
 
 from mms.api.predictions import InferenceApi
@@ -27,15 +29,19 @@ from mms.dataplane import DataPlane
 from mms.errors import ConfigError, MMSError, ModelLoadError, StartError
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer, bind
-from mms.metrics import Collector, GpuFacts, registry
+from mms.metrics import Collector, FrontEndFacts, GpuFacts, registry
 from mms.models.download import is_remote, split_pin
+from mms.models.readiness import Phase, Readiness
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion
 from mms.rundir import CacheDirectory, RunDirectory, Running
 from mms.secret import read_secret
 from mms.signature import TrustedKeys
+from mms.state import SavedModel, SavedVersion, State, read
+from mms.systemd import Notifier, address_of, passed_sockets
 from mms.token import TokenFile
+from mms.workers.environment import memory
 from mms.workers.gpus import GpuMonitor
 
 if TYPE_CHECKING:
@@ -50,29 +56,53 @@ EDGE_WINDOW = 60.0
 EDGE_READ_TIMEOUT = 86_400.0  # the front end answers within its own limits; nginx must not be quicker
 EDGE_KEEPALIVE = 3600.0
 HEARTBEAT = 2.0
+PATIENCE = 30.0  # seconds that a service manager is asked for at each heartbeat of a start
 TICK = 1.0
 LAST_ANSWERS = 2.0  # seconds for answers of the management API at the end of a stop
 STOP_MARGIN = 10.0  # seconds of a stop beyond drain_timeout and stop_grace
 ANY_HOST = {"0.0.0.0", "*"}
 LISTENERS = ("inference", "management", "metrics")
+NO_ACCESS_LOG = "access_log is written by nginx; start without --edge none, or leave it empty"
+# What a reload changes: the front end and nginx at once, models where they are registered from then on.
+LIVE = (
+    "access_log", "log_level", "max_connections", "header_timeout", "body_timeout", "keepalive_timeout", "drain_delay",
+    "drain_timeout", "stop_grace", "verify_archives", "install_requirements", "worker_env", "batch_size",
+    "max_batch_delay", "workers", "response_timeout", "startup_timeout", "queue_size", "queue_bytes", "queue_timeout",
+    "queue_order", "max_bytes_in_flight",
+)  # fmt: skip
 
 
 class ModelServer:
     """One server: front end, edge, models. `start`, then `run_until_stopped`, then `stop`."""
 
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        say: Callable[[str], None],
+        *,
+        fresh: bool = False,
+        reread: Callable[[], Config] | None = None,
+    ) -> None:
         self._config = config
         self._say = say
+        self._reread = reread
+        self._manager = Notifier(os.environ)
+        self._passed = passed_sockets(os.environ, LISTENERS)
+        self._at_terminal = os.isatty(0)
         self._check_addresses()
         self._token = self._management_token()
         keys = None if config.trusted_keys is None else TrustedKeys(config.trusted_keys)
         self._store = ModelStore(config.model_store, keys)
         self._registry = ModelRegistry()
         self._cache = CacheDirectory(config.cache_dir)
-        self._control = ControlPlane(config, self._registry, self._store, self._cache)
-        self._startup = self._archives()
+        self._readiness = Readiness(self._registry)
+        self._control = ControlPlane(config, self._registry, self._store, self._cache, config.state)
+        self._remote: dict[str, tuple[str, str]] = {}  # file in the store -> name and address to download it from
+        self._named = self._archives()
+        self._startup = self._plan(State() if fresh else read(config.state))
+        self._control.announce(self._startup)
         self._run_dir = RunDirectory(config.run_dir)
-        self._inference = InferenceApi(DataPlane(self._registry))
+        self._inference = InferenceApi(DataPlane(self._registry), self._readiness)
         self._nginx_program = self._find_edge()
         self._tls = self._certificate()
         self._renewal: asyncio.Task[None] | None = None
@@ -86,8 +116,11 @@ class ModelServer:
         self._stop_now = asyncio.Event()
         self._exit_code = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._reloads: asyncio.Task[None] | None = None
         self._gpus: list[GpuFacts] = []
         self._failures: dict[ModelVersion, ModelLoadError] = {}
+        self._unrestored: list[str] = []
+        self._fetches: dict[str, asyncio.Task[tuple[str, str]]] = {}
         self._clients_done = False
 
     # start
@@ -103,60 +136,116 @@ class ModelServer:
         self._run_dir.acquire(user)
         loads: list[asyncio.Task[None]] = []
         try:
-            self._cache.acquire(user)
+            self._cache.acquire(user, for_others=bool(self._config.worker_user))
+            await self._control.check_sandbox()
             sockets = self._listen(user[1] if user else None)
             self._catch_signals()
             self._run_dir.record(self._running())
-            loads += [asyncio.create_task(self._load(url, name)) for name, url in self._startup]
+            self._say_restored()
+            self._fetches = {
+                file: asyncio.create_task(self._control.fetch(url)) for file, (_, url) in self._remote.items()
+            }
+            loads += [asyncio.create_task(self._load(model)) for model in self._startup]
+            loads += [asyncio.create_task(self._load_remote(file)) for file in self._remote]
             await self._serve(sockets)
             self._start_edge()
             self._tick()
+            self._watchdog()
             await self._await_loads(loads)
             if not self._stop_asked.is_set():
                 self._check_loaded()
         except BaseException:
-            for load in loads:
-                load.cancel()
-            await asyncio.gather(*loads, return_exceptions=True)
+            unfinished = [*loads, *self._fetches.values()]
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
             await self.stop()
             raise
         if self._stop_asked.is_set():
             return
+        self._readiness.phase = Phase.SERVING
         gc.collect()
         gc.freeze()
-        self._say(self._ready_line(time.monotonic() - begun))
+        line = self._ready_line(time.monotonic() - begun)
+        self._manager.ready(line)
+        self._say(line)
 
     async def run_until_stopped(self) -> int:
         """Wait for SIGTERM, SIGINT or the loss of the edge; returns the exit code."""
         await self._stop_asked.wait()
         return self._exit_code
 
-    def _archives(self) -> list[tuple[str, str]]:
-        """(name, file) of the models to load at start; what is in the store is checked before anything else happens."""
-        startup: list[tuple[str, str]] = []
+    def _archives(self) -> dict[tuple[str, str], SavedVersion]:
+        """What `models` names in the store, by name and version; it is checked before anything else happens."""
+        urls: list[tuple[str, str]] = []
         for entry in self._config.models:
             if entry.upper() == "ALL":
-                startup += [("", name) for name in self._store.names()]
+                urls += [("", name) for name in self._store.names()]
             else:
                 name, equals, url = ("", "", "") if is_remote(entry) else entry.partition("=")
-                startup.append((name, url) if equals else ("", entry))
-        seen: dict[tuple[str, str], str] = {}
-        for name, url in startup:
+                urls.append((name, url) if equals else ("", entry))
+        named: dict[tuple[str, str], SavedVersion] = {}
+        for name, url in urls:
             if is_remote(url):
-                self._control.downloads.check(split_pin(url)[0])
-                self._registry.announced |= {name} if name else set()
+                self._remote[self._control.downloads.check(split_pin(url)[0])] = name, url
+                if name:
+                    self._registry.announced[name, ""] = ""
                 continue
             archive = self._store.open(url)
             key = (name or archive.manifest.model_name, archive.manifest.version)
-            if key in seen:
-                raise ConfigError(f"{url} and {seen[key]} both hold model {key[0]} {key[1]}; start only one of them")
-            seen[key] = url
-            self._registry.announced.add(key[0])
-        return startup
+            if key in named:
+                raise ConfigError(
+                    f"{url} and {named[key].archive} both hold model {key[0]} {key[1]}; start only one of them"
+                )
+            named[key] = SavedVersion(version=key[1], archive=url, sha256="", named=True)
+        return named
+
+    def _plan(self, state: State) -> list[SavedModel]:
+        """What to register: the saved state, and what `models` names beside it.
+
+        Of a version that both have, the archive is that of `models` and the settings are the saved ones. What was named
+        by `models` once is registered no more when `models` names other things now.
+        """
+        missing = dict(self._named)
+        plan: dict[str, SavedModel] = {}
+        for model in state.models:
+            versions = []
+            for saved in model.versions:
+                named = missing.pop((model.name, saved.version), None)
+                if named is not None:
+                    saved = msgspec.structs.replace(named, settings=saved.settings)
+                elif self._is_remote(model.name, saved):
+                    saved = msgspec.structs.replace(saved, sha256="")
+                elif saved.named and self._config.models:
+                    log.info("%s %s is not restored: models names it no more", model.name, saved.version)
+                    continue
+                versions.append(saved)
+            plan[model.name] = SavedModel(name=model.name, default=model.default, versions=versions)
+        for (name, _), saved in missing.items():
+            known = plan.get(name) or SavedModel(name=name, default=saved.version, versions=[])
+            plan[name] = msgspec.structs.replace(known, versions=[*known.versions, saved])
+        return [_with_default(model) for model in plan.values() if model.versions]
+
+    def _is_remote(self, name: str, saved: SavedVersion) -> bool:
+        """Whether `models` names it by the address that its archive is downloaded from."""
+        return saved.named and saved.archive in self._remote and self._remote[saved.archive][0] in ("", name)
+
+    def _restored(self) -> list[str]:
+        """What is registered because it was before, not because `models` names it."""
+        return [
+            f"{model.name} {saved.version}"
+            for model in self._startup
+            for saved in model.versions
+            if (model.name, saved.version) not in self._named and not self._is_remote(model.name, saved)
+        ]
+
+    def _say_restored(self) -> None:
+        if restored := self._restored():
+            self._say(f"restoring {', '.join(restored)} from {self._config.state} (--fresh ignores it)")
 
     def _management_token(self) -> TokenFile | None:
         """Whoever can register a model runs code here: only this machine may do that without a token."""
-        address, file = self._config.management_address, self._config.management_token_file
+        address, file = self._addresses()[1], self._config.management_token_file
         if file is None and not is_loopback(address):
             raise ConfigError(
                 f"management_address = {address}: other machines reach it, and whoever registers a model runs code "
@@ -165,9 +254,11 @@ class ModelServer:
         return None if file is None else TokenFile(file)
 
     def _find_edge(self) -> str | None:
-        if self._config.edge == "none":
+        if self._passed and self._config.edge == "nginx":
+            raise ConfigError("nginx cannot take over the sockets of the service manager; start with --edge none")
+        if self._config.edge == "none" or self._passed:
             if self._config.access_log is not None:
-                raise ConfigError("access_log is written by nginx; start without --edge none, or leave it empty")
+                raise ConfigError(NO_ACCESS_LOG)
             return None
         program = find_nginx(self._config.nginx)
         if program is None and self._config.access_log is not None:
@@ -213,6 +304,7 @@ class ModelServer:
             header_timeout=config.header_timeout,
             body_timeout=config.body_timeout,
             keepalive_timeout=config.keepalive_timeout,
+            max_bytes_in_flight=config.max_bytes_in_flight or memory() // 4,
         )
 
     def _check_addresses(self) -> None:
@@ -228,10 +320,17 @@ class ModelServer:
         return Running(os.getpid(), *self._places(), self._stop_limit(), token_file, certificate)
 
     def _stop_limit(self) -> float:
-        return self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
+        return self._config.drain_delay + self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
 
     def _addresses(self) -> tuple[str, str, str]:
-        return self._config.inference_address, self._config.management_address, self._config.metrics_address
+        config = self._config
+        inference, management, metrics = (
+            address_of(self._passed[name]) if name in self._passed else address
+            for name, address in zip(
+                LISTENERS, (config.inference_address, config.management_address, config.metrics_address), strict=True
+            )
+        )
+        return inference, management, metrics
 
     def _places(self) -> tuple[str, str, str]:
         """The addresses, with https:// where TLS is spoken."""
@@ -242,14 +341,14 @@ class ModelServer:
         return inference, management, metrics
 
     def _listen(self, group: int | None) -> list[socket.socket]:
-        """The front end's sockets: behind nginx Unix ones, else the public ones."""
+        """The front end's sockets: behind nginx Unix ones, else the public ones, or those that were passed to us."""
         addresses: list[str] = list(self._addresses())
         if self._nginx_program is not None:
             addresses = [f"unix:{self._run_dir.sockets / name}.sock" for name in LISTENERS]
         bound: list[socket.socket] = []
         try:
-            for address in addresses:
-                bound.append(bind(address, group=group))
+            for name, address in zip(LISTENERS, addresses, strict=True):
+                bound.append(self._passed.get(name) or bind(address, group=group))
         except StartError:
             for sock in bound:
                 sock.close()
@@ -269,16 +368,17 @@ class ModelServer:
         collector = Collector(
             lambda: (version.facts() for version in self._registry.versions()),
             lambda: self._gpus,
-            lambda: len(self._http.connections),
+            lambda: FrontEndFacts(len(self._http.connections), self._http.shedding.bytes, self._http.shedding.step),
             self._inference.failures,
+            lambda: self._control.saver is not None and self._control.saver.failed,
         )
 
         def refresh() -> None:
             self._gpus = list(monitor.facts())
 
-        guard = Guard(self._config.management_address, self._config.management_hosts, self._token)
+        guard = Guard(self._addresses()[1], self._config.management_hosts, self._token)
         apps = (
-            (management.application(self._control, guard), control),
+            (management.application(self._control, self._readiness, guard), control),
             (metrics.application(registry(collector), refresh), scrape),
         )
         for app, sock in apps:
@@ -299,10 +399,16 @@ class ModelServer:
         if self._nginx_program is None:
             return
         # jinja2 is needed behind nginx only
-        from mms_nginx.render import Listener, render
         from mms_nginx.run import Nginx
 
-        config = self._config
+        self._nginx = Nginx(self._nginx_program, self._run_dir.nginx, self._edge_text(self._config))
+        self._nginx.start()
+        asyncio.get_running_loop().add_reader(self._nginx.pidfd, self._edge_ended)
+
+    def _edge_text(self, config: Config) -> str:
+        """nginx's configuration."""
+        from mms_nginx.render import Listener, render
+
         listeners = [
             Listener(
                 name,
@@ -313,7 +419,7 @@ class ModelServer:
             for name, address in zip(LISTENERS, self._addresses(), strict=True)
         ]
         user = edge_user()
-        text = render(
+        return render(
             listeners,
             directory=self._run_dir.nginx,
             max_request_size=config.max_request_size,
@@ -325,12 +431,36 @@ class ModelServer:
             spool=self._cache.nginx,
             access_log=config.access_log,
         )
-        self._nginx = Nginx(self._nginx_program, self._run_dir.nginx, text)
-        self._nginx.start()
-        asyncio.get_running_loop().add_reader(self._nginx.pidfd, self._edge_ended)
 
-    async def _load(self, url: str, name: str) -> None:
-        version = await self._control.register(url, name=name, at_start=True, synchronous=False)
+    async def _load(self, model: SavedModel) -> None:
+        """The versions of one name, the default one first: requests must not meet another in its place."""
+        versions = []
+        for saved in sorted(model.versions, key=lambda saved: saved.version != model.default):
+            try:
+                if self._is_remote(model.name, saved):
+                    await self._fetches[saved.archive]
+                versions.append(await self._control.restore(model.name, saved.version))
+            except MMSError as error:
+                if (model.name, saved.version) in self._named:
+                    raise
+                self._unrestored.append(f"{model.name} {saved.version} is not restored: {error.message}")
+                log.error("%s", self._unrestored[-1])
+        self._registry.sort(model.name, [saved.version for saved in model.versions])
+        for version in versions:
+            await self._settle(version)
+
+    async def _load_remote(self, file: str) -> None:
+        """What `models` names by its address and the saved state does not have: its version shows when it is here."""
+        await self._fetches[file]
+        if any(self._is_remote(model.name, saved) and saved.archive == file
+               for model in self._startup for saved in model.versions):  # fmt: skip
+            return
+        name, _ = self._remote[file]
+        version = await self._control.load_named(file, name)
+        self._registry.announced.pop((name, ""), None)
+        await self._settle(version)
+
+    async def _settle(self, version: ModelVersion) -> None:
         if version.pool is not None:
             try:
                 await version.pool.settled()
@@ -349,7 +479,9 @@ class ModelServer:
                 for task in done - {stop}:
                     task.result()
                 if not done:
-                    self._say(f"loading for {time.monotonic() - begun:.0f} s: {self._loading()}")
+                    text = f"loading for {time.monotonic() - begun:.0f} s: {self._loading()}"
+                    self._manager.loading(text, PATIENCE)
+                    self._say(text)
         finally:
             stop.cancel()
             for task in pending:
@@ -365,15 +497,16 @@ class ModelServer:
 
     def _failed(self) -> list[str]:
         """Why models do not serve that were to be loaded at start."""
-        return [
+        return self._unrestored + [
             error.message
             for version, error in self._failures.items()
             if version.pool is not None and not version.pool.ready
         ]
 
     def _check_loaded(self) -> None:
+        """Raises StartError when `models` names all there is and nothing of it loads; saved models can be mended."""
         failed = self._failed()
-        if failed and len(failed) == len(self._registry.versions()):
+        if failed and not self._restored() and len(failed) == len(self._registry.versions()):
             raise StartError(f"no model could be loaded: {'; '.join(failed)} (more in {self._run_dir.logs})")
 
     def _progress(self, version: ModelVersion) -> str:
@@ -383,7 +516,7 @@ class ModelServer:
         return f"{pool.ready if pool else 0} of {version.settings.min_workers} workers"
 
     def _ready_line(self, seconds: float) -> str:
-        failed, count = self._failed(), len(self._registry.versions())
+        failed, count = self._failed(), len(self._registry.versions()) + len(self._unrestored)
         inference, management, metrics = map(_url, self._places())
         edge = "behind nginx" if self._nginx is not None else "without nginx"
         ready = f"{count - len(failed)} of {count}" if failed else str(count)
@@ -396,7 +529,7 @@ class ModelServer:
     def _renew_certificate(self) -> None:
         """nginx reads certificate and key at its start: it reloads when they have changed."""
         stamp = self._look_at_certificate()
-        if not stamp or stamp == self._tls_stamp or self._nginx is None or self._renewal is not None:
+        if not stamp or stamp == self._tls_stamp or self._nginx is None or self._renewal is not None or self._reloads:
             return
         self._tls_stamp = stamp
         self._renewal = asyncio.create_task(asyncio.to_thread(self._nginx.reload_files))
@@ -416,6 +549,12 @@ class ModelServer:
         self._control.reap_orphans({self._nginx.pid} if self._nginx is not None else set())
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
 
+    def _watchdog(self) -> None:
+        """Tell the service manager that the event loop turns."""
+        if self._manager.watchdog:
+            self._manager.send("WATCHDOG=1")
+            asyncio.get_running_loop().call_later(self._manager.watchdog, self._watchdog)
+
     # signals and the edge's life
 
     def _catch_signals(self) -> None:
@@ -423,13 +562,66 @@ class ModelServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen_log)
+        loop.add_signal_handler(signal.SIGHUP, self._hung_up)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
     def _reopen_log(self) -> None:
         if self._nginx is not None:
             self._nginx.reopen()
 
+    def _hung_up(self) -> None:
+        """SIGHUP: reload, but when it means that the terminal we run in is gone, stop."""
+        if self._at_terminal and not os.isatty(0):
+            self._signalled()
+        elif self._reloads is None:
+            self._reloads = asyncio.create_task(self._reload())
+
+    async def _reload(self) -> None:
+        """Read the settings again, apply what can change, and leave word of it in the run directory."""
+        self._manager.reloading()
+        applied: list[str] = []
+        restart: list[str] = []
+        failure = ""
+        try:
+            if self._reread is None:
+                raise ConfigError("this server has no settings to read again")
+            new = self._reread()
+            changed = [
+                each.name for each in fields(Config) if getattr(new, each.name) != getattr(self._config, each.name)
+            ]
+            applied, restart = (
+                [name for name in changed if name in LIVE],
+                [name for name in changed if name not in LIVE],
+            )
+            await self._apply(replace(self._config, **{name: getattr(new, name) for name in applied}))
+        except MMSError as error:
+            applied, restart, failure = [], [], error.message
+            log.error("not reloaded, everything stays as it was: %s", failure)
+        else:
+            log.info("reloaded; changed: %s; changed by a restart only: %s", ", ".join(applied) or "nothing",
+                     ", ".join(restart) or "nothing")  # fmt: skip
+        finally:
+            self._reloads = None
+        self._manager.ready(failure or "reloaded")
+        self._run_dir.record_reload(applied, restart, failure)
+
+    async def _apply(self, config: Config) -> None:
+        if self._nginx_program is None and config.access_log is not None:
+            raise ConfigError(NO_ACCESS_LOG)
+        if self._renewal is not None:
+            await asyncio.wait([self._renewal])
+        if self._nginx is not None and (text := self._edge_text(config)) != self._edge_text(self._config):
+            await asyncio.to_thread(self._nginx.reload, text)  # closes idle connections: not without need
+        self._config = config
+        self._control.config = config
+        self._http.apply(self._limits())
+        logging.getLogger("mms").setLevel(config.log_level.upper())
+        self._run_dir.record(self._running())
+
     def _signalled(self) -> None:
+        if self._readiness.phase is not Phase.DRAINING:
+            self._manager.send("STOPPING=1")
+        self._readiness.phase = Phase.DRAINING
         if self._stop_asked.is_set():
             self._stop_now.set()
         self._stop_asked.set()
@@ -456,20 +648,23 @@ class ModelServer:
                 log.error("nginx cannot be started again: %s", error.message)
         log.critical("nginx cannot be kept running; stopping")
         self._exit_code = 1
+        self._readiness.phase = Phase.DRAINING
         self._stop_asked.set()
 
     # stop
 
     async def stop(self) -> None:
-        """Edge, connections, workers; requests in hand get drain_timeout in all, cut short by a second signal.
+        """After drain_delay: edge, connections, workers; requests in hand get drain_timeout in all.
 
+        A second signal cuts it short.
         Takes at most `_stop_limit`; there is a word every two seconds.
         """
         begun = time.monotonic()
         if self._timer is not None:
             self._timer.cancel()
-        until = begun + self._config.drain_timeout
-        drain = asyncio.create_task(self._drain(until))
+        delay = self._config.drain_delay if self._readiness.phase is Phase.DRAINING else 0.0
+        until = begun + delay + self._config.drain_timeout
+        drain = asyncio.create_task(self._drain(delay, until))
         now = asyncio.create_task(self._stop_now.wait())
         while not await _first_of(drain, now):
             self._say(f"stopping for {time.monotonic() - begun:.0f} s: {self._leaving(until)}")
@@ -486,10 +681,11 @@ class ModelServer:
         self._cache.release()
         self._run_dir.release()
 
-    async def _drain(self, until: float) -> None:
+    async def _drain(self, delay: float, until: float) -> None:
         def left() -> float:
             return max(0.0, until - time.monotonic())
 
+        await asyncio.sleep(delay)
         timeout = self._config.drain_timeout
         if not await self._stop_edge(left()):
             log.warning("nginx was ended: its requests took longer than drain_timeout (%g s)", timeout)
@@ -552,9 +748,21 @@ def _overlap(one: str, other: str) -> bool:
     return len(ports) == 1 and "0" not in ports and (len(hosts) == 1 or any_host)
 
 
-async def serve(config: Config, say: Callable[[str], None]) -> int:
-    """The whole life of a server; returns its exit code. Raises MMSError when it cannot start."""
-    server = ModelServer(config, say)
+def _with_default(model: SavedModel) -> SavedModel:
+    """The default may be gone: the version registered last takes its place."""
+    if any(saved.version == model.default for saved in model.versions):
+        return model
+    return msgspec.structs.replace(model, default=model.versions[-1].version)
+
+
+async def serve(
+    config: Config, say: Callable[[str], None], *, fresh: bool = False, reread: Callable[[], Config] | None = None
+) -> int:
+    """The whole life of a server; returns its exit code. Raises MMSError when it cannot start.
+
+    `fresh` ignores the saved state; `reread` reads the settings again for a reload.
+    """
+    server = ModelServer(config, say, fresh=fresh, reread=reread)
     await server.start()
     try:
         return await server.run_until_stopped()

@@ -145,6 +145,24 @@ class Failed(msgspec.Struct, array_like=True):
     traceback: str
 
 
+class Sandbox(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a worker gives up beyond what every worker does; by default nothing.
+
+    `uid` -1: stay who the server is. With `files`, only the system, Python, the archive and the paths in `read` can be
+    read, GPU devices used if `gpu`, and only the scratch folder written. `memory` is address space in bytes.
+    """
+
+    uid: int = -1
+    gid: int = -1
+    groups: tuple[int, ...] = ()
+    files: bool = False
+    read: tuple[str, ...] = ()
+    gpu: bool = False
+    network: bool = True
+    memory: int = 0
+    nice: int = 0
+
+
 class ForkRequest(msgspec.Struct, array_like=True):
     """What the fork server does on request: fork a worker that owns the descriptors passed beside this message.
 
@@ -156,6 +174,8 @@ class ForkRequest(msgspec.Struct, array_like=True):
     name: str
     directory: str
     server: int
+    scratch: str
+    sandbox: Sandbox
 
 
 class Preloaded(msgspec.Struct, array_like=True):

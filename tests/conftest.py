@@ -167,7 +167,9 @@ def processes_in(folder: Path) -> list[psutil.Process]:
 class Server:
     """A server that `mms start` runs as a child of the tests; `output` is all it has printed and logged."""
 
-    def __init__(self, folder: Path, arguments: list[str], addresses: list[str]) -> None:
+    def __init__(
+        self, folder: Path, arguments: list[str], addresses: list[str], *, descriptors: tuple[int, ...] = ()
+    ) -> None:
         self.folder = folder
         self.run_dir = folder / "run"
         self.cache_dir = folder / "cache"
@@ -179,7 +181,12 @@ class Server:
         self._ready = threading.Event()
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                arguments, cwd=folder, stdout=subprocess.PIPE, stderr=log, env=environment()
+                arguments,
+                cwd=folder,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment(),
+                pass_fds=descriptors,
             )
         self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
         self._reader.start()
@@ -346,16 +353,26 @@ class Traffic:
     """Clients that send requests as fast as they are answered, each with a body of its own, until the end of the block.
 
     `failures` holds every answer that was not the right one. With `until_refused`, a client ends without complaint when
-    the server takes no more connections or closes one before the request was begun.
+    the server takes no more connections or closes one before the request was begun; with `reconnects`, it sends the
+    request again on a new connection then.
     """
 
-    def __init__(self, running: Server, *, model: str = "echo", clients: int = 8, until_refused: bool = False) -> None:
+    def __init__(
+        self,
+        running: Server,
+        *,
+        model: str = "echo",
+        clients: int = 8,
+        until_refused: bool = False,
+        reconnects: bool = False,
+    ) -> None:
         self.count = 0
         self.failures: list[str] = []
         self.slowest = 0.0
         self._server = running
         self._path = f"/predictions/{model}"
         self._until_refused = until_refused
+        self._reconnects = reconnects
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._client, args=(number,)) for number in range(clients)]
 
@@ -380,7 +397,7 @@ class Traffic:
 
     def _client(self, number: int) -> None:
         connection = connect(self._server.url)
-        sent = 0
+        sent = answered = 0
         try:
             while not self._stop.is_set() and not self.failures:
                 sent += 1
@@ -391,8 +408,13 @@ class Traffic:
                 except (OSError, http.client.HTTPException) as error:
                     if self._until_refused and isinstance(error, ConnectionError):
                         return
+                    if self._reconnects and isinstance(error, ConnectionError) and answered:
+                        connection.close()
+                        answered = 0
+                        continue
                     self.failures.append(f"{body!r}: {error!r}")
                     return
+                answered += 1
                 self.slowest = max(self.slowest, time.monotonic() - begun)
                 if reply.status != 200 or reply.json()["sha256"] != digest(body):
                     self.failures.append(f"{body!r}: {reply}")

@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
-from mms.errors import MMSError
+from mms.program import Program
 
 # Whether it is there is for whoever reads it to find out: a file that is missing is no wrong command line.
 _PATH = click.Path(path_type=Path)
 
 
-class _Program(click.Group):
-    """Tells every mistake in one line: status 2 when the command line is wrong, 1 for anything else."""
-
-    def main(self, *args: Any, **extra: Any) -> NoReturn:
-        extra |= {"standalone_mode": False, "prog_name": "model-archiver"}
-        try:
-            status = super().main(*args, **extra)
-        except click.ClickException as error:
-            _fail(error.format_message(), error.exit_code)
-        except MMSError as error:
-            _fail(error.message, 1)
-        except (click.Abort, KeyboardInterrupt):
-            _fail("interrupted", 130)
-        except BrokenPipeError:
-            sys.stderr.close()
-            sys.exit(1)
-        except OSError as error:
-            _fail(f"{error.filename or ''}: {error.strerror}".lstrip(": "), 1)
-        sys.exit(status if isinstance(status, int) else 0)
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"model-archiver: error: {' '.join(message.split())}", err=True)
-    sys.exit(status)
-
-
-@click.group(cls=_Program, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "model-archiver",
+    cls=Program,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option("--model-name", metavar="NAME", help="Name of the model and of the archive.")
 @click.option("-v", "--version", metavar="VERSION", default="1.0", show_default=True, help="Version of the model.")
 @click.option(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from mms.api.guard import Guard
-from mms.api.openapi import Operation, Parameter, document, setting_parameters
-from mms.config import nearest
+from mms.api.openapi import Operation, Parameter, document, health, setting_parameters
+from mms.archive import RUNTIMES
+from mms.config import MAX_WORKERS, ModelSettings, nearest, parse_setting
 from mms.controlplane import ControlPlane
 from mms.errors import (
     BadRequestError,
@@ -20,32 +21,36 @@ from mms.errors import (
     MMSError,
     ModelLoadError,
     NotFoundError,
+    RequestTooLargeError,
     UnauthorizedError,
 )
 from mms.http.response import json_body
+from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion
 
 log = logging.getLogger("mms.management")
 
 CONTROL = web.AppKey("control", ControlPlane)
+READINESS = web.AppKey("readiness", Readiness)
 MAX_BODY = 1 << 20
 PAGE = 100
+MAX_NUMBER = 10**9
 
-_AT_REGISTRATION = (
-    "batch_size", "max_batch_delay", "min_workers", "max_workers", "response_timeout", "startup_timeout", "queue_size",
-    "queue_timeout", "retry", "isolate_errors", "device", "gpus", "threads", "preload",
-)  # fmt: skip
-_WHILE_SERVED = ("batch_size", "max_batch_delay", "queue_size", "queue_timeout")
-_SYNCHRONOUS = Parameter("synchronous", "boolean", "answer when the workers are ready, not at once")
+_NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
+_AT_REGISTRATION = tuple(setting.name for setting in fields(ModelSettings))
+_WHILE_SERVED = ("batch_size", "max_batch_delay", "queue_size", "queue_bytes", "queue_timeout", "queue_order")
+_STRING = {"type": "string"}
+_SYNCHRONOUS = Parameter("synchronous", {"type": "boolean"}, "answer when the workers are ready, not at once")
 
 _Parameters = dict[str, Any]
 _Handler = Callable[[web.Request, _Parameters], Awaitable[web.Response]]
 
 
-def application(control: ControlPlane, guard: Guard) -> web.Application:
+def application(control: ControlPlane, readiness: Readiness, guard: Guard) -> web.Application:
     """The aiohttp application on the management listener."""
     app = web.Application(middlewares=[errors_as_json, guard.middleware], client_max_size=MAX_BODY)
     app[CONTROL] = control
+    app[READINESS] = readiness
     for operation, handler in _TABLE:
         app.router.add_route(operation.method, operation.path, _translate(operation, handler))
     return app
@@ -62,8 +67,10 @@ async def errors_as_json(
         return _failure(error)
     except web.HTTPNotFound:
         return _failure(NotFoundError("Requested resource is not found, please refer to API document."))
-    except web.HTTPMethodNotAllowed:
-        return _failure(MethodNotAllowedError("Requested method is not allowed, please refer to API document."))
+    except web.HTTPMethodNotAllowed as error:
+        return _failure(MethodNotAllowedError(_NOT_ALLOWED, allow=", ".join(sorted(error.allowed_methods))))
+    except web.HTTPRequestEntityTooLarge:
+        return _failure(RequestTooLargeError(f"the body is over the limit of {MAX_BODY} bytes"))
     except web.HTTPException as error:
         return _failure(BadRequestError(error.reason, status=error.status))
     except Exception:
@@ -78,6 +85,8 @@ def _failure(error: MMSError) -> web.Response:
     response = _json(body, error.status)
     if isinstance(error, UnauthorizedError):
         response.headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, MethodNotAllowedError):
+        response.headers["Allow"] = error.allow
     return response
 
 
@@ -95,7 +104,8 @@ def _translate(operation: Operation, handler: _Handler) -> Callable[[web.Request
         for name in parameters:
             if name not in known:
                 raise BadRequestError(f"unknown parameter {name}{nearest(name, known)}")
-        return await handler(request, parameters)
+        given = {name: value for name, value in parameters.items() if value is not None}  # null: as if not there
+        return await handler(request, given)
 
     return handle
 
@@ -110,19 +120,21 @@ async def _body(request: web.Request) -> _Parameters:
 
 
 async def _register(request: web.Request, parameters: _Parameters) -> web.Response:
-    if not parameters.get("url"):
+    url = _text(parameters, "url")
+    if not url:
         raise BadRequestError("Parameter url is required.")
-    if parameters.get("runtime", "python") not in ("python", "python3"):
+    if "runtime" in parameters and parameters["runtime"] not in RUNTIMES:
         raise BadRequestError(f"Invalid RuntimeType value: {parameters['runtime']}")
     changes = {name: parameters[name] for name in _AT_REGISTRATION if name in parameters}
     if "initial_workers" in parameters:
-        changes["min_workers"] = parameters["initial_workers"]
+        value = parameters["initial_workers"]
+        changes["min_workers"] = parse_setting(ModelSettings, "min_workers", value, "request", called="initial_workers")
     synchronous = _flag(parameters, default=True)
     version = await request.app[CONTROL].register(
-        str(parameters["url"]),
-        name=str(parameters.get("model_name", "")),
-        handler=str(parameters.get("handler", "")),
-        sha256=str(parameters.get("sha256", "")),
+        url,
+        name=_text(parameters, "model_name"),
+        handler=_text(parameters, "handler"),
+        sha256=_text(parameters, "sha256"),
         changes=changes,
         synchronous=synchronous,
     )
@@ -171,8 +183,10 @@ async def _change(request: web.Request, parameters: _Parameters) -> web.Response
     if changes and "min_worker" not in parameters and "max_worker" not in parameters:
         await control.change(name, number, changes)
         return _status(f"Settings changed for model: {version.label}")
-    least = _number(parameters, "min_worker", 1)
-    most = _number(parameters, "max_worker", least)
+    # neither given means 1, as in MMS
+    unsaid = version.settings.min_workers if "max_worker" in parameters else 1
+    least = _number(parameters, "min_worker", unsaid, high=MAX_WORKERS)
+    most = _number(parameters, "max_worker", least, high=MAX_WORKERS)
     if most < least:
         raise BadRequestError("max_worker cannot be less than min_worker.")
     changes |= {"min_workers": least, "max_workers": most}
@@ -184,9 +198,33 @@ async def _change(request: web.Request, parameters: _Parameters) -> web.Response
 
 async def _set_default(request: web.Request, parameters: _Parameters) -> web.Response:
     name, number = request.match_info["model"], request.match_info["version"]
-    request.app[CONTROL].set_default(name, number)
+    await request.app[CONTROL].set_default(name, number)
     log.info("%s %s is the default now", name, number)
     return _status(f'Default version successfully updated for model "{name}" to "{number}"')
+
+
+async def _retry(request: web.Request, parameters: _Parameters) -> web.Response:
+    name, number = request.match_info["model"], request.match_info.get("version", "")
+    synchronous = _flag(parameters, default=True)
+    version = await request.app[CONTROL].retry(name, number, synchronous=synchronous)
+    if not synchronous:
+        return _status("Processing worker updates...", 202)
+    return _status(f'Model "{version.name}" Version: {version.version} has {version.settings.min_workers} workers')
+
+
+async def _model_ready(request: web.Request, parameters: _Parameters) -> web.Response:
+    name, number = request.match_info["model"], request.match_info.get("version", "")
+    status, body = request.app[READINESS].of_version(request.app[CONTROL].registry.version(name, number))
+    return _json(body, status)
+
+
+async def _livez(request: web.Request, parameters: _Parameters) -> web.Response:
+    return _status("alive")
+
+
+async def _readyz(request: web.Request, parameters: _Parameters) -> web.Response:
+    status, body = request.app[READINESS].report(details=True)
+    return _json(body, status)
 
 
 async def _unregister(request: web.Request, parameters: _Parameters) -> web.Response:
@@ -198,11 +236,18 @@ async def _unregister(request: web.Request, parameters: _Parameters) -> web.Resp
 
 async def _openapi(request: web.Request, parameters: _Parameters) -> web.Response:
     operations = (replace(row[0], statuses=tuple(sorted((*row[0].statuses, 401, 403)))) for row in _TABLE)
-    return _json(document("MMS management API", "Register, scale, describe, unregister.", operations))
+    return _json(document("MMS management API", "Register, scale, describe, retry, unregister.", operations))
 
 
 def _status(text: str, status: int = 200) -> web.Response:
     return _json({"status": text}, status)
+
+
+def _text(parameters: _Parameters, name: str) -> str:
+    value = parameters.get(name, "")
+    if not isinstance(value, str):
+        raise BadRequestError(f"{name} = {value!r:.200}: a text is needed")
+    return value
 
 
 def _flag(parameters: _Parameters, *, default: bool) -> bool:
@@ -212,30 +257,39 @@ def _flag(parameters: _Parameters, *, default: bool) -> bool:
     return value == "true"
 
 
-def _number(parameters: _Parameters, name: str, default: int, *, low: int = 0) -> int:
+def _number(parameters: _Parameters, name: str, default: int, *, low: int = 0, high: int = MAX_NUMBER) -> int:
     text = str(parameters.get(name, default))
-    if not text.isdecimal() or int(text) < low:
-        raise BadRequestError(f"{name} = {text}: a whole number of at least {low} is needed")
+    if not (text.isdecimal() and len(text) <= len(str(MAX_NUMBER)) and low <= int(text) <= high):
+        raise BadRequestError(f"{name} = {text:.200}: a whole number from {low} to {high} is needed")
     return int(text)
 
 
 _SCALE = (
-    Parameter("min_worker", "integer", "workers to run (default 1)"),
-    Parameter("max_worker", "integer", "kept and shown; nothing scales up to it yet (default: min_worker)"),
+    Parameter(
+        "min_worker", {"type": "integer", "minimum": 0, "maximum": MAX_WORKERS},
+        "workers to run (default: 1, or with max_worker alone as many as before)",
+    ),
+    Parameter(
+        "max_worker", {"type": "integer", "minimum": 0, "maximum": MAX_WORKERS},
+        "kept and shown; nothing scales up to it yet (default: min_worker)",
+    ),
     _SYNCHRONOUS,
     *setting_parameters(_WHILE_SERVED),
-)
+)  # fmt: skip
 _TABLE: tuple[tuple[Operation, _Handler], ...] = (
     (
         Operation(
-            "post", "/models", "Register an archive of the model store.", (200, 202, 400, 404, 409, 500),
+            "post", "/models", "Register an archive of the model store.", (200, 202, 400, 404, 409, 413, 500),
             (
-                Parameter("url", "string", "the archive's file name in the model store, or a URL", required=True),
-                Parameter("sha256", "string", "what the archive file's SHA-256 must be"),
-                Parameter("model_name", "string", "serve it under this name (default: the manifest's)"),
-                Parameter("handler", "string", "module:name instead of the manifest's handler"),
-                Parameter("runtime", "string", "python; accepted for MMS's sake"),
-                Parameter("initial_workers", "integer", "workers to start (default: one per GPU, else per core)"),
+                Parameter("url", _STRING, "the archive's file name in the model store, or a URL", required=True),
+                Parameter("sha256", _STRING, "what the archive file's SHA-256 must be"),
+                Parameter("model_name", _STRING, "serve it under this name (default: the manifest's)"),
+                Parameter("handler", _STRING, "module:name instead of the manifest's handler"),
+                Parameter("runtime", {"type": "string", "enum": list(RUNTIMES)}, "accepted for MMS's sake"),
+                Parameter(
+                    "initial_workers", {"type": "integer", "minimum": -1, "maximum": MAX_WORKERS},
+                    "workers to start (default: min_workers of the archive or the server)",
+                ),
                 _SYNCHRONOUS,
                 *setting_parameters(_AT_REGISTRATION),
             ),
@@ -247,8 +301,10 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
         Operation(
             "get", "/models", "The registered models, by name.", (200, 400),
             (
-                Parameter("limit", "integer", "models per page, at most 100"),
-                Parameter("next_page_token", "integer", "where the page begins, from the page before"),
+                Parameter("limit", {"type": "integer", "minimum": 1}, "models per page, at most 100"),
+                Parameter(
+                    "next_page_token", {"type": "integer", "minimum": 0}, "where the page begins, from the page before"
+                ),
             ),
             operation_id="list",
         ),
@@ -260,6 +316,20 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
     ),
     (
         Operation(
+            "get", "/models/{model}/ready", "Whether the default version has its workers.", (200, 400, 404, 503),
+            operation_id="ready",
+        ),
+        _model_ready,
+    ),
+    (
+        Operation(
+            "get", "/models/{model}/{version}/ready", "Whether a version has its workers.", (200, 400, 404, 503),
+            operation_id="ready_version",
+        ),
+        _model_ready,
+    ),
+    (
+        Operation(
             "get", "/models/{model}/{version}", "Describe one version.", (200, 400, 404),
             operation_id="describe_version",
         ),
@@ -268,14 +338,14 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
     (
         Operation(
             "put", "/models/{model}", "Scale the default version, or change its batching while it is served.",
-            (200, 202, 400, 404, 409, 500), _SCALE, operation_id="change",
+            (200, 202, 400, 404, 409, 413, 500), _SCALE, body="json", operation_id="change",
         ),
         _change,
     ),
     (
         Operation(
             "put", "/models/{model}/{version}", "Scale one version, or change its batching while it is served.",
-            (200, 202, 400, 404, 409, 500), _SCALE, operation_id="change_version",
+            (200, 202, 400, 404, 409, 413, 500), _SCALE, body="json", operation_id="change_version",
         ),
         _change,
     ),
@@ -285,6 +355,20 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
             operation_id="set_default",
         ),
         _set_default,
+    ),
+    (
+        Operation(
+            "post", "/models/{model}/retry", "Start the workers now that the default version lacks.",
+            (200, 202, 400, 404, 409, 500, 503), (_SYNCHRONOUS,), operation_id="retry",
+        ),
+        _retry,
+    ),
+    (
+        Operation(
+            "post", "/models/{model}/{version}/retry", "Start the workers now that a version lacks.",
+            (200, 202, 400, 404, 409, 500, 503), (_SYNCHRONOUS,), operation_id="retry_version",
+        ),
+        _retry,
     ),
     (
         Operation(
@@ -303,5 +387,6 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
         ),
         _unregister,
     ),
+    *zip(health("management"), (_livez, _readyz), strict=True),
     (Operation("get", "/openapi.json", "This document.", (200, 400), operation_id="management_openapi"), _openapi),
 )  # fmt: skip

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from typing import Any
 
 import mms
-from mms.config import ModelSettings
+from mms.config import ModelSettings, OneOf
 
 _ERROR = {
     "type": "object",
@@ -29,22 +29,26 @@ _MEANINGS = {
     404: "no such model, version or archive",
     405: "not for this method",
     409: "exists already, or is being changed",
-    413: "the body is over max_request_size",
+    413: "the body is over the limit",
     429: "the queue is full; see Retry-After",
     500: "the handler failed, or does not load",
     503: "no worker is ready, or the worker died",
     504: "no answer within the time limits",
 }
 
+_KINDS = {"int": "integer", "float": "number", "str": "string"}  # of a setting's field -> JSON schema
+_ITEMS = {"tuple[int, ...]": "integer", "tuple[str, ...]": "string"}
+
 
 @dataclass(frozen=True)
 class Parameter:
-    """A query parameter; path parameters follow from the path."""
+    """A query parameter; path parameters follow from the path. `in_json`: its schema in a body, where that differs."""
 
     name: str
-    type: str
+    schema: Mapping[str, Any]
     description: str
     required: bool = False
+    in_json: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,22 @@ def _invocations() -> Iterable[Operation]:
             "/invocations",
             "Run the only model, or the one that model_name names; the query parameters are inputs, too.",
             _PREDICTION_STATUSES,
-            (Parameter("model_name", "string", "needed when more than one model is registered"),),
+            (Parameter("model_name", {"type": "string"}, "needed when more than one model is registered"),),
             body="any" if method != "get" else "",
             result={},
             operation_id=f"invoke_{method}",
         )
+
+
+def health(api: str) -> Iterable[Operation]:
+    """The probes that both APIs answer."""
+    yield Operation(
+        "get", "/livez", "Answers as long as the server does anything.", (200,), operation_id=f"{api}_livez"
+    )
+    yield Operation(
+        "get", "/readyz", "Whether the server should get requests, and which workers are missing if not.", (200, 503),
+        operation_id=f"{api}_readyz",
+    )  # fmt: skip
 
 
 INFERENCE = (
@@ -99,17 +114,31 @@ INFERENCE = (
         "get", "/ping", "Healthy when every version has all its workers, Partial Healthy, or Unhealthy.", (200,),
         operation_id="ping",
     ),
+    *health("inference"),
     Operation("get", "/openapi.json", "This document.", (200,), operation_id="inference_openapi"),
 )  # fmt: skip
 
 
 def setting_parameters(names: Iterable[str]) -> tuple[Parameter, ...]:
     """Query parameters for fields of ModelSettings, with the field's own help."""
-    kinds = {"int": "integer", "float": "number", "str": "string"}
     known = {f.name: f for f in fields(ModelSettings)}
-    return tuple(
-        Parameter(name, kinds.get(str(known[name].type), "string"), known[name].metadata["help"]) for name in names
-    )
+    return tuple(_setting_parameter(known[name]) for name in names)
+
+
+def _setting_parameter(setting: Field[Any]) -> Parameter:
+    kind, meta = str(setting.type), setting.metadata
+    item = _ITEMS.get(kind)
+    if item is not None:
+        text = f"{meta['help']}; in the query separated by commas"
+        in_json = {"type": "array", "items": {"type": item}}
+        return Parameter(setting.name, {"type": "string"}, text, in_json=in_json)
+    schema: dict[str, Any] = {"type": _KINDS[kind]}
+    if isinstance(meta["parse"], OneOf):
+        schema["enum"] = list(meta["parse"].words)
+    for word, bound in (("minimum", meta["low"]), ("maximum", meta["high"])):
+        if bound is not None:
+            schema[word] = bound
+    return Parameter(setting.name, schema, meta["help"])
 
 
 def document(title: str, description: str, operations: Iterable[Operation]) -> dict[str, Any]:
@@ -138,7 +167,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
             "in": "query",
             "required": parameter.required and not operation.body,
             "description": parameter.description,
-            "schema": {"type": parameter.type},
+            "schema": parameter.schema,
         }
         for parameter in operation.parameters
     ]
@@ -151,7 +180,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
     if operation.body == "any":
         described["requestBody"] = {"content": {"*/*": {"schema": {}}}}
     elif operation.body == "json":
-        properties = {p.name: {"type": p.type, "description": p.description} for p in operation.parameters}
+        properties = {p.name: {**(p.in_json or p.schema), "description": p.description} for p in operation.parameters}
         described["requestBody"] = {
             "content": {"application/json": {"schema": {"type": "object", "properties": properties}}}
         }

@@ -1,8 +1,9 @@
-"""The inference dialect of MMS and TorchServe: /predictions, /invocations, /ping. Translates HTTP to the data plane."""
+"""The inference dialect of MMS and TorchServe: predictions, health. Translates HTTP to the data plane."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import unquote
@@ -13,12 +14,16 @@ from mms.api.openapi import inference_document
 from mms.dataplane import DataPlane
 from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, NotFoundError
 from mms.http.connection import Exchange
+from mms.http.request import Head
 from mms.http.response import JSON, json_body
+from mms.http.shedding import NO_REQUESTS
+from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion, VersionState
 from mms.payload import parse_query
 from mms.wire import RequestFacts
 
 MAX_ROUTES = 4096
+_NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
 _METHODS = frozenset((b"POST", b"PUT", b"GET"))
 
 
@@ -42,11 +47,17 @@ class Meaning(msgspec.Struct, eq=False):
 class InferenceApi:
     """The application on the inference port."""
 
-    def __init__(self, dataplane: DataPlane) -> None:
+    def __init__(self, dataplane: DataPlane, readiness: Readiness) -> None:
         self.failures: Counter[tuple[int, str]] = Counter()  # of requests that reached no model, by status and cause
         self._dataplane = dataplane
         self._registry = dataplane.registry
         self._predict = dataplane.predict
+        self._own: dict[str, Callable[[], tuple[int, object]]] = {
+            "/ping": lambda: (200, {"status": self._health()}),
+            "/livez": lambda: (200, {"status": "alive"}),
+            "/readyz": lambda: readiness.report(details=False),
+            "/openapi.json": lambda: (200, inference_document()),
+        }
         self._routes: dict[bytes, Route] = {}
         self._generation = -1
 
@@ -66,8 +77,29 @@ class InferenceApi:
             exchange.arrived,
         )
 
+    def objection(self, head: Head, size: int) -> MMSError | None:
+        meaning: Meaning | None = head.meaning
+        if meaning is not None and meaning.generation == self._registry.generation:
+            version = meaning.version
+        else:
+            path, query = _split(head.target)
+            if path in self._own:
+                return None
+            try:
+                version = self._route(head, path, query).version
+            except MMSError as error:
+                self.refused(error)
+                return error
+        refusal = version.refusal(size)
+        if refusal is not None:
+            version.count(refusal)
+        return refusal
+
     def refused(self, error: MMSError) -> None:
         self.failures[error.status, error.type] += 1
+
+    def held(self) -> int:
+        return sum([version.held for version in self._registry.versions()])
 
     def _understand(self, exchange: Exchange) -> Meaning | None:
         """What a head means that was not met since the registry changed; None when the request is answered here."""
@@ -80,6 +112,11 @@ class InferenceApi:
             route = self._find(exchange)
             if route is None:
                 return None
+        shedding = exchange.connection.shedding
+        if shedding.step >= NO_REQUESTS:
+            busy = shedding.busy()
+            self.refused(busy)
+            raise busy
         facts = RequestFacts(head.content_type, head.encoding, route.query, route.query_is_input, head.headers)
         head.meaning = Meaning(generation, route.version, facts)
         return cast(Meaning, head.meaning)
@@ -89,22 +126,25 @@ class InferenceApi:
         head = exchange.head
         try:
             path, query = _split(head.target)
-            if path in ("/ping", "/openapi.json") and head.method not in (b"GET", b"HEAD"):
-                raise MethodNotAllowedError("Requested method is not allowed, please refer to API document.")
-            if path == "/ping":
-                self._answer(exchange, {"status": self._health()})
+            answer = self._own.get(path)
+            if answer is not None:
+                if head.method not in (b"GET", b"HEAD"):
+                    raise MethodNotAllowedError(_NOT_ALLOWED, allow="GET, HEAD")
+                status, body = answer()
+                exchange.answer(status, JSON, json_body(body))
                 return None
-            if path == "/openapi.json":
-                self._answer(exchange, inference_document())
-                return None
-            route = self._prediction(path, query)
-            if head.method not in _METHODS:
-                raise MethodNotAllowedError("Requested method is not allowed, please refer to API document.")
+            route = self._route(head, path, query)
         except MMSError as error:
             self.refused(error)
             raise
         if not query and len(self._routes) < MAX_ROUTES:
             self._routes[head.target] = route
+        return route
+
+    def _route(self, head: Head, path: str, query: bytes) -> Route:
+        route = self._prediction(path, query)
+        if head.method not in _METHODS:
+            raise MethodNotAllowedError(_NOT_ALLOWED, allow="GET, POST, PUT")
         return route
 
     def _prediction(self, path: str, query: bytes) -> Route:
@@ -138,9 +178,6 @@ class InferenceApi:
         ):
             return "Healthy"
         return "Partial Healthy" if ready else "Unhealthy"
-
-    def _answer(self, exchange: Exchange, body: object) -> None:
-        exchange.answer(200, JSON, json_body(body))
 
 
 def _split(target: bytes) -> tuple[str, bytes]:

@@ -5,11 +5,12 @@ An archive is refused, with the reason, before anything of it is used; the rules
 
 from mms.archive.archive import ModelArchive
 from mms.archive.checks import MANIFEST, SIGNATURE
-from mms.archive.manifest import MODEL_NAME, RUNTIMES, VERSION, ArchivedFile, Manifest
+from mms.archive.manifest import HANDLER, MODEL_NAME, RUNTIMES, VERSION, ArchivedFile, Manifest
 from mms.archive.write import FORMATS, archive_name, write_archive
 
 __all__ = [
     "FORMATS",
+    "HANDLER",
     "MANIFEST",
     "MODEL_NAME",
     "RUNTIMES",

@@ -34,6 +34,7 @@ class ModelArchive:
             member.deflated for member in container.members if member.name not in (MANIFEST, SIGNATURE)
         )
         self._stamp = stamp
+        self._digest = hashlib.sha256(container.manifest).hexdigest()
         known = self.manifest.files
         self.files: Sequence[ArchivedFile] = [
             ArchivedFile(member.name, member.size, known[member.name].sha256 if member.name in known else "")
@@ -50,6 +51,13 @@ class ModelArchive:
         name = name or path.name
         with _naming(name), _container(path) as container:
             return cls(path, container, _stamp(path), name)
+
+    def digest(self) -> str:
+        """SHA-256 of what names its content: the manifest with the hash of each file, or else the archive file."""
+        if self.manifest.files or self.format == "directory":
+            return self._digest
+        with _naming(self.name), open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def verify(self) -> None:
         """Reads everything and compares it with the manifest's hashes, if it has any. Raises ArchiveError."""

@@ -16,7 +16,7 @@ RUNTIMES = ("python", "python3")
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
-_HANDLER = re.compile(r"(?!.*\.\.)[\w-][\w.-]*(?:/[\w.-]+)*(?::[^\W\d]\w*)?")
+HANDLER = re.compile(r"(?!.*\.\.)[\w-][\w.-]*(?:/[\w.-]+)*(?::[^\W\d]\w*)?")
 _MODULE = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_KEYS = {  # of the object "model" -> field of Manifest
@@ -67,7 +67,7 @@ class Manifest:
         manifest = cls(
             model_name=_matching(model.get("modelName"), MODEL_NAME, "model.modelName"),
             version=_matching(_version(model.get("modelVersion")), VERSION, "model.modelVersion"),
-            handler=_matching(model.get("handler"), _HANDLER, "model.handler"),
+            handler=_matching(model.get("handler"), HANDLER, "model.handler"),
             runtime=_runtime(document.get("runtime")),
             preload=_modules(document.get("preload")),
             files=_files(document.get("files")),

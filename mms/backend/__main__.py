@@ -8,6 +8,8 @@ import socket
 import sys
 from pathlib import Path
 
+import msgspec
+
 from mms import wire
 from mms.archive import ModelArchive
 from mms.backend import loop, process
@@ -23,6 +25,8 @@ def main() -> None:
     parser.add_argument("--page", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--server", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--name", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--sandbox", default="{}", help=argparse.SUPPRESS)
     parser.add_argument("--archive", type=Path, help="the folder of an extracted archive")
     parser.add_argument("--request", type=Path, help="a file that is sent as the body")
     parser.add_argument("--content-type", default="application/octet-stream")
@@ -38,7 +42,12 @@ def main() -> None:
             parser.exit(2, f"{parser.prog}: error: {error.filename}: {error.strerror}\n")
         sys.exit(run_once(load, body, arguments.content_type))
     process.settle_in(
-        server=arguments.server, name=arguments.name, directory=os.getcwd(), keep=(arguments.channel, arguments.page)
+        server=arguments.server,
+        name=arguments.name,
+        directory=os.getcwd(),
+        keep=(arguments.channel, arguments.page),
+        scratch=arguments.scratch,
+        box=msgspec.json.decode(arguments.sandbox, type=wire.Sandbox),
     )
     loop.main(socket.socket(fileno=arguments.channel), arguments.page)
 

@@ -92,7 +92,14 @@ def _become_worker(request: wire.ForkRequest, descriptors: list[int]) -> None:
         channel, page, output = descriptors
         process.redirect_output(output)
         process.replace_environment(request.environ)
-        process.settle_in(server=request.server, name=request.name, directory=request.directory, keep=(channel, page))
+        process.settle_in(
+            server=request.server,
+            name=request.name,
+            directory=request.directory,
+            keep=(channel, page),
+            scratch=request.scratch,
+            box=request.sandbox,
+        )
         time.tzset()
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed()

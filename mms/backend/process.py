@@ -10,6 +10,9 @@ import time
 from collections.abc import Mapping
 from typing import TextIO
 
+from mms import wire
+from mms.backend import sandbox
+
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _PR_SET_NAME = 15
 _ADOPTION_LIMIT = 5.0
@@ -17,8 +20,12 @@ _ADOPTION_LIMIT = 5.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def settle_in(*, server: int, name: str, directory: str, keep: tuple[int, ...]) -> None:
-    """Own session, the server as parent (whose death ends this process), no foreign descriptors, default signals."""
+def settle_in(
+    *, server: int, name: str, directory: str, keep: tuple[int, ...], scratch: str, box: wire.Sandbox
+) -> None:
+    """Own session, the server as parent (whose death ends this process), no foreign descriptors, default signals,
+    temporary files in `scratch`, and then into the sandbox. Raises sandbox.Refused.
+    """
     if os.getsid(0) != os.getpid():
         os.setsid()
     _await_parent(server)
@@ -32,6 +39,15 @@ def settle_in(*, server: int, name: str, directory: str, keep: tuple[int, ...]) 
     close_all_but(keep)
     os.umask(0o077)
     os.chdir(directory)
+    if scratch:
+        os.environ["TMPDIR"] = scratch
+        tempfile = sys.modules.get("tempfile")  # a preloaded module may have asked it already
+        if tempfile is not None:
+            tempfile.tempdir = None  # type: ignore[attr-defined]
+    sandbox.limit()
+    sandbox.apply(box, directory, scratch)
+    if os.getppid() != server:
+        os._exit(0)  # the server has died while this process was not bound to it
 
 
 def redirect_output(output: int) -> None:

@@ -15,14 +15,16 @@ from typing import Protocol, cast
 
 import msgspec
 
-from mms.errors import BadRequestError, DeadlineError, MMSError, ServiceUnavailableError
-from mms.http.limits import LINGER_BYTES, LINGER_SECONDS, MAX_BACKLOG, MAX_PIPELINED, Limits
+from mms.errors import BadRequestError, DeadlineError, MMSError
+from mms.http.limits import LINGER_BYTES, LINGER_SECONDS, MAX_BACKLOG, MAX_PIPELINED, READ_ANYWAY, Limits
 from mms.http.reader import RequestReader
 from mms.http.request import Head, KnownHeads
 from mms.http.response import CONTINUE, JOIN_BELOW, ResponseHeads, error_response, length_lines
+from mms.http.shedding import Shedding
 
 _HEAD_END = b"\r\n\r\n"
 _ID = b"x-request-id: "
+IDLE_WHILE_SHEDDING = 1.0
 
 Buffer = bytes | bytearray | memoryview
 
@@ -39,9 +41,21 @@ class Application(Protocol):
 
     def handle(self, exchange: Exchange) -> None: ...
 
+    def objection(self, head: Head, size: int) -> MMSError | None:
+        """What speaks against a request whose body, of `size` bytes as far as is known, is still to come; counted."""
+        ...
+
     def refused(self, error: MMSError) -> None:
         """A request was answered with `error` before it was complete."""
         ...
+
+    def held(self) -> int:
+        """Bytes of the bodies that were handed over and are not answered yet."""
+        ...
+
+
+def new_shedding(application: Application, limits: Limits) -> Shedding:
+    return Shedding(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections, held=application.held)
 
 
 class Cancellable(Protocol):
@@ -99,8 +113,10 @@ class Connection(asyncio.Protocol):
         peers: set[Connection],
         *,
         edge: bool,
+        shedding: Shedding | None = None,
     ) -> None:
         self.heads = heads
+        self.shedding = shedding or new_shedding(application, limits)
         self.last_activity = 0.0
         self._application = application
         self._limits = limits
@@ -117,6 +133,8 @@ class Connection(asyncio.Protocol):
         self._backlog: deque[Exchange] = deque()
         self._drained: asyncio.Future[None] | None = None
         self._last = False  # no further request is read from this connection
+        self._receiving: Head | None = None  # whose body is being read
+        self._counted = 0  # bytes of it that are accounted for
         self._lingering = -1  # bytes that may still be read and dropped
         self._admitting = False
         self._write_paused = False
@@ -128,13 +146,15 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self.last_activity = monotonic()
         self._peers.add(self)
-        if len(self._peers) > self._limits.max_connections:
-            self._refuse(ServiceUnavailableError(f"more than {self._limits.max_connections} connections"))
+        if len(self._peers) > self.shedding.room:
+            self._refuse(self.shedding.full())
 
     def connection_lost(self, error: Exception | None) -> None:
         self._peers.discard(self)
+        self.shedding.slow.discard(self)
         self._last = True
         self._forget_requests()
+        self._forget_body()
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 
@@ -144,10 +164,12 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._write_paused = True
+        self.shedding.slow.add(self)
         self._steer_reading()
 
     def resume_writing(self) -> None:
         self._write_paused = False
+        self.shedding.slow.discard(self)
         self._steer_reading()
 
     def data_received(self, data: bytes) -> None:
@@ -177,10 +199,13 @@ class Connection(asyncio.Protocol):
         reader.feed(data, now)
         if reader.refusal is not None:
             self._refuse(reader.refusal)
-        elif self._backlog:
+            return
+        if self._backlog:
             if end > 3 and len(data) - end == head.length and self._backlog[-1].head is head:
                 self._known.remember(data[:end], head)
             self._admit()
+        if reader.in_body and not self._last:
+            self._receive(reader.head)
 
     # Sink
 
@@ -189,14 +214,13 @@ class Connection(asyncio.Protocol):
             return BadRequestError(f"more than {MAX_BACKLOG} requests are pipelined")
         return None
 
-    def body_awaited(self) -> None:
-        if not self._pending and not self._backlog:
-            self._transport.write(CONTINUE)
-
     def complete(self, head: Head, parts: list[bytes], size: int) -> bool:
         exchange = self._exchange(head, parts, size)
-        if self._drained is not None:
+        if self._drained is not None or self.shedding.step:
             exchange.keep_alive = False
+        if self._counted:
+            self.shedding.hand_over(self._counted)
+            self._counted = 0
         self._backlog.append(exchange)
         self._last = not exchange.keep_alive
         return exchange.keep_alive
@@ -249,7 +273,7 @@ class Connection(asyncio.Protocol):
             limit = limits.header_timeout if in_head else limits.body_timeout
             if (now - self._reader.begun if in_head else silent) > limit:
                 self._refuse(DeadlineError(f"the request did not arrive within {limit:g} s", status=408))
-        elif not self._edge and silent > limits.keepalive_timeout:
+        elif not self._edge and silent > (IDLE_WHILE_SHEDDING if self.shedding.step else limits.keepalive_timeout):
             self._transport.close()
 
     def drain(self) -> asyncio.Future[None]:
@@ -265,6 +289,37 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         self._transport.abort()
+
+    def forget_heads(self) -> None:
+        """The next request is looked at as a whole, whatever was known."""
+        self._last_raw, self._last_head = b"\0", None
+
+    @property
+    def unsent(self) -> int:
+        return self._transport.get_write_buffer_size()
+
+    def _receive(self, head: Head) -> None:
+        """Part of a request has arrived whose body is still to come: refuse it now, or account for the body."""
+        first, size = self._receiving is not head, self._reader.size
+        self._receiving = head
+        to_come = max(0, head.length - size) if first else 0
+        if first and (head.expect or head.transfer_encoding or to_come > READ_ANYWAY):
+            objection = self._application.objection(head, size + to_come)
+            if objection is not None:
+                self._turn_away(objection)
+                return
+        busy = self.shedding.read(size - self._counted, before=self._counted, to_come=to_come)
+        if busy is not None:
+            self._refuse(busy)
+            return
+        self._counted = size
+        if first and head.expect and not size and not self._pending and not self._backlog:
+            self._transport.write(CONTINUE)
+
+    def _forget_body(self) -> None:
+        if self._counted:
+            self.shedding.drop(self._counted)
+            self._counted = 0
 
     def _admit(self) -> None:
         """Hand requests to the application, a bounded number at a time."""
@@ -289,13 +344,17 @@ class Connection(asyncio.Protocol):
             exchange.fail(error)
 
     def _refuse(self, error: MMSError) -> None:
+        self._application.refused(error)
+        self._turn_away(error)
+
+    def _turn_away(self, error: MMSError) -> None:
         """Answer what came before, then this error, then close without resetting the answer."""
         exchange = self._exchange(self._reader.head, [], 0)
         exchange.keep_alive = False
-        self._application.refused(error)
         self._refused = exchange, error
         self._last = True
         self._reader.forget()
+        self._forget_body()
         self._admit()
 
     def _finish(self) -> None:

@@ -9,9 +9,11 @@ MAX_HEAD = 32 << 10  # request line and headers
 MAX_FIELDS = 100
 MAX_CHUNK_EXTRA = 16 << 10  # chunk extensions and trailers of one body, beyond plain framing
 CHUNK_FRAMING = 20  # a 16-digit size and two CRLFs
+MAX_CHUNK_DIGITS = 16
 MAX_LEADING = 4  # CRLFs before a request line, in bytes
 MAX_PIPELINED = 16  # requests of one connection that are served at a time
 MAX_BACKLOG = 4096  # requests of one connection that wait for these
+READ_ANYWAY = 64 << 10  # a body of which less is missing is read before it is refused: its connection can be kept
 LINGER_BYTES = 8 << 20  # read and dropped after an early error, so that the answer is not reset (RFC 9112, 9.6)
 LINGER_SECONDS = 1.0
 
@@ -25,3 +27,4 @@ class Limits:
     header_timeout: float
     body_timeout: float
     keepalive_timeout: float
+    max_bytes_in_flight: int = 1 << 30

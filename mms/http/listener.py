@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import time
 from pathlib import Path
 
-import psutil
-
 from mms.errors import StartError
-from mms.http.connection import Application, Connection
+from mms.http.connection import Application, Connection, new_shedding
 from mms.http.limits import Limits
 from mms.http.request import KnownHeads
 from mms.http.response import ResponseHeads
+from mms.ports import cannot_listen
 
 BACKLOG = 4096
+TICK = 0.25
+TICKS_A_SWEEP = 4
 MAX_UNIX_PATH = 107  # unix(7): sun_path without its final zero
 
 
@@ -38,7 +38,7 @@ def bind(address: str, *, group: int | None = None) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise StartError(f"cannot listen on {address}: {error.strerror}{_owner(int(port))}") from None
+        raise cannot_listen(address, error) from None
     return sock
 
 
@@ -61,25 +61,18 @@ def _bind_unix(path: Path, group: int | None) -> socket.socket:
     return sock
 
 
-def _owner(port: int) -> str:
-    """`, held by NAME (pid N)` where that can be seen."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
-                return f", held by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    return ""
-
-
 class HttpServer:
     """Accepts the data plane's connections on one socket until it is drained."""
 
     def __init__(self, application: Application, limits: Limits, *, edge: bool) -> None:
         self._application = application
-        self._limits = limits
+        self.limits = limits  # of connections that are made from now on
         self._edge = edge
         self._heads = ResponseHeads()
         self._known = KnownHeads()
         self.connections: set[Connection] = set()
+        self.shedding = new_shedding(application, limits)
+        self._ticks = 0
         self._server: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -88,6 +81,11 @@ class HttpServer:
         create = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
         self._server = await create(self._connect, sock=sock, backlog=BACKLOG)
         self._tick()
+
+    def apply(self, limits: Limits) -> None:
+        """Other limits from now on; those of a request's time and size for connections that are made from now on."""
+        self.limits = limits
+        self.shedding.apply(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections)
 
     async def drain(self, limit: float) -> int:
         """Accept nothing more, let requests in hand finish for `limit` seconds; returns how many were cut off."""
@@ -104,12 +102,31 @@ class HttpServer:
         return cut
 
     def _connect(self) -> Connection:
-        return Connection(self._application, self._limits, self._heads, self._known, self.connections, edge=self._edge)
+        return Connection(
+            self._application,
+            self.limits,
+            self._heads,
+            self._known,
+            self.connections,
+            edge=self._edge,
+            shedding=self.shedding,
+        )
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
-        self._heads.tick()
-        now = time.monotonic()
-        for connection in list(self.connections):
-            connection.sweep(now)
-        self._timer = loop.call_later(1.0, self._tick)
+        if self.shedding.tick(len(self.connections)):
+            self._step_changed()
+        if not self._ticks % TICKS_A_SWEEP:
+            self._heads.tick()
+            now = time.monotonic()
+            for connection in list(self.connections):
+                connection.sweep(now)
+        self._ticks += 1
+        self._timer = loop.call_later(TICK, self._tick)
+
+    def _step_changed(self) -> None:
+        """While something is shed, no request takes the short way of known heads: each one meets the reader."""
+        self._known.shut = self.shedding.step > 0
+        self._known.clear()
+        for connection in self.connections:
+            connection.forget_heads()

@@ -9,7 +9,7 @@ import httptools
 
 from mms.errors import BadRequestError, MMSError, RequestTooLargeError, ServiceUnavailableError
 from mms.http import request as verdicts
-from mms.http.limits import CHUNK_FRAMING, MAX_CHUNK_EXTRA, MAX_HEAD, MAX_LEADING, MAX_LINE
+from mms.http.limits import CHUNK_FRAMING, MAX_CHUNK_DIGITS, MAX_CHUNK_EXTRA, MAX_HEAD, MAX_LEADING, MAX_LINE
 from mms.http.request import Head
 
 _HEAD_END = b"\r\n\r\n"
@@ -22,13 +22,46 @@ class Sink(Protocol):
         """A request has begun; what speaks against it."""
         ...
 
-    def body_awaited(self) -> None:
-        """The client waits for 100 Continue before it sends the body."""
-        ...
-
     def complete(self, head: Head, parts: list[bytes], size: int) -> bool:
         """Here is a request; returns whether another may follow on this connection."""
         ...
+
+
+class SizeLines:
+    """Follows a chunked body from size to size, to count digits, of which the parser takes any number of zeros.
+
+    It judges nothing else: on a line that is no size it stops, and the parser refuses it.
+    """
+
+    def __init__(self) -> None:
+        self._line = b""  # the beginning of one
+        self._skip = 0  # bytes of data, and its CRLF, before the next one
+        self._ended = False
+
+    def follow(self, data: bytes, at: int, stop: int) -> bool:
+        """The bytes that come next; False when a size has too many digits."""
+        while at < stop and not self._ended:
+            if self._skip:
+                step = min(self._skip, stop - at)
+                self._skip -= step
+                at += step
+                continue
+            end = data.find(b"\n", at, stop)
+            self._line += data[at : min(end if end >= 0 else stop, at + MAX_CHUNK_DIGITS + 2)]
+            digits = self._line.partition(b";")[0].rstrip(b"\r")
+            if len(digits) > MAX_CHUNK_DIGITS:
+                return False
+            if end < 0:
+                return True
+            self._line = b""
+            at = end + 1
+            try:
+                size = int(digits, 16)
+            except ValueError:
+                size = 0
+            self._ended = not size  # what follows are trailers
+            self._skip = size + 2
+        return True
 
 
 class RequestReader:
@@ -53,12 +86,23 @@ class RequestReader:
         self._parts: list[bytes] = []
         self._size = 0
         self._chunked_raw = 0
+        self._size_lines: SizeLines | None = None  # of a chunked body
         self._tail = b""  # the last bytes fed, while an empty line is looked for
 
     @property
     def idle(self) -> bool:
         """Whether no request has begun to arrive."""
         return self.between and not self.held
+
+    @property
+    def in_body(self) -> bool:
+        """Whether a request's head is complete and its body is not."""
+        return not self.between and not self.in_head
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body that have arrived."""
+        return self._size
 
     def forget(self) -> None:
         """Nothing more is read: let go of what there is."""
@@ -82,7 +126,7 @@ class RequestReader:
                 if at < 0:
                     return
             stop = self._piece(data, at)
-            self._count(stop - at)
+            self._count(data, at, stop)
             if self.refusal is None:
                 self._feed(view[at:stop])
             at = stop
@@ -127,7 +171,8 @@ class RequestReader:
         rest = self.head.length - self._size
         return min(len(data), at + rest) if rest > 0 else len(data)
 
-    def _count(self, size: int) -> None:
+    def _count(self, data: bytes, at: int, stop: int) -> None:
+        size = stop - at
         if self.in_head:
             self._raw_head += size
             if self._raw_head > MAX_HEAD:
@@ -136,6 +181,10 @@ class RequestReader:
             self._chunked_raw += size
             if self._chunked_raw - self._size > MAX_CHUNK_EXTRA + size:
                 self.refusal = BadRequestError("the chunked body has too many extensions or trailers")
+            if self._size_lines is None:
+                self._size_lines = SizeLines()
+            if not self._size_lines.follow(data, at, stop):
+                self.refusal = BadRequestError(f"a chunk's size has more than {MAX_CHUNK_DIGITS} digits")
 
     def _feed(self, piece: memoryview) -> None:
         try:
@@ -180,8 +229,6 @@ class RequestReader:
         self.refusal = verdicts.judge_head(head)
         if self.refusal is None and head.length > self._max_body:
             self.refusal = self._too_large()
-        if self.refusal is None and head.expect:
-            self._sink.body_awaited()
 
     def on_body(self, body: bytes) -> None:
         if self.refusal is None:
@@ -205,7 +252,9 @@ class RequestReader:
             self.head = Head()
             self.in_head = True
             self._raw_head = 0
-            self._chunked_raw = 0
+            if self._size_lines is not None:
+                self._size_lines = None
+                self._chunked_raw = 0
             self._tail = b""
             self._parts = []
             self._size = 0

@@ -161,9 +161,18 @@ class KnownHeads(dict[bytes, Head]):
     transfer coding, nothing to negotiate, no id that only occurs once.
     """
 
+    shut = False  # none is kept: every request is looked at
+
     def remember(self, raw: bytes, head: Head) -> None:
         """Keep a head that was judged fit to serve, if it is plain."""
-        if head.transfer_encoding or head.expect or head.request_id or not head.keep_alive or len(raw) > MAX_KNOWN_SIZE:
+        if (
+            self.shut
+            or head.transfer_encoding
+            or head.expect
+            or head.request_id
+            or not head.keep_alive
+            or len(raw) > MAX_KNOWN_SIZE
+        ):
             return
         if len(self) >= MAX_KNOWN:
             self.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -9,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from mms.errors import MMSError, QueueFullError
+from mms.errors import MethodNotAllowedError, MMSError, OverloadError
 
 JSON = b"content-type: application/json\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -44,13 +45,18 @@ def length_lines(size: int) -> bytes:
 
 
 def json_body(value: Any) -> bytes:
-    return msgspec.json.encode(value) + b"\n"
+    try:
+        return msgspec.json.encode(value) + b"\n"
+    except UnicodeEncodeError:  # a file name that is not UTF-8, in the message of an error
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n"
 
 
 def error_response(error: MMSError) -> tuple[int, bytes, bytes]:
     """Status, header block and JSON body of an error, in the native form."""
     body = json_body({"code": error.status, "type": error.type, "message": error.message})
     head = JSON
-    if isinstance(error, QueueFullError):
+    if isinstance(error, OverloadError):
         head += b"retry-after: %d\r\n" % error.retry_after
+    elif isinstance(error, MethodNotAllowedError) and error.allow:
+        head += b"allow: %s\r\n" % error.allow.encode()
     return error.status, head, body

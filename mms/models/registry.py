@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mms.errors import ConflictError, ModelNotFoundError, ModelVersionNotFoundError, ServiceUnavailableError
+from mms.errors import (
+    ConflictError,
+    LoadingError,
+    ModelNotFoundError,
+    ModelVersionNotFoundError,
+    ServiceUnavailableError,
+)
 from mms.models.version import ModelVersion
 
 
@@ -29,7 +35,8 @@ class ModelRegistry:
 
     def __init__(self) -> None:
         self.generation = 0
-        self.announced: set[str] = set()  # names that are about to be registered
+        # (name, version) of what is about to be registered, or why it could not be
+        self.announced: dict[tuple[str, str], str] = {}
         self._models: dict[str, Model] = {}
 
     def __iter__(self) -> Iterator[Model]:
@@ -39,17 +46,23 @@ class ModelRegistry:
         return [version for model in self._models.values() for version in model.versions.values()]
 
     def model(self, name: str) -> Model:
-        """Raises ModelNotFoundError, or ServiceUnavailableError while the name is only announced."""
+        """Raises ModelNotFoundError, or LoadingError while the name is only announced."""
         try:
             return self._models[name]
         except KeyError:
-            if name in self.announced:
-                raise ServiceUnavailableError(f"model {name} is still loading; try again soon") from None
+            failures = [failure for (announced, _), failure in self.announced.items() if announced == name]
+            if failures:
+                raise _unavailable(name, all(failures)) from None
             raise ModelNotFoundError(f"Model not found: {name}") from None
 
     def version(self, name: str, version: str = "") -> ModelVersion:
-        """Raises ModelNotFoundError or ModelVersionNotFoundError."""
-        return self.model(name).version(version)
+        """As `model`; raises ModelVersionNotFoundError, too."""
+        try:
+            return self.model(name).version(version)
+        except ModelVersionNotFoundError:
+            if (name, version) in self.announced:
+                raise _unavailable(f"{name} {version}", bool(self.announced[name, version])) from None
+            raise
 
     def add(self, version: ModelVersion) -> None:
         """Raises ConflictError when name and version are taken."""
@@ -57,7 +70,7 @@ class ModelRegistry:
         if version.version in model.versions:
             raise ConflictError(f"Model version {version.version} is already registered for model {version.name}")
         model.versions[version.version] = version
-        self.announced.discard(version.name)
+        self.announced.pop((version.name, version.version), None)
         if not model.default:
             model.default = version.version
         self.generation += 1
@@ -67,6 +80,13 @@ class ModelRegistry:
         model.version(version)
         model.default = version
         self.generation += 1
+
+    def sort(self, name: str, order: list[str]) -> None:
+        """Versions in this order come before the model's others, as if they had been registered so."""
+        model = self._models.get(name)
+        if model is not None:
+            known = [number for number in order if number in model.versions]
+            model.versions = {number: model.versions[number] for number in dict.fromkeys([*known, *model.versions])}
 
     def remove(self, version: ModelVersion) -> None:
         """Take it out; when it was the default, the version registered last takes its place."""
@@ -79,3 +99,9 @@ class ModelRegistry:
         elif model.default == version.version:
             model.default = next(reversed(model.versions))
         self.generation += 1
+
+
+def _unavailable(label: str, failed: bool) -> ServiceUnavailableError:
+    if failed:
+        return ServiceUnavailableError(f"model {label} could not be restored; /readyz on the management port says why")
+    return LoadingError(f"model {label} is still loading; try again soon")

@@ -12,7 +12,7 @@ from mms.errors import ArchiveError, BadRequestError, ConfigError, ModelNotFound
 from mms.signature import TrustedKeys
 
 _SUFFIXES = (".mar", ".tar.gz", ".tgz")
-_PLAIN = re.compile(r"[^/\\\x00-\x1f]{1,255}")
+_PLAIN = re.compile(r"[^/\\\x00-\x1f\ud800-\udfff]{1,255}")  # the last are bytes that are not UTF-8
 
 
 class ModelStore:
@@ -36,13 +36,14 @@ class ModelStore:
         return self._folder
 
     def names(self) -> list[str]:
-        """The archives in the store, sorted."""
+        """The archives in the store, sorted; those whose names `path` refuses are passed over."""
         if self._folder is None:
             return []
         return sorted(
             path.name
             for path in self._folder.iterdir()
-            if path.name.endswith(_SUFFIXES) or os.path.isfile(path / "MAR-INF" / "MANIFEST.json")
+            if _PLAIN.fullmatch(path.name)
+            and (path.name.endswith(_SUFFIXES) or os.path.isfile(path / "MAR-INF" / "MANIFEST.json"))
         )
 
     def path(self, url: str) -> Path:

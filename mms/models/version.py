@@ -13,7 +13,7 @@ import psutil
 
 from mms.archive import ModelArchive
 from mms.config import ModelSettings
-from mms.errors import MMSError, ServiceUnavailableError
+from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
 from mms.workers.batching import BatchQueue, Job
 from mms.workers.pool import WorkerPool
@@ -37,8 +37,10 @@ class ModelVersion:
         self.archive = archive
         self.settings = settings
         self.at_start = False
+        self.handler = archive.manifest.handler  # unless the registration chooses another
         self.loaded_at = time.time()
         self.directory: Path | None = None  # a folder of ours with the extracted archive, removed at the end
+        self.sandbox: dict[str, Any] = {}  # what its workers give up, as it is described
         self.metrics = VersionMetrics()
         self.queue = BatchQueue(
             batch_size=settings.batch_size,
@@ -46,6 +48,8 @@ class ModelVersion:
             capacity=settings.queue_size,
             timeout=settings.queue_timeout,
             retry=settings.retry,
+            max_bytes=settings.queue_bytes,
+            fifo=settings.queue_order == "fifo",
         )
         self.pool: WorkerPool | None = None
         self._leaving = VersionState.READY
@@ -66,24 +70,44 @@ class ModelVersion:
         return VersionState.READY if pool.was_ready else VersionState.LOADING
 
     def submit(self, job: Job) -> None:
-        """Queue the job. Raises QueueFullError, or ServiceUnavailableError with the reason; both are counted."""
+        """Queue the job. Raises OverloadError, or ServiceUnavailableError with the reason; both are counted."""
         pool = self.pool
         try:
             if pool is None or not (pool.ready_workers or self._can_wait()):
-                raise ServiceUnavailableError(self._reason())
+                raise self._unavailable()
             pool.submit(job)
         except MMSError as error:
-            self.metrics.requests[error.status] += 1
-            self.metrics.errors[error.type] += 1
+            self.count(error)
             raise
+
+    def refusal(self, size: int) -> MMSError | None:
+        """Why a request with a body of `size` bytes would be refused now, before the body is read."""
+        pool = self.pool
+        if pool is None or not (pool.ready_workers or self._can_wait()):
+            return self._unavailable()
+        return self.queue.refusal(size)
+
+    def count(self, error: MMSError) -> None:
+        """A request to this version was refused."""
+        self.metrics.requests[error.status] += 1
+        self.metrics.errors[error.type] += 1
+
+    @property
+    def held(self) -> int:
+        """Bytes of the bodies that wait or are at workers."""
+        return self.queue.bytes + (self.pool.bytes_in_flight if self.pool is not None else 0)
 
     def apply(self, settings: ModelSettings) -> None:
         """Take over what can change while the version is served: batching and queue limits."""
         self.settings = settings
         self.queue.batch_size = settings.batch_size
         self.queue.max_batch_delay = settings.max_batch_delay
-        self.queue.capacity = settings.queue_size
-        self.queue.timeout = settings.queue_timeout
+        self.queue.apply(
+            capacity=settings.queue_size,
+            max_bytes=settings.queue_bytes,
+            timeout=settings.queue_timeout,
+            fifo=settings.queue_order == "fifo",
+        )
         if self.pool is not None:
             self.pool.wake()
 
@@ -93,7 +117,7 @@ class ModelVersion:
         self.queue.close(f"model {self.label} is being unloaded")
         if self.pool is not None:
             await self.pool.close(drain)
-            for job, error in self.queue.abandon(ServiceUnavailableError(f"model {self.label} was unloaded")):
+            for job, error in self.queue.abandon(DrainingError(f"model {self.label} was unloaded")):
                 self.pool.fail(job, error)
         self._leaving = VersionState.UNLOADED
         if self.directory is not None:
@@ -108,7 +132,7 @@ class ModelVersion:
             "modelVersion": self.version,
             "modelUrl": archive.path.name,
             "runtime": archive.manifest.runtime,
-            "handler": archive.manifest.handler,
+            "handler": self.handler,
             **({"signedBy": archive.signed_by} if archive.signed_by else {}),
             "state": str(self.state),
             "minWorkers": settings.min_workers,
@@ -118,7 +142,13 @@ class ModelVersion:
             "responseTimeout": settings.response_timeout,
             "startupTimeout": settings.startup_timeout,
             "queueSize": settings.queue_size,
+            "queueBytes": settings.queue_bytes,
+            "queueTimeout": settings.queue_timeout,
+            "queueOrder": settings.queue_order,
             **({"threads": pool.threads} if pool is not None else {}),
+            **({"maxRequests": settings.max_requests} if settings.max_requests else {}),
+            **({"maxRss": settings.max_rss} if settings.max_rss else {}),
+            **({"sandbox": self.sandbox} if self.sandbox else {}),
             "loadedAtStartup": self.at_start,
             "loadedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.loaded_at)),
             "workers": [describe_worker(worker, _memory(worker.pid)) for worker in (pool.workers if pool else ())],
@@ -126,7 +156,28 @@ class ModelVersion:
                 "remainingCapacity": max(0, self.queue.capacity - self.queue.depth),
                 "pendingRequests": self.queue.depth,
             },
+            **self._troubles(),
             **({"failure": {"message": failure.message, "traceback": failure.traceback}} if failure else {}),
+        }
+
+    def _troubles(self) -> dict[str, Any]:
+        """The latest death or failed start, and when missing workers are started; nothing while all was well."""
+        pool = self.pool
+        if pool is None:
+            return {}
+        troubles = {"forkServerDeaths": pool.forkserver_deaths} if pool.forkserver_deaths else {}
+        if pool.last_failure is None:
+            return troubles
+        failure, wait = pool.last_failure, pool.next_start
+        return {
+            **troubles,
+            "lastFailure": {
+                "cause": failure.cause,
+                "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(failure.at)),
+                "output": list(failure.output),
+            },
+            "deathsInWindow": pool.deaths,
+            **({"nextStartIn": round(wait, 1)} if wait is not None else {}),
         }
 
     def facts(self) -> VersionFacts:
@@ -138,6 +189,9 @@ class ModelVersion:
             metrics=self.metrics,
             queue_depth=self.queue.depth,
             queue_capacity=self.queue.capacity,
+            queue_bytes=self.queue.bytes,
+            newest_first=self.queue.newest_first,
+            drain_rate=self.queue.rate,
             cancelled=self.queue.cancelled,
             retries=self.queue.retries,
             in_flight=pool.in_flight if pool else 0,
@@ -152,15 +206,17 @@ class ModelVersion:
         """No worker is ready at the moment, but one that was is being replaced: its requests may wait."""
         return self.state is VersionState.READY and self.pool is not None and self.pool.target > 0
 
-    def _reason(self) -> str:
+    def _unavailable(self) -> ServiceUnavailableError:
         state = self.state
         if state is VersionState.FAILED and self.pool is not None and self.pool.failure is not None:
-            return f"model {self.label} failed to load; its description on the management port has the traceback"
+            return ServiceUnavailableError(
+                f"model {self.label} failed to load; its description on the management port has the traceback"
+            )
         if state is VersionState.LOADING:
-            return f"model {self.label} is still loading; try again soon"
+            return LoadingError(f"model {self.label} is still loading; try again soon")
         if state is VersionState.READY:
-            return f"model {self.label} has no workers; scale it up on the management port"
-        return f"model {self.label} is {state.lower()}"
+            return ServiceUnavailableError(f"model {self.label} has no workers; scale it up on the management port")
+        return DrainingError(f"model {self.label} is {state.lower()}")
 
 
 def _memory(pid: int | None) -> int:

@@ -7,12 +7,21 @@ in, no I/O. A job is owned by exactly one of the queue, a worker's InFlight or n
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from typing import Protocol
 
 import msgspec
 
-from mms.errors import DeadlineError, MMSError, QueueFullError, ServiceUnavailableError, WorkerDiedError
+from mms.errors import (
+    DeadlineError,
+    DrainingError,
+    MMSError,
+    QueueBytesError,
+    QueueFullError,
+    QueueWaitError,
+    WorkerDiedError,
+)
 from mms.wire import RequestFacts
 
 AHEAD_SECONDS = 0.002  # work that may lie at a worker beyond what it needs now: bounds how long one job can hold others
@@ -21,6 +30,16 @@ MAX_FRAME_BYTES = 1 << 20  # beyond the first batch
 RETRY_SHARE = 0.1
 RETRY_MINIMUM = 3
 RETRY_WINDOW = 10.0
+POISON_MEMORY = 10.0  # seconds for which a request that has crashed two workers is known by its content
+MAX_POISONS = 64
+_FROM_OUTSIDE = ("signal 9 ", "signal 15 ")  # these deaths say nothing about the request
+STANDING_WAIT = 0.005  # the oldest job has waited longer than this, and than two batches take ...
+STANDING_SECONDS = 0.1  # ... for so long: the queue does not empty any more, and the newest jobs are served first
+FEWEST_WAITING = 20  # that many may wait even while overloaded: fewer would refuse some in normal times
+RATE_SECONDS = 2.0  # the drain rate is measured over so long ...
+RATE_BATCHES = 4  # ... and at least so many batches
+MAX_RETRY_AFTER = 60
+GOLDEN = 0.618033988749895  # its multiples spread evenly over 0 to 1 without any state but a counter
 
 
 class Caller(Protocol):
@@ -99,12 +118,26 @@ class InFlight:
 class BatchQueue:
     """The waiting jobs of one model version, and the rules by which its workers pull them."""
 
-    def __init__(self, *, batch_size: int, max_batch_delay: float, capacity: int, timeout: float, retry: int) -> None:
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        max_batch_delay: float,
+        capacity: int,
+        timeout: float,
+        retry: int,
+        max_bytes: int = 512 << 20,
+        fifo: bool = False,
+    ) -> None:
         self.batch_size = batch_size
         self.max_batch_delay = max_batch_delay
         self.capacity = capacity
         self.timeout = timeout
         self.retry = retry
+        self.max_bytes = max_bytes
+        self.fifo = fifo  # oldest first even while overloaded
+        self.room = capacity  # jobs that may wait: by number, and by the time they would wait
+        self.rate = 0.0  # jobs per second that leave while others wait; 0 while that was not measured
         self.closed = ""  # why nothing is taken any more; empty while open
         self.depth = 0  # waiting jobs that somebody still waits for
         self.bytes = 0  # of their bodies
@@ -115,18 +148,72 @@ class BatchQueue:
         self._alone: deque[Job] = deque()  # retries: each runs in a frame of its own, before anything else
         self._retried: deque[float] = deque()
         self._window: deque[tuple[float, int]] = deque()
+        self._poisons: dict[int, float] = {}  # content -> until when it is not run
+        self._handed = 0  # jobs that workers were given
+        self._drain: deque[tuple[float, int]] = deque()  # when how many were handed out, while others waited
+        self._emptied = True  # nobody waited at some time since the last look
+        self._standing_since: float | None = None
+        self._refused = 0
+        self._offered = (0, 0)  # jobs that came, and that were handed out, up to the last tick
+        self._overloaded = False  # the queue is standing, and more came than left
+        self.newest_first = False  # in force since the last look
 
     def submit(self, job: Job) -> None:
-        """Take the job in. Raises QueueFullError, or ServiceUnavailableError while closed."""
-        if self.closed:
-            raise ServiceUnavailableError(self.closed)
-        if self.depth >= self.capacity:
-            raise QueueFullError(f"the queue is full: {self.depth} requests wait; try again later")
+        """Take the job in. Raises OverloadError, DrainingError while closed, or WorkerDiedError for one whose like has
+        just crashed two workers.
+        """
+        if self._poisons:
+            self._refuse_poison(job)
+        held = self.bytes + job.size
+        if self.depth >= self.room or held > self.max_bytes:
+            refusal = self.refusal(job.size)
+            if refusal is not None:
+                raise refusal
         self.submitted += 1
         self.depth += 1
-        self.bytes += job.size
+        self.bytes = held
         job.queue = self
         self._waiting.append(job)
+
+    def refusal(self, size: int) -> MMSError | None:
+        """What speaks against a job with a body of `size` bytes now. An empty queue takes a body of any size."""
+        if self.closed:
+            return DrainingError(self.closed)
+        if self.depth >= self.capacity:
+            return QueueFullError(
+                f"the queue is full: {self.depth} requests wait; try again later", retry_after=self._retry_after()
+            )
+        if self.depth >= self.room and self._overloaded:
+            return QueueFullError(
+                f"{self.depth} requests wait, and more come than can be served; try again later",
+                retry_after=self._retry_after(),
+            )
+        if self.depth >= self.room:
+            return QueueWaitError(
+                f"{self.depth} requests wait, another one would wait longer than queue_timeout ({self.timeout:g} s)",
+                retry_after=self._retry_after(),
+            )
+        if self.depth and self.bytes + size > self.max_bytes:
+            return QueueBytesError(
+                f"the queue is full: the requests that wait have {self.bytes} bytes, and queue_bytes is "
+                f"{self.max_bytes}; try again later",
+                retry_after=self._retry_after(),
+            )
+        return None
+
+    def apply(self, *, capacity: int, max_bytes: int, timeout: float, fifo: bool) -> None:
+        """Change the limits, and whether the newest jobs may be served first, from now on."""
+        self.capacity = capacity
+        self.max_bytes = max_bytes
+        self.timeout = timeout
+        self.fifo = fifo
+        self._make_room()
+
+    def forget_rate(self) -> None:
+        """There are other workers than those whose rate was measured."""
+        self.rate = 0.0
+        self._drain.clear()
+        self._make_room()
 
     def take(self, worker: InFlight, now: float) -> tuple[int, list[Job]] | None:
         """The next frame for `worker`, as (batch size, jobs), or None when it should get nothing now."""
@@ -148,8 +235,9 @@ class BatchQueue:
         if len(waiting) <= limit and self.bytes <= MAX_FRAME_BYTES:
             jobs = [job for job in waiting if not job.settled]
             waiting.clear()
+            self._emptied = True
         else:
-            jobs = self._some(limit)
+            jobs = self._some(limit, self._newest_first(worker, now))
         for job in jobs:
             job.taken = now
         self.depth -= len(jobs)
@@ -195,6 +283,8 @@ class BatchQueue:
         for job in lost:
             job.attempts += 1
             if not affordable or job.attempts > self.retry:
+                if job.attempts > 1 and _is_crash(cause) and len(self._poisons) < MAX_POISONS:
+                    self._poisons[_content(job)] = now + POISON_MEMORY
                 failed.append((job, self._death(job, cause)))
             else:
                 self.retries += 1
@@ -229,6 +319,7 @@ class BatchQueue:
     def close(self, reason: str) -> None:
         """Refuse new jobs with `reason`; those that wait are still served."""
         self.closed = reason
+        self._make_room()
 
     def abandon(self, error: MMSError) -> list[tuple[Job, MMSError]]:
         """Every waiting job, to be failed with `error`."""
@@ -276,6 +367,7 @@ class BatchQueue:
     def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int) -> tuple[int, list[Job]]:
         worker.jobs += jobs
         worker.frames.append(len(jobs))
+        self._handed += len(jobs)
         return batch_size, jobs
 
     def _next_alone(self) -> Job | None:
@@ -287,22 +379,57 @@ class BatchQueue:
                 return job
         return None
 
-    def _some(self, limit: int) -> list[Job]:
+    def _newest_first(self, worker: InFlight, now: float) -> bool:
+        """Whether the queue has been standing: its oldest job waited too long for too long, and it was never empty."""
+        if self.fifo:
+            self.newest_first = False
+            return False
+        self._look_whether_emptied()
+        waiting = self._waiting
+        while waiting[0].settled:
+            waiting.popleft()
+        if now - waiting[0].arrived <= max(STANDING_WAIT, 2 * (worker.batch_seconds or 0.0)):
+            self._standing_since = None
+        elif self._standing_since is None:
+            self._standing_since = now
+        self.newest_first = self._standing_since is not None and now - self._standing_since >= STANDING_SECONDS
+        return self.newest_first
+
+    def _look_whether_emptied(self) -> None:
+        if self._emptied:
+            self._emptied = self.newest_first = False
+            self._standing_since = None
+            self._drain.clear()
+
+    def _some(self, limit: int, newest_first: bool) -> list[Job]:
         """Up to `limit` waiting jobs, fewer (but a batch) when their bodies are large."""
         jobs: list[Job] = []
         size, waiting = 0, self._waiting
+        pop = waiting.pop if newest_first else waiting.popleft
         while waiting and len(jobs) < limit:
             if size > MAX_FRAME_BYTES and len(jobs) >= self.batch_size:
                 break
-            job = waiting.popleft()
+            job = pop()
             if not job.settled:
                 jobs.append(job)
                 size += job.size
+        self._emptied = self._emptied or not waiting
         return jobs
 
     def _oldest(self) -> Job:
         """The longest waiting job; only while `depth` is positive."""
         return next(job for job in itertools.chain(self._alone, self._waiting) if not job.settled)
+
+    def _refuse_poison(self, job: Job) -> None:
+        """Raises WorkerDiedError for a known one, which stays known for as long as it keeps coming."""
+        now = job.arrived
+        for content in [content for content, until in self._poisons.items() if until < now]:
+            del self._poisons[content]
+        content = _content(job)
+        if content in self._poisons:
+            self._poisons[content] = now + POISON_MEMORY
+            raise WorkerDiedError("the same request has just crashed two worker processes; it is not run again",
+                                  status=500)  # fmt: skip
 
     def _death(self, job: Job, cause: str) -> WorkerDiedError:
         if job.attempts > 1:
@@ -323,9 +450,57 @@ class BatchQueue:
         return True
 
     def tick(self, now: float) -> None:
-        """Called about once a second: remembers how many requests there were, for the retry budget."""
+        """Called a few times a second: remembers how many requests there were, and how fast they left."""
         self._window.append((now, self.submitted))
         _drop_before(self._window, now - RETRY_WINDOW)
+        self._measure(now)
+
+    def _measure(self, now: float) -> None:
+        """The rate at which jobs leave while others wait: an idle queue tells nothing of how fast its workers are."""
+        if len(self._waiting) > 2 * self.depth + MAX_FRAME_JOBS:  # cancelled, below others that nobody takes
+            self._waiting = deque([job for job in self._waiting if not job.settled])
+        self._emptied = self._emptied or not self.depth
+        self._look_whether_emptied()
+        came, left = self._offered
+        self._offered = self.submitted + self._refused, self._handed
+        overloaded = self.newest_first and self._offered[0] - came > self._handed - left
+        if overloaded is not self._overloaded:
+            self._overloaded = overloaded
+            self._make_room()
+        if not self.depth:
+            return
+        drain = self._drain
+        drain.append((now, self._handed))
+        enough = RATE_BATCHES * self.batch_size
+        while len(drain) > 2 and now - drain[1][0] >= RATE_SECONDS and self._handed - drain[1][1] >= enough:
+            drain.popleft()
+        since, handed = drain[0]
+        if self._handed - handed >= enough:
+            self.rate = (self._handed - handed) / (now - since)
+            self._make_room()
+
+    def _make_room(self) -> None:
+        room = self.capacity
+        if self.rate:
+            room = min(room, max(self.batch_size, int(self.rate * self.timeout)))
+            if self._overloaded:  # who waits below the newest waits for long: let there be few of them
+                room = min(room, max(FEWEST_WAITING, 4 * self.batch_size, int(self.rate * STANDING_SECONDS)))
+        self.room = 0 if self.closed else room
+
+    def _retry_after(self) -> int:
+        """Whole seconds until those that wait now are gone, spread so that not all who were refused return at once."""
+        self._refused += 1
+        wait = self.depth / self.rate if self.rate else 0.0
+        return min(MAX_RETRY_AFTER, max(1, math.ceil(wait * (1 + self._refused * GOLDEN % 0.5))))
+
+
+def _is_crash(cause: str) -> bool:
+    return cause.startswith(("signal ", "exit code ")) and not cause.startswith(_FROM_OUTSIDE)
+
+
+def _content(job: Job) -> int:
+    """What makes two requests the same to a handler that does not look at their other headers."""
+    return hash((job.facts.content_type, job.facts.query, b"".join(job.parts)))
 
 
 def _by_arrival(jobs: deque[Job]) -> deque[Job]:

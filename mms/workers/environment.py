@@ -18,6 +18,8 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
+
 from mms.errors import ModelLoadError
 
 log = logging.getLogger("mms.environment")
@@ -25,7 +27,7 @@ log = logging.getLogger("mms.environment")
 INSTALL_LIMIT = 1800.0
 KEPT_LINES = 20
 _PASSED = re.compile(
-    r"PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_.*|TZ|TMPDIR|LD_LIBRARY_PATH|LD_PRELOAD|MALLOC_.*|PYTHON[A-Z]*|SSL_CERT_.*|"
+    r"PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_.*|TZ|LD_LIBRARY_PATH|LD_PRELOAD|MALLOC_.*|PYTHON[A-Z]*|SSL_CERT_.*|"
     r"CUDA_.*|NVIDIA_.*|NCCL_.*|HIP_.*|ROCR_.*|TORCH.*|PYTORCH_.*|HF_.*|TRANSFORMERS_.*|OMP_.*|KMP_.*|MKL_.*|OPENBLAS_.*|"
     r"XDG_CACHE_HOME|HTTPS?_PROXY|NO_PROXY|https?_proxy|no_proxy"
 )
@@ -53,22 +55,25 @@ def cpu_quota(root: Path = Path("/")) -> float:
 
     A group is bound by those above it. In a container the files of its own group lie where the hierarchy is mounted.
     """
+    return min([limit for group in _groups("cpu", root) for limit in _limits(group)], default=math.inf)
+
+
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """The folders of the control groups that bound this process, its own first."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return math.inf
-    quota = math.inf
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         mounted = root / "sys/fs/cgroup" / controllers
         own = mounted / path.lstrip("/")
         for group in (own, *own.parents):
-            quota = min(quota, *_limits(group))
+            yield group
             if group == mounted:
                 break
-    return quota
 
 
 def _limits(group: Path) -> Iterator[float]:
@@ -81,6 +86,18 @@ def _limits(group: Path) -> Iterator[float]:
         allowed, period = (group / "cpu.cfs_quota_us").read_text(), (group / "cpu.cfs_period_us").read_text()
         if int(allowed) > 0:
             yield int(allowed) / int(period)
+
+
+def memory(root: Path = Path("/")) -> int:
+    """Bytes of memory this process may use: the machine's, and of that what its control groups grant."""
+    return min(psutil.virtual_memory().total, *(_memory_limit(group) for group in _groups("memory", root)), 1 << 62)
+
+
+def _memory_limit(group: Path) -> int:
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
+            return int((group / name).read_text())
+    return 1 << 62
 
 
 async def own_interpreter(requirements: Path, cache: Path, scratch: Path, output: logging.Logger, label: str) -> str:

@@ -10,16 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from mms import wire
 from mms.errors import FrameError
+from mms.workers import environment
 
 log = logging.getLogger("mms.forkserver")
 
 REPLY_LIMIT = 60.0  # seconds for one fork
 PRELOAD_LIMIT = 300.0
 MAX_MESSAGE = 256 << 10
+DEATHS = 5  # within DEATH_WINDOW: then workers start as fresh interpreters
+DEATH_WINDOW = 60.0
 
 
 class ForkServerDied(Exception):
@@ -42,7 +47,7 @@ class ForkServer:
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, **one_thread},
+            env={**environment.worker_environment(()), **one_thread},  # a worker can read what it was started with
         )
         theirs.close()
         self._ready: asyncio.Task[None] | None = None
@@ -142,6 +147,7 @@ class ForkServers:
 
     def __init__(self) -> None:
         self._servers: dict[tuple[str, ...], ForkServer] = {}
+        self._deaths: defaultdict[tuple[str, ...], deque[float]] = defaultdict(deque)
 
     async def fork(
         self, preload: tuple[str, ...], request: wire.ForkRequest, descriptors: Sequence[int]
@@ -151,9 +157,17 @@ class ForkServers:
         try:
             return await self._fork(server, request, descriptors)
         except (ForkServerDied, FrameError) as error:
-            log.warning("%s; starting another", error)
-            self._discard(server)
+            if self._servers.get(preload) is server:  # nobody was quicker
+                log.warning("%s; starting another", error)
+                self._died(server)
             return await self._fork(self._get(preload), request, descriptors)
+
+    def deaths(self, preload: tuple[str, ...]) -> int:
+        """How often that fork server has died lately."""
+        died = self._deaths.get(preload, deque())
+        while died and died[0] < time.monotonic() - DEATH_WINDOW:
+            died.popleft()
+        return len(died)
 
     def pids(self) -> list[int]:
         return [server.pid for server in self._servers.values()]
@@ -163,13 +177,25 @@ class ForkServers:
             self._discard(server)
 
     def _get(self, preload: tuple[str, ...]) -> ForkServer:
+        """The one that lives, else a new one. Raises UnsafeFork while too many have died."""
         server = self._servers.get(preload)
         if server is not None and not server.alive:
-            self._discard(server)
+            self._died(server)
             server = None
+        if self.deaths(preload) >= DEATHS:
+            raise UnsafeFork(",".join(preload))
         if server is None:
             server = self._servers[preload] = ForkServer(preload)
         return server
+
+    def _died(self, server: ForkServer) -> None:
+        self._discard(server)
+        preload = server.preload
+        self._deaths[preload].append(time.monotonic())
+        if self.deaths(preload) >= DEATHS:
+            log.error("the fork server (preload: %s) died %d times within %g s; until one of these is longer ago, "
+                      "workers start as fresh interpreters", ",".join(preload) or "nothing", DEATHS,
+                      DEATH_WINDOW)  # fmt: skip
 
     def _discard(self, server: ForkServer) -> None:
         """Give up this one; its successor, if another caller was quicker, stays."""
@@ -185,4 +211,4 @@ class ForkServers:
 
 
 class UnsafeFork(Exception):
-    """The preloaded modules started threads, so this set is not forked from."""
+    """This set is not forked from: its modules started threads, or its fork server has died too often."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import time
 from collections import deque
 
@@ -20,6 +22,7 @@ class OutputReader(asyncio.Protocol):
         self._log = log
         self._label = label
         self._rest = b""
+        self._ended = False
         self._second = 0
         self._budget = MAX_PER_SECOND
         self._dropped = 0
@@ -38,9 +41,24 @@ class OutputReader(asyncio.Protocol):
             self._write(self._rest)
             self._rest = b""
 
+    def drain(self, pipe: int) -> None:
+        """Read now what a process that has ended left in its pipe (which does not block): these are its last words."""
+        with contextlib.suppress(OSError):
+            while not self._ended and (data := os.read(pipe, MAX_PER_SECOND)):
+                self.data_received(data)
+                self._ended = self._budget < 0  # a helper may go on writing
+        self._flush()
+
+    def eof_received(self) -> None:
+        self._ended = True
+
     def connection_lost(self, error: Exception | None) -> None:
+        self._flush()
+
+    def _flush(self) -> None:
         if self._rest:
             self._write(self._rest)
+            self._rest = b""
 
     def _write(self, line: bytes) -> None:
         for start in range(0, len(line) or 1, MAX_LINE):

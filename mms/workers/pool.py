@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from mms.workers import environment
 from mms.workers.batching import BatchQueue, Job
 from mms.workers.forkserver import ForkServerDied, ForkServers
 from mms.workers.gpus import Gpu
+from mms.workers.oom import OutOfMemoryKills
 from mms.workers.output import OutputReader
 from mms.workers.process import Launch, launch
 from mms.workers.worker import Worker, WorkerState
@@ -38,6 +39,11 @@ FAILED_PAUSE_LIMIT = 300.0
 DEATH_WINDOW = 10.0  # the first death in it is replaced at once, further ones with back-off
 DEATH_PAUSE = 0.1
 DEATH_PAUSE_LIMIT = 10.0
+RESTART_WINDOW = 10.0  # over all pools of the server: more deaths than MAX_RESTARTS in it, and each waits RESTART_PAUSE
+MAX_RESTARTS = 20
+RESTART_PAUSE = 1.0
+KILLED = "signal 9 (SIGKILL)"
+LAST_WORDS = 3  # lines of output in the log's line about a death
 TICK = 0.25
 ASLEEP = 1.0  # a tick this late means that this process itself stood still
 
@@ -58,6 +64,32 @@ class PoolSettings:
     response_timeout: float
     startup_timeout: float
     stop_grace: float
+    boot_tries: int = MAX_BOOT_FAILURES
+    max_requests: int = 0
+    max_rss: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastFailure:
+    """The latest worker that died or did not become ready: why, when (time.time()), what it printed last."""
+
+    cause: str
+    at: float
+    output: tuple[str, ...]
+
+
+class Restarts:
+    """How many workers have died lately in all pools of a server: what they share is the machine."""
+
+    def __init__(self) -> None:
+        self.memory_kills = OutOfMemoryKills()
+        self._deaths: deque[float] = deque()
+
+    def pause(self, now: float) -> float:
+        """Seconds that a worker's replacement has to wait because so many others have died; counts this death."""
+        self._deaths.append(now)
+        _forget_before(self._deaths, now - RESTART_WINDOW)
+        return RESTART_PAUSE if len(self._deaths) > MAX_RESTARTS else 0.0
 
 
 class WorkerPool:
@@ -70,16 +102,21 @@ class WorkerPool:
         metrics: VersionMetrics,
         forkservers: ForkServers,
         loads: asyncio.Semaphore,
+        restarts: Restarts,
     ) -> None:
         self.target = 0
         self.workers: list[Worker] = []
         self.failure: ModelLoadError | None = None  # set while the version is FAILED
+        self.minimum = 0  # fewer ready workers are an outage: all that were ready since the target was last lowered
+        self.last_death = ""  # its cause, while a worker is missing for it
         self.was_ready = False  # requests may wait while a worker is replaced
+        self.last_failure: LastFailure | None = None
         self._settings = settings
         self._queue = queue
         self._metrics = metrics
         self._forkservers = forkservers
         self._loads = loads
+        self._restarts = restarts
         self.ready_workers: list[Worker] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._installing = False
@@ -89,6 +126,9 @@ class WorkerPool:
         self._failed_pause = FAILED_PAUSE
         self._deaths: deque[float] = deque()
         self._hold_until = 0.0
+        self._retry_at = 0.0  # of a FAILED pool
+        self._leaving: tuple[Worker, str] | None = None  # it goes when its replacement is ready, and why
+        self._too_big = False  # said that max_rss is less than what a worker needs
         self._wake: asyncio.Handle | None = None
         self._delay: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -124,13 +164,35 @@ class WorkerPool:
         return self._settings.load.threads or max(1, environment.cores() // max(1, self.target))
 
     @property
+    def next_start(self) -> float | None:
+        """Seconds until a missing worker is started, None when none waits."""
+        at = self._retry_at if self.failure is not None else self._hold_until
+        return max(0.0, at - time.monotonic()) if self.missing else None
+
+    @property
+    def deaths(self) -> int:
+        """Workers that died in the last DEATH_WINDOW seconds."""
+        _forget_before(self._deaths, time.monotonic() - DEATH_WINDOW)
+        return len(self._deaths)
+
+    @property
+    def forkserver_deaths(self) -> int:
+        """How often the fork server of these workers has died lately."""
+        return self._forkservers.deaths(self._settings.launch.preload)
+
+    @property
     def in_flight(self) -> int:
         return sum(len(worker.in_flight.jobs) for worker in self.workers)
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Of the bodies that workers have in hand: they are kept until they are answered, to be run again."""
+        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs)
 
     # jobs
 
     def submit(self, job: Job) -> None:
-        """Queue the job. Raises QueueFullError or ServiceUnavailableError."""
+        """Queue the job. Raises OverloadError or DrainingError."""
         self._queue.submit(job)
         if self._wake is None:
             self._wake_soon()
@@ -193,14 +255,10 @@ class WorkerPool:
 
     # desired state
 
-    async def scale(self, count: int) -> None:
-        """Run `count` workers; returns when that many are ready. Raises ModelLoadError when they cannot be."""
-        self.set_target(count)
-        await self.settled()
-
     def set_target(self, count: int) -> None:
         """Begin to run `count` workers; a FAILED pool tries again now."""
         self.target = count
+        self.minimum = min(self.minimum, count)
         self.was_ready = self.was_ready or not count
         self._boot_failures = 0
         self._failed_pause = FAILED_PAUSE
@@ -252,15 +310,17 @@ class WorkerPool:
 
     def _reconcile(self) -> None:
         """Start what is missing, stop what is too many."""
+        self._let_go()
         active = self._active()
-        if len(active) < self.target and self.failure is None and time.monotonic() >= self._hold_until:
+        wanted = self.target + bool(self.target and self._leaving)
+        if len(active) < wanted and self.failure is None and time.monotonic() >= self._hold_until:
             if self._settings.interpreter is not None and not self._installed:
                 self._install(self._settings.interpreter)
             else:
-                for _ in range(self.target - len(active)):
+                for _ in range(wanted - len(active)):
                     self._start_worker()
         surplus = sorted(active, key=lambda worker: (worker.state is WorkerState.READY, -len(worker.in_flight.jobs)))
-        for worker in surplus[: max(0, len(active) - self.target)]:
+        for worker in surplus[: max(0, len(active) - wanted)]:
             self._stop_worker(worker)
         if self._timer is None and (self.workers or self.target):
             self._last_tick = time.monotonic()
@@ -291,16 +351,23 @@ class WorkerPool:
     def _start_worker(self) -> None:
         used = {worker.slot for worker in self.workers}
         slot = next(number for number in range(len(used) + 1) if number not in used)
-        gpus = self._settings.gpus
-        gpu = gpus[slot % len(gpus)].index if gpus else None
-        worker = Worker(slot, gpu, self, self._queue, self._metrics)
+        worker = Worker(slot, self._free_gpu(), self, self._queue, self._metrics)
         self.workers.append(worker)
-        self._run(self._boot(worker))
+        task = self._run(self._boot(worker))
+        task.add_done_callback(lambda _: self._unborn(worker))  # also of a task that was cancelled before it began
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _free_gpu(self) -> int | None:
+        """The GPU with the fewest workers that stay."""
+        gpus = self._settings.gpus
+        leaving = self._leaving[0] if self._leaving else None
+        used = Counter(worker.gpu for worker in self._active() if worker is not leaving)
+        return min((gpu.index for gpu in gpus), key=lambda index: used[index]) if gpus else None
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._booted)
+        return task
 
     def _booted(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -315,18 +382,19 @@ class WorkerPool:
 
         A replacement in a pool that has served does not wait behind other models that load.
         """
-        try:
-            async with nullcontext() if self.was_ready else self._loads:
-                if worker.state is WorkerState.STARTING:
-                    worker.launched = time.monotonic()
-                    await self._launch(worker)
-                    while worker.state is WorkerState.STARTING and worker in self.workers:
-                        await self._change(TICK)
-        finally:
-            if worker.process is None:
-                self._forget(worker)
+        async with nullcontext() if self.was_ready else self._loads:
+            if worker.state is WorkerState.STARTING:
+                worker.launched = time.monotonic()
+                await self._launch(worker)
+                while worker.state is WorkerState.STARTING and worker in self.workers:
+                    await self._change(TICK)
         if worker.process is None:
+            self._forget(worker)
             self._boot_failed(worker)
+
+    def _unborn(self, worker: Worker) -> None:
+        if worker.process is None:
+            self._forget(worker)
 
     async def _launch(self, worker: Worker) -> None:
         load = msgspec.structs.replace(self._settings.load, threads=self.threads)
@@ -353,6 +421,8 @@ class WorkerPool:
         worker.state = WorkerState.STOPPING
         if worker in self.ready_workers:
             self.ready_workers.remove(worker)
+        if self._leaving is not None and self._leaving[0] is worker:
+            self._leaving = None
         if starting:
             worker.kill("stopped")
         else:
@@ -371,9 +441,14 @@ class WorkerPool:
         self.failure = None
         self.was_ready = True
         self.ready_workers.append(worker)
+        self._queue.forget_rate()
+        self.minimum = max(self.minimum, min(self.ready, self.target))
+        if self.ready >= self.target:
+            self.last_death = ""
         self._metrics.load_seconds = ready.load_seconds
         seconds = time.monotonic() - worker.launched
         log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
+        self._let_go()
         self._changed.set()
         self._dispatch()
 
@@ -393,6 +468,8 @@ class WorkerPool:
     def worker_gone(self, worker: Worker) -> None:
         """The process has ended, and all it has said has been read."""
         state = worker.state
+        if worker.cause == KILLED and self._restarts.memory_kills.claim():
+            worker.cause = "killed (out of memory)"
         self._forget(worker)
         if worker.in_flight.jobs:
             self._take_back(worker)
@@ -410,6 +487,8 @@ class WorkerPool:
         if worker in self.ready_workers:
             self.ready_workers.remove(worker)
         self._standing.pop(worker, None)
+        if self._leaving is not None and self._leaving[0] is worker:
+            self._leaving = None
         self._changed.set()
 
     def _take_back(self, worker: Worker) -> None:
@@ -420,16 +499,28 @@ class WorkerPool:
 
     def _died(self, worker: Worker) -> None:
         worker.state = WorkerState.FAILED
+        self.last_death = worker.cause
         now = time.monotonic()
         self._metrics.restarts[worker.cause] += 1
         self._deaths.append(now)
-        while self._deaths and self._deaths[0] < now - DEATH_WINDOW:
-            self._deaths.popleft()
-        recent = len(self._deaths)
+        recent = self.deaths
         pause = 0.0 if recent <= len(self.workers) + 1 else min(DEATH_PAUSE * 2 ** (recent - 2), DEATH_PAUSE_LIMIT)
-        log.error("%s: worker %d (pid %s) died: %s; replacing it%s", self._settings.label, worker.slot, worker.pid,
-                  worker.cause, f" in {pause:.1f} s" if pause else "")  # fmt: skip
+        pause = max(pause, self._restarts.pause(now))
+        self._note_failure(worker)
+        log.error("%s: worker %d (pid %s) died: %s; replacing it%s%s", self._settings.label, worker.slot, worker.pid,
+                  worker.cause, f" in {pause:.1f} s" if pause else "", self._last_words(worker))  # fmt: skip
         self._hold(pause)
+
+    def _note_failure(self, worker: Worker) -> None:
+        failed, output = worker.failure, worker.output
+        cause = f"failed to load: {failed.message}" if failed is not None else worker.cause
+        self.last_failure = LastFailure(
+            cause=cause, at=time.time(), output=tuple(output.last_lines) if output is not None else ()
+        )
+
+    def _last_words(self, worker: Worker) -> str:
+        lines = list(worker.output.last_lines)[-LAST_WORDS:] if worker.output is not None else []
+        return f"; it last printed: {' | '.join(line[:200] for line in lines)}" if lines else ""
 
     def _boot_failed(self, worker: Worker) -> None:
         if worker.state is not WorkerState.STARTING:
@@ -437,18 +528,23 @@ class WorkerPool:
             return
         worker.state = WorkerState.FAILED
         self._boot_failures += 1
+        self._note_failure(worker)
         if self.failure is not None:
             return
         if self.ready_workers:  # the others serve: only this place stays empty for a while
-            self._hold(min(DEATH_PAUSE * 2**self._boot_failures, DEATH_PAUSE_LIMIT))
+            pause = min(DEATH_PAUSE * 2**self._boot_failures, DEATH_PAUSE_LIMIT)
+            log.error("%s: worker %d did not become ready: %s; next try in %.1f s", self._settings.label, worker.slot,
+                      worker.failure.message if worker.failure else worker.cause, pause)  # fmt: skip
+            self._hold(pause)
             return
-        if self._boot_failures < MAX_BOOT_FAILURES:
+        if self._boot_failures < self._settings.boot_tries:
             self._hold(BOOT_PAUSES[self._boot_failures - 1])
             return
         self._fail_version(self._describe_failure(worker), f" after {self._boot_failures} tries")
 
     def _fail_version(self, failure: ModelLoadError, tries: str) -> None:
         self.failure = failure
+        self._retry_at = time.monotonic() + self._failed_pause
         log.error("%s: FAILED%s: %s; next try in %g s", self._settings.label, tries, failure.message,
                   self._failed_pause)  # fmt: skip
         self._loop.call_later(self._failed_pause, self._retry_failed)
@@ -458,7 +554,7 @@ class WorkerPool:
     def _retry_failed(self) -> None:
         if self.failure is not None and self.target:
             self.failure = None
-            self._boot_failures = MAX_BOOT_FAILURES - 1
+            self._boot_failures = self._settings.boot_tries - 1
             self._reconcile()
 
     def _describe_failure(self, worker: Worker) -> ModelLoadError:
@@ -488,11 +584,48 @@ class WorkerPool:
         self._queue.tick(now)
         for job, error in self._queue.expire(now):
             self.fail(job, error)
+        self._restarts.memory_kills.look(now)
+        if self._settings.max_requests or self._settings.max_rss:
+            self._recycle()
         if not asleep:  # answers may lie unread in the sockets: nobody is late yet
             for worker in list(self.workers):
                 self._check(worker, now)
         alive = self.workers or self.target or self._queue.depth
         self._timer = self._loop.call_later(TICK, self._tick) if alive else None
+
+    def _recycle(self) -> None:
+        """Replace a worker that has had its share of requests or memory; one at a time, and it serves until then."""
+        if self._leaving is not None or self.failure is not None or len(self.ready_workers) != self.target:
+            return
+        for worker in self.ready_workers:
+            reason = self._outworn(worker)
+            if reason:
+                self._leaving = worker, reason
+                log.info("%s: worker %d (pid %s) has reached %s; replacing it", self._settings.label, worker.slot,
+                         worker.pid, reason)  # fmt: skip
+                self._reconcile()
+                return
+
+    def _let_go(self) -> None:
+        """End the worker that leaves, once the others are enough."""
+        if self._leaving is not None and len(self.ready_workers) > self.target:
+            worker, reason = self._leaving
+            self._metrics.restarts[reason] += 1
+            self._stop_worker(worker)
+
+    def _outworn(self, worker: Worker) -> str:
+        settings, answered = self._settings, worker.in_flight.finished
+        if settings.max_requests and answered >= settings.max_requests:
+            return "max_requests"
+        if not settings.max_rss or worker.process.resident_bytes() <= settings.max_rss:
+            return ""
+        if answered:
+            return "max_rss"
+        if not self._too_big:  # a new one would be as big
+            self._too_big = True
+            log.warning("%s: max_rss (%d bytes) is less than what a worker needs before its first request",
+                        settings.label, settings.max_rss)  # fmt: skip
+        return ""
 
     def _check(self, worker: Worker, now: float) -> None:
         """Kill a worker whose batch or whose start takes too long."""
@@ -523,3 +656,8 @@ class WorkerPool:
             since = now
         self._standing[worker] = done, since
         return since
+
+
+def _forget_before(times: deque[float], limit: float) -> None:
+    while times and times[0] < limit:
+        times.popleft()

@@ -5,19 +5,25 @@ The pidfd is the truth about life and death: it cannot be reused, and it works w
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import mmap
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from mms import wire
 from mms.workers.forkserver import ForkServers, UnsafeFork
+from mms.workers.sandbox import new_scratch
 
 CHANNEL_BUFFER = 1 << 20
 
@@ -30,23 +36,35 @@ class Launch:
     directory: str
     environ: Mapping[str, str]
     preload: tuple[str, ...]
+    scratch: Path  # where each gets a folder for its temporary files
+    sandbox: wire.Sandbox
     interpreter: str | None = None
 
 
 class WorkerProcess:
-    """One worker process; owns its descriptors."""
+    """One worker process; owns its descriptors and its scratch folder."""
 
-    def __init__(self, pid: int, pidfd: int, channel: socket.socket, progress: mmap.mmap, output: int) -> None:
+    def __init__(
+        self, pid: int, pidfd: int, channel: socket.socket, progress: mmap.mmap, output: int, scratch: Path
+    ) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.channel = channel
         self.output = output
         self._progress = progress
+        self._scratch = scratch
 
     def progress(self) -> tuple[int, int, float]:
         """Jobs finished and begun since the start, and when the batch in hand began (monotonic; 0 while idle)."""
         done, started, begun_at = wire.PROGRESS.unpack_from(self._progress)
         return done, started, begun_at
+
+    def resident_bytes(self) -> int:
+        """Memory that it holds now, with what it shares with others; 0 when it has ended."""
+        try:
+            return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
+        except OSError:
+            return 0
 
     def kill(self) -> None:
         """SIGKILL the worker and everything in its process group. Safe until it is reaped."""
@@ -74,6 +92,7 @@ class WorkerProcess:
         """Release the descriptors; after the transports that use channel and output are closed."""
         os.close(self.pidfd)
         self._progress.close()
+        _remove(self._scratch)
 
 
 async def launch(how: Launch, forkservers: ForkServers) -> WorkerProcess:
@@ -81,37 +100,43 @@ async def launch(how: Launch, forkservers: ForkServers) -> WorkerProcess:
     ours, theirs = socket.socketpair()
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     page = os.memfd_create("mms-progress")
+    scratch = None
     try:
+        scratch = new_scratch(how.scratch, how.name, how.sandbox)
         os.ftruncate(page, wire.PROGRESS.size)
         progress = mmap.mmap(page, wire.PROGRESS.size)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
         if how.interpreter is None:
-            pid, pidfd = await _fork_or_spawn(how, forkservers, theirs, page, write_end)
+            pid, pidfd = await _fork_or_spawn(how, forkservers, scratch, theirs, page, write_end)
         else:
-            pid, pidfd = _spawn(how, how.interpreter, theirs, page, write_end)
+            pid, pidfd = _spawn(how, how.interpreter, scratch, theirs, page, write_end)
     except BaseException:
         ours.close()
         os.close(read_end)
+        if scratch is not None:
+            _remove(scratch)
         raise
     finally:
         theirs.close()
         os.close(write_end)
         os.close(page)
-    return WorkerProcess(pid, pidfd, ours, progress, read_end)
+    return WorkerProcess(pid, pidfd, ours, progress, read_end, scratch)
 
 
 async def _fork_or_spawn(
-    how: Launch, forkservers: ForkServers, channel: socket.socket, page: int, output: int
+    how: Launch, forkservers: ForkServers, scratch: Path, channel: socket.socket, page: int, output: int
 ) -> tuple[int, int]:
-    request = wire.ForkRequest(dict(how.environ), how.name, how.directory, os.getpid())
+    request = wire.ForkRequest(dict(how.environ), how.name, how.directory, os.getpid(), str(scratch), how.sandbox)
     try:
         return await forkservers.fork(how.preload, request, (channel.fileno(), page, output))
     except UnsafeFork:
-        return _spawn(how, sys.executable, channel, page, output)
+        return _spawn(how, sys.executable, scratch, channel, page, output)
 
 
-def _spawn(how: Launch, interpreter: str, channel: socket.socket, page: int, output: int) -> tuple[int, int]:
+def _spawn(
+    how: Launch, interpreter: str, scratch: Path, channel: socket.socket, page: int, output: int
+) -> tuple[int, int]:
     arguments = [
         "--channel",
         str(channel.fileno()),
@@ -121,6 +146,10 @@ def _spawn(how: Launch, interpreter: str, channel: socket.socket, page: int, out
         str(os.getpid()),
         "--name",
         how.name,
+        "--scratch",
+        str(scratch),
+        "--sandbox",
+        msgspec.json.encode(how.sandbox).decode(),
     ]
     process = subprocess.Popen(
         [interpreter, "-P", "-m", "mms.backend", *arguments],
@@ -137,13 +166,39 @@ def _spawn(how: Launch, interpreter: str, channel: socket.socket, page: int, out
     return process.pid, pidfd
 
 
-def reap_orphans(known: set[int]) -> None:
-    """Wait for dead children that nobody knows: this process adopts what its workers leave behind."""
+def _remove(scratch: Path) -> None:
+    """Mostly it is empty; else a thread does it, as there may be much in it."""
+    try:
+        scratch.rmdir()
+    except OSError:
+        asyncio.get_running_loop().run_in_executor(None, partial(shutil.rmtree, scratch, ignore_errors=True))
+
+
+def reap_orphans(known: set[int]) -> list[int]:
+    """Wait for dead children that nobody knows, and kill those that have left their worker: this process adopts both.
+
+    What a worker starts is known by its oom_score_adj. Returns the pids of the killed ones.
+    """
     own = os.getpid()
+    killed = []
     for pid in map(int, Path(f"/proc/{own}/task/{own}/children").read_text().split()):
-        if pid not in known and _is_zombie(pid):
+        if pid in known:
+            continue
+        if _is_zombie(pid):
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
+        elif _oom_score(pid) > _oom_score(own):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # it is our child, so the pid is still its own
+            killed.append(pid)
+    return killed
+
+
+def _oom_score(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+    except OSError:
+        return 0
 
 
 def _is_zombie(pid: int) -> bool:

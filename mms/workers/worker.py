@@ -216,9 +216,11 @@ class Worker(asyncio.Protocol):
             return
         self._gone = True
         self.cause = self.cause or self._exit or "unknown"
+        if self.output is not None:
+            self.output.drain(self.process.output)
         self._transport.close()
         if self._output_transport is not None:
-            asyncio.get_running_loop().call_later(LAST_WORDS, self._output_transport.close)
+            self._output_transport.close()
         self._owner.worker_gone(self)
         self.process.close()
 

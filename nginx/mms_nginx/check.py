@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from mms.errors import StartError
+from mms.ports import cannot_listen
 
 CHECK_TIMEOUT = 10.0
 
@@ -94,13 +95,7 @@ def check_free(address: str) -> None:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind(target)
         except OSError as error:
-            raise StartError(f"cannot listen on {address}: {error.strerror} ({_advice(error)})") from None
-
-
-def _advice(error: OSError) -> str:
-    if isinstance(error, PermissionError):
-        return "ports below 1024 need root"
-    return f"port in use or no such address, errno {error.errno}"
+            raise cannot_listen(address, error) from None
 
 
 def _remove_stale(path: str) -> None:

@@ -78,6 +78,11 @@ def test_predict_sends_a_file(running: Server, tmp_path: Path) -> None:
     failed = mms("predict", "crashes_on_predict", str(file), "--run-dir", str(running.run_dir))
     assert failed.returncode == 1
     assert json.loads(failed.stdout)["code"] == 500
+    for name in ("e cho", "echo?x", "echo/1.0"):
+        unknown = mms("predict", name, str(file), "--run-dir", str(running.run_dir))
+        assert json.loads(unknown.stdout)["message"] == f"Model not found: {name}"
+    folder = mms("predict", "echo", str(tmp_path), "--run-dir", str(running.run_dir))
+    assert (folder.returncode, folder.stderr) == (1, f"mms: error: cannot read {tmp_path}: Is a directory\n")
     nobody = mms("predict", "echo", str(file), "--run-dir", str(tmp_path))
     assert (nobody.returncode, nobody.stderr) == (3, f"mms: error: no server is running in {tmp_path}\n")
 
@@ -131,6 +136,52 @@ def test_check_names_what_is_wrong(make_archive: MakeArchive, tmp_path: Path, na
     error = checked.stderr.splitlines()[-1]
     assert error.startswith("mms: error: ")
     assert words in error
+
+
+def test_check_shows_once_what_the_handler_prints_and_its_traceback(make_archive: MakeArchive, tmp_path: Path) -> None:
+    request = tmp_path / "words.txt"
+    request.write_text("hello")
+    failed = mms("check", str(make_archive("crashes_on_predict")), str(request))
+    assert failed.stderr.count("Traceback (most recent call last):") == 1
+    assert "ValueError" in failed.stderr.splitlines()[-2]
+    unloaded = mms("check", str(make_archive("crashes_on_load")))
+    assert unloaded.stderr.count("Traceback (most recent call last):") == 1
+    assert unloaded.stderr.count("mms: error:") == 1
+    assert "next try" not in unloaded.stderr
+    dead = mms("check", str(make_archive("dies_on_load")))
+    assert dead.stderr.count("these are my last words") == 1
+
+
+def test_check_shows_a_refusal_as_the_answer_that_it_is(make_archive: MakeArchive, tmp_path: Path) -> None:
+    request = tmp_path / "request"
+    request.write_text("unlucky")
+    checked = mms("check", str(make_archive("fails_one")), str(request))
+    assert (checked.returncode, checked.stderr) == (1, "")
+    assert "\n418\ncontent-type: application/json\n" in checked.stdout
+    assert '{"code":418,"type":"PredictionException","message":"no luck"}' in checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told", "code"),
+    [
+        (("config", "--batch-size"), "Option '--batch-size' requires an argument.", 2),
+        (("confg",), "No such command 'confg'.", 2),
+        (("config", "--batch-size", "x"), "command line: batch_size = 'x': a whole number is needed", 1),
+        (("start", "--models", "x="), "command line: models = ('x=',): x=: name=file is needed", 1),
+        (("check", "HERE", "/proc/self/mem"), "cannot read /proc/self/mem: ", 1),
+        (("check", "HERE", "HERE"), ": Is a directory", 1),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(tmp_path: Path, words: tuple[str, ...], told: str, code: int) -> None:
+    failed = mms(*(word.replace("HERE", str(tmp_path)) for word in words))
+    assert (failed.returncode, failed.stdout) == (code, "")
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith("mms: error: ")
+    assert told in line
+
+
+def test_config_takes_several_models_as_start_does() -> None:
+    assert json.loads(mms("config", "--json", "--models", "a.mar", "b.mar").stdout)["models"]["value"] == "a.mar,b.mar"
 
 
 def test_check_of_no_archive(tmp_path: Path) -> None:

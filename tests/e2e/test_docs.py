@@ -18,7 +18,7 @@ import pytest
 
 from mms.config import Config, ModelSettings, show_setting
 from mms.errors import MMSError
-from mms.metrics import Collector
+from mms.metrics import Collector, FrontEndFacts
 from tests.conftest import environment, eventually, free_ports, is_free, processes_in, scratch
 
 ROOT = Path(__file__).parents[2]
@@ -217,7 +217,7 @@ def test_every_setting_is_documented(kind: type, heading: str) -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    collector = Collector(lambda: (), lambda: (), lambda: 0, Counter())
+    collector = Collector(lambda: (), lambda: (), lambda: FrontEndFacts(0, 0, 0), Counter())
     expected = []
     for family in collector.collect():
         labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))

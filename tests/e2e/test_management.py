@@ -8,11 +8,12 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.conftest import Answering, MakeArchive, MakeGate, Server, eventually, fetch, server
+from tests.conftest import Answering, MakeArchive, MakeGate, Reply, Server, eventually, fetch, server
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,10 @@ def test_f30_what_a_handler_changes_stays_in_its_worker(bare: Server) -> None:
         ("POST", "/models?url=echo-1.0.mar&batchsize=1", 400, "BadRequestException", "did you mean batch_size?"),
         ("POST", "/models?url=echo-1.0.mar&synchronous=maybe", 400, "BadRequestException", "true or false"),
         ("POST", "/models?url=echo-1.0.mar&handler=echo:Nothing", 500, "ModelLoadException", "function Nothing"),
-        ("GET", "/models?limit=0", 400, "BadRequestException", "at least 1"),
+        ("POST", "/models?url=echo-1.0.mar&handler=p%20q", 400, "BadRequestException", "handler = 'p q': module:Name"),
+        ("POST", "/models?url=echo-1.0.mar&initial_workers=x", 400, "ConfigException", "initial_workers = 'x'"),
+        ("POST", "/models?url=echo-1.0.mar&initial_workers=100000000", 400, "ConfigException", "at most 1024"),
+        ("GET", "/models?limit=0", 400, "BadRequestException", "limit = 0: a whole number from 1"),
         ("GET", "/models/cat", 404, "ModelNotFoundException", "cat"),
         ("PUT", "/models/cat?min_worker=1", 404, "ModelNotFoundException", "cat"),
         ("PUT", "/models/cat/1.0/set-default", 404, "ModelNotFoundException", "cat"),
@@ -272,7 +276,13 @@ def test_an_archive_brings_its_requirements(make_archive: MakeArchive, tmp_path:
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("min_worker=3&max_worker=1", "max_worker cannot be less"), ("min_worker=-1", "min_worker"), ("x=1", "x")],
+    [
+        ("min_worker=3&max_worker=1", "max_worker cannot be less"),
+        ("min_worker=-1", "min_worker"),
+        ("min_worker=100000000", "min_worker = 100000000: a whole number from 0 to 1024 is needed"),
+        (f"max_worker={'9' * 5000}", "max_worker"),
+        ("x=1", "x"),
+    ],
 )
 def test_what_scaling_refuses(bare: Server, path: str, words: str) -> None:
     bare.manage("POST", "/models?url=echo-1.0.mar")
@@ -280,6 +290,67 @@ def test_what_scaling_refuses(bare: Server, path: str, words: str) -> None:
     assert reply.status == 400
     assert words in reply.message
     assert len(bare.workers("echo")) == 1
+
+
+def test_scaling_without_a_number_is_to_one_as_in_mms(bare: Server) -> None:
+    bare.manage("POST", "/models?url=echo-1.0.mar&initial_workers=2")
+    assert bare.manage("PUT", "/models/echo?max_worker=4&synchronous=true").status == 200
+    described = bare.describe("echo")
+    assert (described["minWorkers"], described["maxWorkers"], len(described["workers"])) == (2, 4, 2)
+    assert bare.manage("PUT", "/models/echo?synchronous=true").status == 200
+    assert bare.describe("echo")["minWorkers"] == 1
+
+
+def as_json(running: Server, method: str, path: str, **parameters: Any) -> Reply:
+    return fetch(running.management, method, path, json.dumps(parameters), {"Content-Type": "application/json"})
+
+
+def test_null_is_as_if_not_there(bare: Server) -> None:
+    nothing = dict.fromkeys(("model_name", "handler", "sha256", "runtime", "initial_workers", "batch_size"))
+    assert as_json(bare, "POST", "/models", url="echo-1.0.mar", synchronous=None, **nothing).status == 200
+    assert bare.describe("echo")["batchSize"] == 1
+    assert as_json(bare, "PUT", "/models/echo", batch_size=3, min_worker=None).status == 200
+    assert bare.describe("echo")["batchSize"] == 3
+    assert "unknown parameter nothing" in as_json(bare, "POST", "/models", url="echo-1.0.mar", nothing=None).message
+
+
+@pytest.mark.parametrize("name", ["url", "model_name", "handler", "sha256"])
+@pytest.mark.parametrize("value", [["echo-1.0.mar"], 1, True, {}])
+def test_a_text_that_is_none_is_refused_by_its_name(bare: Server, name: str, value: Any) -> None:
+    reply = as_json(bare, "POST", "/models", **{"url": "echo-1.0.mar", name: value})
+    assert (reply.status, reply.message) == (400, f"{name} = {value!r}: a text is needed")
+
+
+def test_a_body_over_the_limit_is_413(bare: Server) -> None:
+    reply = as_json(bare, "POST", "/models", url="x" * (1 << 20))
+    assert (reply.status, reply.json()["type"]) == (413, "RequestEntityTooLargeException")
+    assert "1048576 bytes" in reply.message
+
+
+def test_the_handler_of_the_registration_is_shown(bare: Server) -> None:
+    bare.manage("POST", "/models?url=echo-1.0.mar&initial_workers=0&handler=other:X")
+    assert bare.describe("echo")["handler"] == "other:X"
+
+
+def test_a_file_name_that_is_not_utf8_stays_out_of_the_way(bare: Server) -> None:
+    """It is not listed, and cannot be named; other errors are told as before."""
+    store = os.fsencode(bare.folder / "store")
+    os.link(store + b"/echo-1.0.mar", store + b"/a\xffb.mar")
+    try:
+        reply = bare.manage("POST", "/models?url=missing.mar")
+        assert (reply.status, "b.mar" in reply.message) == (404, False)
+        assert bare.manage("POST", "/models?url=a%FFb.mar").status in (400, 404)
+        assert bare.manage("GET", "/models").json() == {"models": []}
+    finally:
+        os.unlink(store + b"/a\xffb.mar")
+
+
+def test_a_method_that_is_not_allowed_names_those_that_are(bare: Server) -> None:
+    assert bare.manage("PATCH", "/models").headers["allow"] == "GET, POST"
+    for path, methods in (("/predictions/echo", "GET, POST, PUT"), ("/ping", "GET, HEAD")):
+        bare.manage("POST", "/models?url=echo-1.0.mar&initial_workers=0")
+        reply = fetch(bare.url, "DELETE", path)
+        assert (reply.status, reply.headers["allow"]) == (405, methods)
 
 
 @pytest.mark.parametrize("body", ["[1]", "{", "{}x", "[" * 100_000])

@@ -15,6 +15,7 @@ from mms.api.guard import Guard
 from mms.api.openapi import INFERENCE
 from mms.config import ModelSettings
 from mms.controlplane import ControlPlane
+from mms.models.readiness import Readiness
 from tests.conftest import MakeArchive, Reply, Server, fetch, server
 
 VALUES = {
@@ -22,8 +23,10 @@ VALUES = {
     "initial_workers": "0",
     "synchronous": "true", "batch_size": "2", "max_batch_delay": "5", "min_workers": "0", "max_workers": "1",
     "response_timeout": "9", "startup_timeout": "9", "queue_size": "9", "queue_timeout": "9", "retry": "0",
+    "queue_bytes": "1MiB", "queue_order": "fifo",
     "isolate_errors": "true", "device": "cpu", "gpus": "", "threads": "1", "preload": "", "limit": "5",
-    "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1",
+    "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1", "max_requests": "0", "max_rss": "0",
+    "worker_fs": "open", "worker_network": "open", "worker_memory": "0",
 }  # fmt: skip
 METHODS = ("get", "put", "post", "delete", "patch", "options")
 
@@ -86,7 +89,15 @@ def test_every_documented_management_operation_is_served(running: Server) -> Non
             assert str(reply.status) in what["responses"]
         else:
             changing.append((method, path))
-    assert changing == [("post", "/models"), ("delete", "/models/{model}"), ("delete", "/models/{model}/{version}")]
+    retries = ["/models/{model}/retry", "/models/{model}/{version}/retry"]
+    for path in retries:
+        assert call(running, "management", "post", path).status == 200
+    assert changing == [
+        ("post", "/models"),
+        ("delete", "/models/{model}"),
+        ("delete", "/models/{model}/{version}"),
+        *(("post", path) for path in retries),
+    ]
     for path in ("/models/two", "/models/two/2.0"):
         query = "url=echo-2.0.mar&model_name=two&initial_workers=0"
         assert running.manage("POST", f"/models?{query}").status == 200
@@ -125,9 +136,29 @@ def test_every_setting_of_a_model_can_be_given_at_registration(running: Server) 
     assert {field.name for field in fields(ModelSettings)} <= {parameter["name"] for parameter in what["parameters"]}
 
 
+def test_the_bounds_of_settings_are_documented(running: Server) -> None:
+    what = document(running, "management")["paths"]["/models"]["post"]
+    query = {parameter["name"]: parameter["schema"] for parameter in what["parameters"]}
+    body = what["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert query["device"] == {"type": "string", "enum": ["auto", "cpu", "gpu"]}
+    assert query["batch_size"] == {"type": "integer", "minimum": 1, "maximum": 65536}
+    assert (query["gpus"], body["gpus"]["type"], body["gpus"]["items"]) == (
+        {"type": "string"},
+        "array",
+        {"type": "integer"},
+    )
+
+
+def test_lists_are_taken_in_a_body(running: Server) -> None:
+    body = {"url": "echo-1.0.mar", "model_name": "lists", "initial_workers": 0, "gpus": [], "preload": ["json"]}
+    headers = {"Content-Type": "application/json"}
+    assert fetch(running.management, "POST", "/models", json.dumps(body), headers).status == 200
+    assert running.manage("DELETE", "/models/lists").status == 200
+
+
 def test_every_served_management_route_is_documented(running: Server) -> None:
     found = {(method, path) for method, path, _ in operations(document(running, "management"))}
-    app = management.application(object.__new__(ControlPlane), Guard("unix:/m", (), None))
+    app = management.application(object.__new__(ControlPlane), object.__new__(Readiness), Guard("unix:/m", (), None))
     served = {
         (route.method.lower(), route.resource.canonical)
         for route in app.router.routes()

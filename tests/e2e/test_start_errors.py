@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import (
@@ -58,11 +60,18 @@ def test_f70_a_port_in_use_is_named(folder: Path, make_archive: MakeArchive, whi
         setting: dict[str, Any] = {f"{which}_address": f"127.0.0.1:{port}"}
         text = refusal(folder, make_archive("echo"), models=("echo-1.0.mar",), edge=edge, **setting)
     assert f"127.0.0.1:{port}" in text
-    assert "in use" in text
+    assert text.endswith(f"Address already in use (held by {psutil.Process().name()} (pid {os.getpid()}))")
 
 
 def test_f70_an_address_of_another_machine(folder: Path) -> None:
     assert "cannot listen on 192.0.2.1:80" in refusal(folder, inference_address="192.0.2.1:80")
+
+
+@pytest.mark.parametrize("edge", ["none", pytest.param("nginx", marks=needs_nginx)])
+def test_f70_a_host_that_does_not_exist(folder: Path, edge: str) -> None:
+    text = refusal(folder, inference_address="nowhere.invalid:80", edge=edge)
+    assert text.startswith("cannot listen on nowhere.invalid:80: ")
+    assert "(" not in text
 
 
 def test_a_missing_store(folder: Path) -> None:

@@ -9,6 +9,7 @@ from mms.errors import MMSError
 from mms.http.connection import Exchange
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer
+from mms.http.request import Head
 
 LIMITS = Limits(max_request_size=1000, max_connections=10, header_timeout=5, body_timeout=5, keepalive_timeout=5)
 GET = b"GET /%b HTTP/1.1\r\nHost: a\r\n%b\r\n"
@@ -21,6 +22,12 @@ class Faulty:
         if exchange.head.target == b"/bug":
             raise RuntimeError("a bug")
         exchange.answer(200, b"content-type: text/plain\r\n", b"fine")
+
+    def objection(self, head: Head, size: int) -> MMSError | None:
+        return None
+
+    def held(self) -> int:
+        return 0
 
     def refused(self, error: MMSError) -> None:
         pass

@@ -23,6 +23,7 @@ import uvloop
 
 from mms import wire
 from mms.archive import ModelArchive
+from mms.config import Config
 from mms.errors import MMSError as Error
 from mms.errors import ModelLoadError, QueueFullError
 from mms.metrics import VersionMetrics
@@ -31,8 +32,9 @@ from mms.workers import environment
 from mms.workers.batching import BatchQueue, Job
 from mms.workers.forkserver import ForkServers
 from mms.workers.output import KEPT_LINES, MAX_LINE, MAX_PER_SECOND, OutputReader
-from mms.workers.pool import PoolSettings, WorkerPool
+from mms.workers.pool import PoolSettings, Restarts, WorkerPool
 from mms.workers.process import Launch
+from mms.workers.sandbox import Sandboxes
 from tests.conftest import Gate, MakeArchive, MakeGate, T, eventually
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -54,7 +56,7 @@ class Caller:
 class Served:
     """One pool and what surrounds it in a server."""
 
-    def __init__(self, folder: Path, handler: str, forkservers: ForkServers, **how: Any) -> None:
+    def __init__(self, folder: Path, handler: str, forkservers: ForkServers, scratch: Path, **how: Any) -> None:
         self.forkservers = forkservers
         self.metrics = VersionMetrics()
         self.queue = BatchQueue(
@@ -74,6 +76,8 @@ class Served:
             directory=str(folder),
             environ=environment.worker_environment(()),
             preload=how.get("preload", ()),
+            scratch=scratch,
+            sandbox=how.get("sandbox", wire.Sandbox()),
             interpreter=how.get("interpreter"),
         )
         settings = PoolSettings(
@@ -85,9 +89,16 @@ class Served:
             response_timeout=how.get("response_timeout", 20.0),
             startup_timeout=how.get("startup_timeout", 20.0),
             stop_grace=0.5,
+            max_requests=how.get("max_requests", 0),
+            max_rss=how.get("max_rss", 0),
         )
-        self.pool = WorkerPool(settings, self.queue, self.metrics, forkservers, asyncio.Semaphore(4))
+        self.pool = WorkerPool(settings, self.queue, self.metrics, forkservers, asyncio.Semaphore(4), Restarts())
         self._ids = 0
+
+    async def scale(self, count: int) -> None:
+        """Run `count` workers; returns when that many are ready."""
+        self.pool.set_target(count)
+        await self.pool.settled()
 
     def submit(self, body: bytes) -> asyncio.Future[bytes]:
         self._ids += 1
@@ -136,10 +147,14 @@ def serve(make_archive: MakeArchive, tmp_path: Path) -> Serve:
         folder = tmp_path / f"{name}-{next(numbers)}"
         archive.extract(folder)
         forkservers = ForkServers()
-        served = Served(folder, archive.manifest.handler, forkservers, **how)
+        if "sandbox" in how and how["sandbox"].uid != -1:
+            Sandboxes(Config(worker_user=str(how["sandbox"].uid)), tmp_path).hand_over(folder)
+        scratch = tmp_path / f"scratch-{next(numbers)}"
+        scratch.mkdir()
+        served = Served(folder, archive.manifest.handler, forkservers, scratch, **how)
         try:
             if workers:
-                await served.pool.scale(workers)
+                await served.scale(workers)
             yield served
         finally:
             await served.pool.close(0)
@@ -147,6 +162,7 @@ def serve(make_archive: MakeArchive, tmp_path: Path) -> Serve:
                 served.pool.fail(job, error)
             forkservers.close()
             assert (served.pool.in_flight, served.pool.workers) == (0, [])
+            await until(lambda: not list(scratch.iterdir()))
 
     return begin
 
@@ -169,16 +185,16 @@ def test_scaling_keeps_the_workers_there_are(serve: Serve) -> None:
     async def scenario() -> None:
         async with serve("poison") as served:
             (first,) = served.pids
-            await served.pool.scale(3)
+            await served.scale(3)
             assert first in served.pids
             assert len(served.pids) == served.pool.ready == 3
             gone = set(served.pids)
-            await served.pool.scale(1)
+            await served.scale(1)
             assert len(served.pids) == 1
             gone -= set(served.pids)
             assert not any(psutil.pid_exists(pid) for pid in gone)
             assert await served.submit(b"x") == b"x"
-            await served.pool.scale(0)
+            await served.scale(0)
             assert served.pids == []
 
     uvloop.run(scenario())
@@ -200,7 +216,7 @@ def test_a_full_queue_refuses(serve: Serve) -> None:
             waiting = served.submit(b"x")
             with pytest.raises(QueueFullError):
                 served.submit(b"y")
-            await served.pool.scale(1)
+            await served.scale(1)
             assert await waiting == b"x"
 
     uvloop.run(scenario())
@@ -253,7 +269,7 @@ def test_f6_poison_kills_exactly_two_and_its_neighbours_live(serve: Serve) -> No
         async with serve("poison", batch_size=4, workers=0) as served:
             bodies = [b"one", b"abort", b"two", b"three"]
             outcomes = [served.submit(body) for body in bodies]
-            await served.pool.scale(1)
+            await served.scale(1)
             results = await asyncio.wait_for(asyncio.gather(*outcomes, return_exceptions=True), 10)
             assert [results[0], *results[2:]] == [b"one", b"two", b"three"]
             assert isinstance(results[1], Error)
@@ -335,7 +351,7 @@ def test_a_worker_that_starts_gets_its_share_of_the_cores(serve: Serve, monkeypa
         async with serve("tells_threads", threads=0) as served:
             (first,) = served.pids
             assert await served.submit(b"") == b"6"
-            await served.pool.scale(2)
+            await served.scale(2)
             assert served.pool.threads == 3
             assert first in served.pids, "the others go on as they are"
             os.kill(first, signal.SIGKILL)
@@ -375,9 +391,9 @@ def test_an_interpreter_that_cannot_be_made_fails_the_version_until_it_can(serve
         async with serve("poison", workers=0, make_interpreter=make) as served:
             served_pools.append(served.pool)
             with pytest.raises(ModelLoadError, match="no such package"):
-                await served.pool.scale(2)
+                await served.scale(2)
             assert (served.pool.failure is not None, served.pool.missing, tries) == (True, 2, [True])
-            await served.pool.scale(2)
+            await served.scale(2)
             assert (served.pool.missing, tries) == (0, [True, True]), "made once for both"
             assert served.forkservers.pids() == []
             assert await served.submit(b"x") == b"x"
@@ -398,7 +414,7 @@ def test_f9_a_pool_that_cannot_boot_is_failed(
     async def scenario() -> None:
         async with serve(name, workers=0) as served:
             with pytest.raises(ModelLoadError) as caught:
-                await served.pool.scale(1)
+                await served.scale(1)
             assert caught.value.message == message
             assert words in caught.value.traceback
             assert served.pool.failure is caught.value
@@ -413,9 +429,9 @@ def test_f9_a_failed_pool_tries_again_on_request(serve: Serve, tmp_path: Path) -
     async def scenario() -> None:
         async with serve("mends", workers=0, model_config={"mended": str(tmp_path / "mended")}) as served:
             with pytest.raises(ModelLoadError, match="not mended yet"):
-                await served.pool.scale(1)
+                await served.scale(1)
             (tmp_path / "mended").touch()
-            await served.pool.scale(1)
+            await served.scale(1)
             assert served.pool.failure is None
             assert await served.submit(b"x") == b"x"
 
@@ -427,7 +443,7 @@ def test_f35_a_load_that_takes_too_long_is_failed(serve: Serve, tmp_path: Path) 
         config = {"gate": str(tmp_path / "never")}
         async with serve("loads_slowly", workers=0, startup_timeout=0.2, model_config=config) as served:
             with pytest.raises(ModelLoadError, match=r"startup_timeout \(0.2 s\)"):
-                await served.pool.scale(1)
+                await served.scale(1)
 
     uvloop.run(scenario())
 
@@ -548,3 +564,23 @@ def test_dropped_output_is_counted(caplog: pytest.LogCaptureFixture, monkeypatch
 
 def test_no_thread_of_these_tests_is_left() -> None:
     assert [thread.name for thread in threading.enumerate() if not thread.daemon] == ["MainThread"]
+
+
+@pytest.mark.parametrize("state", ["not begun", "launching", "attaching"])
+def test_f52_a_pool_that_is_closed_while_its_workers_start_leaves_nothing(serve: Serve, state: str) -> None:
+    """Found by `make chaos`: a version whose hung worker was replaced at the end of its draining never went."""
+
+    async def scenario() -> None:
+        async with serve("echo") as served:
+            served.pool.set_target(3)
+            for _ in range(0 if state == "not begun" else 1_000_000):
+                await asyncio.sleep(0)
+                if state == "launching" or any(
+                    worker.state == "STARTING" and worker.process for worker in served.pool.workers
+                ):
+                    break
+            async with asyncio.timeout(5):
+                await served.pool.close(0)
+            assert served.pool.workers == []
+
+    uvloop.run(scenario())

@@ -7,9 +7,29 @@ from typing import Any
 
 import pytest
 
-from mms.errors import DeadlineError, MMSError, QueueFullError, ServiceUnavailableError, WorkerDiedError
+from mms.errors import (
+    DeadlineError,
+    DrainingError,
+    MMSError,
+    QueueBytesError,
+    QueueFullError,
+    QueueWaitError,
+    ServiceUnavailableError,
+    WorkerDiedError,
+)
 from mms.wire import RequestFacts
-from mms.workers.batching import MAX_FRAME_BYTES, MAX_FRAME_JOBS, RETRY_MINIMUM, RETRY_WINDOW, BatchQueue, InFlight, Job
+from mms.workers.batching import (
+    FEWEST_WAITING,
+    MAX_FRAME_BYTES,
+    MAX_FRAME_JOBS,
+    MAX_RETRY_AFTER,
+    RETRY_MINIMUM,
+    RETRY_WINDOW,
+    STANDING_SECONDS,
+    BatchQueue,
+    InFlight,
+    Job,
+)
 
 NOW = 1000.0
 QUICK = 1e-5  # seconds a batch takes: many fit into the time that may be sent ahead
@@ -43,7 +63,7 @@ def make_worker(batch_seconds: float | None = None) -> InFlight:
 
 
 def make_job(number: int, *, size: int = 10, arrived: float = NOW) -> Job:
-    return Job(number, FACTS, b"r%d" % number, [b""], size, Caller(), arrived)
+    return Job(number, FACTS, b"r%d" % number, [b"%d" % number], size, Caller(), arrived)
 
 
 def fill(queue: BatchQueue, count: int, *, first: int = 1, size: int = 10, arrived: float = NOW) -> list[Job]:
@@ -205,9 +225,173 @@ def test_a_closed_queue_refuses_and_serves_those_that_wait() -> None:
     queue = make_queue()
     fill(queue, 1)
     queue.close("model cat 1.0 is being unloaded")
-    with pytest.raises(ServiceUnavailableError, match=r"cat 1\.0 is being unloaded"):
+    with pytest.raises(DrainingError, match=r"cat 1\.0 is being unloaded"):
         queue.submit(make_job(2))
     assert take(queue, make_worker()) == [1]
+
+
+def test_the_bytes_that_wait_are_bounded() -> None:
+    queue = make_queue(max_bytes=100)
+    fill(queue, 2, size=40)
+    with pytest.raises(QueueBytesError, match="have 80 bytes, and queue_bytes is 100"):
+        queue.submit(make_job(3, size=21))
+    fill(queue, 1, first=4, size=20)
+    assert queue.bytes == 100
+
+
+def test_an_empty_queue_takes_a_body_of_any_size() -> None:
+    queue = make_queue(max_bytes=100)
+    (large,) = fill(queue, 1, size=1000)
+    with pytest.raises(QueueBytesError):
+        queue.submit(make_job(2))
+    large.cancel()
+    fill(queue, 1, first=3, size=1000)
+
+
+def drain(queue: BatchQueue, worker: InFlight, *, rate: int, seconds: float, keep: int) -> float:
+    """Jobs leave at `rate` per second while `keep` others wait; returns when it is."""
+    now = NOW
+    fill(queue, keep, first=1_000_000, arrived=NOW)
+    for number in range(int(rate * seconds)):
+        now = NOW + (number + 1) / rate
+        fill(queue, 1, first=number + 1, arrived=now)
+        finish(queue, worker, *take(queue, worker, now))
+        if not number % max(1, rate // 4):
+            queue.tick(now)
+    queue.tick(now)
+    return now
+
+
+@pytest.mark.parametrize("rate", [8, 200])
+def test_the_rate_is_that_at_which_jobs_leave_while_others_wait(rate: int) -> None:
+    queue, worker = make_queue(), make_worker(0.004)
+    drain(queue, worker, rate=rate, seconds=4, keep=5)
+    assert queue.rate == pytest.approx(rate, rel=0.15)
+
+
+def test_an_idle_queue_tells_nothing_of_the_rate() -> None:
+    queue, worker = make_queue(), make_worker(0.004)
+    drain(queue, worker, rate=100, seconds=3, keep=0)
+    assert queue.rate == 0 and queue.room == queue.capacity
+
+
+def test_a_job_that_would_wait_longer_than_the_timeout_is_refused() -> None:
+    queue, worker = make_queue(timeout=0.5), make_worker(0.004)
+    now = drain(queue, worker, rate=100, seconds=2, keep=40)
+    assert queue.room == pytest.approx(50, rel=0.1)
+    fill(queue, queue.room - queue.depth, first=10_000, arrived=now)
+    with pytest.raises(QueueWaitError, match=r"longer than queue_timeout \(0.5 s\)"):
+        queue.submit(make_job(20_000))
+    queue.forget_rate()
+    assert queue.room == queue.capacity
+
+
+def test_retry_after_is_the_time_until_the_queue_is_empty_and_some_chance() -> None:
+    queue, worker = make_queue(capacity=100), make_worker(0.004)
+    now = drain(queue, worker, rate=20, seconds=4, keep=90)
+    fill(queue, 100 - queue.depth, first=10_000, arrived=now)
+    refusals = [queue.refusal(10) for _ in range(20)]
+    seconds = {refusal.retry_after for refusal in refusals if isinstance(refusal, QueueFullError)}
+    assert seconds <= {5, 6, 7, 8} and len(seconds) > 1
+    queue.rate = 0.01
+    assert isinstance(refusal := queue.refusal(10), QueueFullError) and refusal.retry_after == MAX_RETRY_AFTER
+
+
+# the order
+
+
+def stand(queue: BatchQueue, worker: InFlight) -> float:
+    """Ten jobs wait until the queue counts as standing; one of them is served. Returns when it is."""
+    fill(queue, 10)
+    now = NOW + 0.02
+    finish(queue, worker, *take(queue, worker, now))
+    return now + STANDING_SECONDS
+
+
+def test_the_newest_job_is_served_first_once_the_oldest_has_waited_too_long() -> None:
+    queue, worker = make_queue(), make_worker(0.004)
+    now = stand(queue, worker)
+    fill(queue, 1, first=11, arrived=now)
+    assert take(queue, worker, now) == [11] and queue.newest_first
+
+
+def test_a_short_wait_or_a_short_time_of_it_keeps_the_order() -> None:
+    queue, worker = make_queue(), make_worker(0.004)
+    fill(queue, 10)
+    for wait in (0.001, 0.02, 0.05, 0.1):
+        assert take(queue, worker, NOW + wait) == [worker.finished + 1]
+        finish(queue, worker, worker.finished + 1)
+    assert not queue.newest_first
+
+
+def test_a_slow_handler_makes_nobody_overloaded() -> None:
+    queue, worker = make_queue(), make_worker(10.0)
+    fill(queue, 3)
+    for number, wait in ((1, 0.0), (2, 10.0), (3, 20.0)):
+        assert take(queue, worker, NOW + wait) == [number]
+        finish(queue, worker, number)
+
+
+def test_an_empty_queue_ends_the_overload() -> None:
+    queue, worker = make_queue(), make_worker(0.004)
+    now = stand(queue, worker)
+    while numbers := take(queue, worker, now):
+        finish(queue, worker, *numbers)
+    fill(queue, 2, first=20, arrived=now)
+    assert take(queue, worker, now + 0.05) == [20]
+    queue.tick(now + 0.05)
+    assert not queue.newest_first
+
+
+def overload(queue: BatchQueue, worker: InFlight) -> float:
+    """Twice as many come as leave, for half a second."""
+    now = NOW
+    for number in range(100):
+        now = NOW + number * 0.005
+        for job in (make_job(2 * number, arrived=now), make_job(2 * number + 1, arrived=now)):
+            if queue.refusal(10) is None:
+                queue.submit(job)
+        finish(queue, worker, *take(queue, worker, now))
+        if not number % 20:
+            queue.tick(now)
+    queue.tick(now)
+    return now
+
+
+def test_while_more_come_than_leave_few_may_wait() -> None:
+    queue, worker = make_queue(capacity=100), make_worker(0.004)
+    now = overload(queue, worker)
+    assert queue.newest_first and queue.room == FEWEST_WAITING and queue.depth < 40
+    while queue.depth >= FEWEST_WAITING:
+        finish(queue, worker, *take(queue, worker, now))
+    fill(queue, queue.room - queue.depth, first=1000, arrived=now)
+    with pytest.raises(QueueFullError, match="more come than can be served"):
+        queue.submit(make_job(2000))
+    for _ in range(5):
+        finish(queue, worker, *take(queue, worker, now))
+    queue.tick(now + 0.25)
+    assert queue.room == 100, "more left than came"
+
+
+def test_with_fifo_as_many_may_wait_as_ever() -> None:
+    queue, worker = make_queue(capacity=100, fifo=True), make_worker(0.004)
+    overload(queue, worker)
+    assert queue.room == 100
+
+
+def test_with_fifo_the_oldest_is_always_next() -> None:
+    queue, worker = make_queue(fifo=True), make_worker(0.004)
+    now = stand(queue, worker)
+    assert take(queue, worker, now) == [2]
+
+
+def test_jobs_that_were_cancelled_below_others_do_not_pile_up() -> None:
+    queue = make_queue()
+    fill(queue, 1)
+    for number in range(1000):
+        fill(queue, 1, first=number + 2)[0].cancel()
+    queue.tick(NOW)
+    assert len(queue._waiting) == 1
 
 
 # answers
@@ -524,3 +708,21 @@ def test_the_death_of_a_poisonous_retry_does_not_spend_the_budget() -> None:
             assert take(queue, worker) == [number]
             failed = queue.lose(worker, 1, "signal 6", NOW)
         assert failed[0][1].status == 500
+
+
+@pytest.mark.parametrize(("cause", "refused"), [("signal 11 (SIGSEGV)", True), ("signal 9 (SIGKILL)", False)])
+def test_f7_the_like_of_a_request_that_crashed_two_workers_is_not_run_for_a_while(cause: str, refused: bool) -> None:
+    queue = make_queue()
+    fill(queue, 1)
+    for _ in range(2):
+        worker = make_worker()
+        assert take(queue, worker) == [1]
+        queue.lose(worker, 1, cause, NOW)
+    for at in (NOW + 9, NOW + 18):
+        if refused:
+            with pytest.raises(WorkerDiedError, match="just crashed two worker processes") as caught:
+                queue.submit(make_job(1, arrived=at))
+            assert caught.value.status == 500
+    queue.submit(make_job(2, arrived=NOW + 18))
+    queue.submit(make_job(1, arrived=NOW + 29))
+    assert queue.depth == 2

@@ -17,6 +17,7 @@ from mms.config import (
     ModelSettings,
     default_cache_dir,
     default_run_dir,
+    default_state,
     load_config,
     merge_settings,
     parse_setting,
@@ -53,7 +54,8 @@ def test_each_source_overrides_the_one_before_and_is_named(tmp_path: Path) -> No
 
 def test_without_sources_everything_is_default() -> None:
     config, origins = load_config(environ={})
-    assert config == Config(run_dir=default_run_dir(), cache_dir=default_cache_dir())
+    run_dir, cache_dir = default_run_dir(), default_cache_dir()
+    assert config == Config(run_dir=run_dir, cache_dir=cache_dir, state=default_state(cache_dir, run_dir, None))
     assert set(origins.values()) == {"default"}
 
 
@@ -205,6 +207,51 @@ def test_more_workers_at_least_than_at_most_is_refused() -> None:
 @pytest.mark.parametrize(("text", "value"), [("isolate_errors: true", "true"), ("isolate_errors: off", "false")])
 def test_true_and_false_may_be_written_as_yaml_has_them(text: str, value: str) -> None:
     assert model(parse_yaml(text.encode(), "test")).isolate_errors == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("batch_size", "x", "a whole number is needed"),
+        ("batch_size", None, "a whole number is needed"),
+        ("batch_size", "9" * 5000, "a whole number is needed"),
+        ("queue_timeout", [1], "a number is needed"),
+        ("queue_timeout", 10**400, "a number is needed"),
+        ("min_workers", 1025, "must be at most 1024"),
+        ("max_workers", 1025, "must be at most 1024"),
+        ("batch_size", 1 << 40, "must be at most 65536"),
+        ("queue_size", 10**9, "must be at most 1000000"),
+        ("threads", 1025, "must be at most 1024"),
+    ],
+)
+def test_a_wrong_number_is_refused_in_our_own_words(name: str, value: Any, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        model({name: value})
+    assert caught.value.message.startswith(f"test: {name} = ")
+    assert caught.value.message.endswith(f": {reason}")
+    assert len(caught.value.message) < 300
+
+
+def test_the_server_has_the_bounds_of_its_models() -> None:
+    for name in ("workers", "batch_size", "queue_size"):
+        with pytest.raises(ConfigError, match="must be at most"):
+            load_config(environ={}, command_line={name: "100000000"})
+
+
+def test_an_error_keeps_the_spelling_of_the_caller() -> None:
+    with pytest.raises(ConfigError, match=r"test: batchSize = 'x'"):
+        model({"batchSize": "x"})
+
+
+@pytest.mark.parametrize("word", ["=spam.mar", "x=", "="])
+def test_a_model_at_start_has_name_and_file(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"name=file is needed"):
+        load_config(environ={}, command_line={"models": ["a.mar", word]})
+
+
+def test_a_model_at_start_may_have_an_address_with_an_equals_sign() -> None:
+    models = ("ALL", "a=b.mar", "https://a/b.mar#sha256=00", "https://a/b.mar?x=")
+    assert load_config(environ={}, command_line={"models": list(models)})[0].models == models
 
 
 @pytest.mark.parametrize("retry", [-1, 2])

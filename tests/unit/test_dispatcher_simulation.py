@@ -1,26 +1,34 @@
 """The dispatcher under a fake clock: random submits, frames, answers in pieces, kills, stalls, cancellations, drain.
 
-After every event the invariants hold; at the end every job has had exactly one outcome. `SEEDS=10000` runs more
-simulations, `SEED=n` repeats one; a failure names its seed and its last events.
+After every event the invariants hold; at the end every job has had exactly one outcome. The seeds are shared between
+the cores. `make simulate SEEDS=1000000` runs more of them, `make simulate SEED=n` repeats one; a failure names its seed
+and its last events.
 """
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import random
+import traceback
 from collections import Counter, deque
+from collections.abc import Sequence
+from typing import TypeVar
 
 import pytest
 
-from mms.errors import DeadlineError, MMSError, QueueFullError, ServiceUnavailableError, WorkerDiedError
+from mms.errors import DeadlineError, MMSError, OverloadError, ServiceUnavailableError, WorkerDiedError
 from mms.wire import RequestFacts
-from mms.workers.batching import BatchQueue, InFlight, Job
+from mms.workers.batching import MAX_RETRY_AFTER, STANDING_SECONDS, BatchQueue, InFlight, Job
 
-SEEDS = int(os.environ.get("SEEDS", "2000"))
-FIRST = int(os.environ.get("SEED", "0"))
+SEEDS = int(os.environ.get("SEEDS", "10000"))
+SEED = int(os.environ["SEED"]) if "SEED" in os.environ else None
+PIECE = 250  # simulations that a process does in one go
 STEPS = 40
 TIMEOUT = 3.0
 RESPONSE_TIMEOUT = 1.0
+T = TypeVar("T")
 FACTS = RequestFacts("", "", b"", False, [])
 
 
@@ -64,85 +72,95 @@ class Simulation:
     """One seed: a queue, its workers, its clients, and what must be true of them at any time."""
 
     def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        chance = self.random.random
+        self.chance = chance = random.Random(seed).random
         self.now = 1000.0
-        self.events: list[str] = []
+        self.events: list[tuple[object, ...]] = []
         self.retry = int(chance() < 0.8)
         self.queue = BatchQueue(
-            batch_size=self.random.choice((1, 1, 2, 3, 8)),
-            max_batch_delay=self.random.choice((0.0, 0.0, 0.05, 0.5)),
-            capacity=self.random.choice((1, 4, 20, 100)),
+            batch_size=self.pick((1, 1, 2, 3, 8)),
+            max_batch_delay=self.pick((0.0, 0.0, 0.05, 0.5)),
+            capacity=self.pick((1, 4, 20, 100)),
             timeout=TIMEOUT,
             retry=self.retry,
+            max_bytes=self.pick((1 << 30, 1_000_000)),
+            fifo=chance() < 0.3,
         )
-        self.speed = self.random.choice((1e-7, 1e-5, 1e-3, 0.1))
-        self.workers = [Process(self.speed) for _ in range(self.random.choice((1, 1, 2, 3)))]
-        self.poison_share = self.random.choice((0.0, 0.0, 0.1, 0.5))
-        self.hang_share = self.random.choice((0.0, 0.0, 0.1))
+        self.speed = self.pick((1e-7, 1e-5, 1e-3, 0.1))
+        self.workers = [Process(self.speed) for _ in range(self.pick((1, 1, 2, 3)))]
+        self.poison_share = self.pick((0.0, 0.0, 0.1, 0.5))
+        self.hang_share = self.pick((0.0, 0.0, 0.1))
         self.clients: dict[int, Client] = {}
         self.live: set[int] = set()
         self.cancelled: set[int] = set()
-        self.alive = True
+        self.newest_first = 0  # times that the order was turned round
         self.mix = (
-            (self.submit, self.random.choice((2, 8))),
+            (self.submit, self.pick((2, 8))),
             (self.dispatch, 4),
             (self.step, 8),
             (self.receive, 5),
-            (self.cancel, self.random.choice((0, 1))),
-            (self.kill, self.random.choice((0, 0, 1, 3))),
+            (self.cancel, self.pick((0, 1))),
+            (self.kill, self.pick((0, 0, 1, 3))),
             (self.pass_time, 1),
             (self.stop_late, 1),
-            (self.resize, self.random.choice((0, 0, 1))),
+            (self.resize, self.pick((0, 0, 1))),
         )
 
     def run(self) -> None:
         actions = [action for action, weight in self.mix for _ in range(weight)]
         for _ in range(STEPS):
-            self.random.choice(actions)()
+            self.pick(actions)()
             self.check()
-        if self.random.random() < 0.7:
+        if self.chance() < 0.7:
             self.drain()
         else:
             self.unload()
         self.at_rest()
 
+    def pick(self, options: Sequence[T]) -> T:
+        return options[int(self.chance() * len(options))]
+
     # events
 
     def submit(self) -> None:
-        for _ in range(self.random.choice((1, 1, 1, 4, 12))):
+        for _ in range(self.pick((1, 1, 1, 4, 12))):
             self.submit_one()
 
     def submit_one(self) -> None:
         client = Client()
         number = len(self.clients) + 1
-        client.poison = self.random.random() < self.poison_share
-        client.hangs = self.random.random() < self.hang_share
-        size = self.random.choice((10, 10, 10, 10, 700_000))
-        client.job = Job(number, FACTS, b"", [], size, client, self.now)
-        full = self.queue.depth >= self.queue.capacity
-        self.events.append(f"submit {number}{' poison' * client.poison}{' hangs' * client.hangs}")
+        client.poison = self.chance() < self.poison_share
+        client.hangs = self.chance() < self.hang_share
+        size = self.pick((10, 10, 10, 10, 700_000))
+        body = b"poison" if client.poison else b"%d" % number
+        client.job = Job(number, FACTS, b"", [body], size, client, self.now)
+        queue = self.queue
+        full = queue.depth >= queue.room or bool(queue.depth and queue.bytes + size > queue.max_bytes)
+        self.events.append(("submit", number, "poison" * client.poison, "hangs" * client.hangs))
         try:
             self.queue.submit(client.job)
-        except QueueFullError:
-            assert full
+        except OverloadError as error:
+            assert full and 1 <= error.retry_after <= MAX_RETRY_AFTER
         except ServiceUnavailableError:
             assert self.queue.closed
+        except WorkerDiedError:
+            assert client.poison, "a good request is taken for a poison"
         else:
             assert not full and not self.queue.closed
             self.clients[number] = client
             self.live.add(number)
 
     def dispatch(self) -> None:
-        """Offer work to every worker, in any order."""
+        """Offer work to every worker, in any order; as the pool does, after what is too late was taken out."""
+        self.expire()
         workers = self.workers[:]
-        self.random.shuffle(workers)
+        if len(workers) > 1:
+            workers.sort(key=lambda worker: self.chance())
         for worker in workers:
             self.feed(worker)
 
     def feed(self, worker: Process) -> None:
         held = worker.in_flight
-        was_idle, was_exclusive = not held.jobs, held.exclusive
+        was_idle, was_exclusive, standing = not held.jobs, held.exclusive, self.queue._standing_since
         frame = self.queue.take(held, self.now)
         if frame is None:
             wake_at = self.queue.wake_at()
@@ -150,18 +168,37 @@ class Simulation:
             assert not was_idle or not self.queue.depth or waits, "an idle worker gets nothing and nobody wakes it"
             return
         batch_size, jobs = frame
-        self.events.append(f"send {[job.id for job in jobs]} to {self.workers.index(worker)}, batch size {batch_size}")
+        self.events.append(
+            ("send", [job.id for job in jobs], "to", self.workers.index(worker), "batch size", batch_size)
+        )
         assert jobs, "an empty frame"
         assert not was_exclusive, "a job shares its frame's worker with a retry"
         if any(job.attempts for job in jobs):
             assert len(jobs) == 1 and was_idle, "a retried job is not alone"
-        assert not any(job.settled for job in jobs), "a job that nobody waits for is sent"
+        for job in jobs:
+            assert not job.settled, "a job that nobody waits for is sent"
+            assert job.arrived + TIMEOUT > self.now, "a job that is too late is sent"
+        if not jobs[0].attempts and self.queue._waiting:
+            self.check_order(jobs, standing)
         worker.frames.append((batch_size, deque(jobs)))
         worker.sent += len(jobs)
 
+    def check_order(self, jobs: list[Job], standing: float | None) -> None:
+        """What was sent is the oldest of what waited; or the newest, if the queue stood already at an earlier look."""
+        sent = [job.arrived for job in jobs]
+        rest = [job.arrived for job in self.queue._waiting if not job.settled]
+        if not rest:
+            return
+        if self.queue.newest_first:
+            self.newest_first += 1
+            assert not self.queue.fifo and standing is not None and self.now - standing >= STANDING_SECONDS
+            assert min(sent) >= max(rest), "not the newest"
+        else:
+            assert max(sent) <= min(rest), "not the oldest"
+
     def step(self) -> None:
         """One worker begins its next batch, or ends the one in hand."""
-        worker = self.random.choice(self.workers)
+        worker = self.pick(self.workers)
         self.advance(worker)
 
     def advance(self, worker: Process) -> None:
@@ -176,7 +213,7 @@ class Simulation:
         worker.batch = [jobs.popleft() for _ in range(min(batch_size, len(jobs)))]
         worker.started += len(worker.batch)
         worker.begun_at = self.now
-        self.events.append(f"begin {[job.id for job in worker.batch]} on {self.workers.index(worker)}")
+        self.events.append(("begin", [job.id for job in worker.batch], "on", self.workers.index(worker)))
         poison = False
         for job in worker.batch:
             client = self.clients[job.id]
@@ -197,7 +234,7 @@ class Simulation:
         if not worker.frames[0][1]:
             worker.frames.popleft()
             self.flush(worker)
-        elif self.random.random() < 0.5:
+        elif self.chance() < 0.5:
             self.flush(worker)
 
     def flush(self, worker: Process) -> None:
@@ -206,9 +243,9 @@ class Simulation:
 
     def receive(self) -> None:
         """The server reads a piece of what one worker has written."""
-        worker = self.random.choice(self.workers)
-        self.read(worker, self.random.randint(0, len(worker.written)))
-        if self.random.random() < 0.5:
+        worker = self.pick(self.workers)
+        self.read(worker, int(self.chance() * (len(worker.written) + 1)))
+        if self.chance() < 0.5:
             self.dispatch()
 
     def read(self, worker: Process, count: int) -> None:
@@ -227,20 +264,20 @@ class Simulation:
 
     def cancel(self) -> None:
         if self.live:
-            number = self.random.choice(sorted(self.live))
-            self.events.append(f"cancel {number}")
+            number = self.pick(sorted(self.live))
+            self.events.append(("cancel", number))
             self.clients[number].job.cancel()
             self.live.discard(number)
             self.cancelled.add(number)
 
     def kill(self) -> None:
-        self.end(self.random.choice(self.workers))
+        self.end(self.pick(self.workers))
 
     def end(self, worker: Process) -> None:
         """The process ends; what it has written is read to the end; its jobs are taken back; another one starts."""
-        self.events.append(f"worker {self.workers.index(worker)} dies after {worker.started} begun jobs")
+        self.events.append(("worker", self.workers.index(worker), "dies; begun jobs:", worker.started))
         self.read(worker, len(worker.written))
-        failed = self.queue.lose(worker.in_flight, worker.started, "signal 9", self.now)
+        failed = self.queue.lose(worker.in_flight, worker.started, "signal 6 (SIGABRT)", self.now)
         assert all(isinstance(error, WorkerDiedError) for _, error in failed)
         self.fail(failed)
         assert not worker.in_flight.jobs and not worker.in_flight.exclusive
@@ -250,7 +287,7 @@ class Simulation:
         """A batch that ran too long fails, and its worker is killed."""
         for worker in self.workers[:]:
             if worker.batch and self.now - worker.begun_at > RESPONSE_TIMEOUT:
-                self.events.append(f"worker {self.workers.index(worker)} timed out with {worker.started} begun jobs")
+                self.events.append(("worker", self.workers.index(worker), "timed out; begun jobs:", worker.started))
                 self.read(worker, len(worker.written))
                 failed = self.queue.timed_out(worker.in_flight, worker.started, RESPONSE_TIMEOUT)
                 assert all(isinstance(error, DeadlineError) for _, error in failed)
@@ -262,8 +299,8 @@ class Simulation:
         self.workers[self.workers.index(worker)] = Process(self.speed)
 
     def pass_time(self) -> None:
-        self.now += self.random.choice((0.01, 0.3, 1.5))
-        self.events.append(f"it is {self.now:.2f}")
+        self.now += self.pick((0.01, 0.3, 1.5))
+        self.events.append(("it is", round(self.now, 2)))
         self.queue.tick(self.now)
         self.expire()
 
@@ -271,15 +308,14 @@ class Simulation:
         expired = self.queue.expire(self.now)
         assert all(job.arrived + TIMEOUT <= self.now for job, _ in expired)
         self.fail(expired)
-        late = [
-            n for n in self.live if not self.clients[n].job.taken and self.clients[n].job.arrived + TIMEOUT <= self.now
-        ]
+        latest, clients = self.now - TIMEOUT, self.clients
+        late = [n for n in self.live if clients[n].job.arrived <= latest and not clients[n].job.taken]
         assert not late, f"waits longer than the queue's timeout: {late}"
 
     def resize(self) -> None:
         """A live change of the batch settings."""
-        self.queue.batch_size = self.random.choice((1, 2, 5))
-        self.events.append(f"batch size {self.queue.batch_size}")
+        self.queue.batch_size = self.pick((1, 2, 5))
+        self.events.append(("batch size", self.queue.batch_size))
 
     def fail(self, failed: list[tuple[Job, MMSError]]) -> None:
         for job, error in failed:
@@ -322,13 +358,9 @@ class Simulation:
     def check(self) -> None:
         queue = self.queue
         waiting = [*queue._alone, *queue._waiting]
-        owned, depth, size = [], 0, 0
-        for job in waiting:
-            owned.append(job.id)
-            assert not job.taken, "a waiting job counts as taken"
-            if not job.settled:
-                depth += 1
-                size += job.size
+        sizes = [job.size for job in waiting if not job.settled]
+        owned = [job.id for job in waiting]
+        assert not any([job.taken for job in waiting]), "a waiting job counts as taken"
         for worker in self.workers:
             held = worker.in_flight
             owned += [job.id for job in held.jobs]
@@ -338,8 +370,8 @@ class Simulation:
         places = set(owned)
         assert len(places) == len(owned), "a job has two owners"
         assert self.live <= places, f"lost: {self.live - places}"
-        assert queue.depth == depth, f"depth is {queue.depth}, {depth} jobs wait"
-        assert queue.bytes == size, f"bytes is {queue.bytes}, {size} wait"
+        assert queue.depth == len(sizes), f"depth is {queue.depth}, {len(sizes)} jobs wait"
+        assert queue.bytes == sum(sizes), f"bytes is {queue.bytes}, {sum(sizes)} wait"
 
     def at_rest(self) -> None:
         assert self.queue.depth == self.queue.bytes == 0
@@ -359,16 +391,33 @@ class Simulation:
         assert outcomes.total() == self.queue.submitted
 
 
-def simulate(seed: int) -> None:
-    simulation = Simulation(seed)
-    try:
-        simulation.run()
-    except Exception as error:
-        events = "\n".join(simulation.events[-40:])
-        pytest.fail(f"seed {seed}: {type(error).__name__}: {error}\nlast events:\n{events}")
-
-
-def test_every_job_has_one_owner_and_one_outcome() -> None:
-    seeds = [FIRST] if "SEED" in os.environ else range(SEEDS)
+def simulate(seeds: range) -> tuple[int, str]:
+    """How often the newest were served first; and the first failure, with its seed and its last events."""
+    newest_first = 0
     for seed in seeds:
-        simulate(seed)
+        simulation = Simulation(seed)
+        try:
+            simulation.run()
+        except Exception as error:
+            events = "\n".join(" ".join(map(str, event)) for event in simulation.events[-40:])
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
+            return newest_first, f"seed {seed}: {what}\nlast events:\n{events}\nagain: make simulate SEED={seed}"
+        newest_first += simulation.newest_first
+    return newest_first, ""
+
+
+@pytest.mark.timeout(300)
+def test_every_job_has_one_owner_and_one_outcome() -> None:
+    if SEED is not None:
+        _, failure = simulate(range(SEED, SEED + 1))
+        assert not failure, failure
+        return
+    pieces = [range(first, min(first + PIECE, SEEDS)) for first in range(0, SEEDS, PIECE)]
+    # frozen, the parent's objects cost the processes no garbage collection
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), gc.freeze) as pool:
+        newest_first = 0
+        for turned, failure in pool.imap(simulate, pieces):
+            assert not failure, failure
+            newest_first += turned
+    assert newest_first > SEEDS // 100, "the simulation hardly ever overloads the queue"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from mms.errors import MMSError, NotFoundError
+from mms.errors import BadRequestError, MMSError, NotFoundError, QueueFullError
 from mms.http.connection import Connection, Exchange
 from mms.http.limits import LINGER_BYTES, MAX_FIELDS, MAX_HEAD, MAX_LINE, MAX_PIPELINED, Limits
 from mms.http.listener import HttpServer
+from mms.http.request import Head
+from mms.http.response import error_response
 
 LIMITS = Limits(max_request_size=100_000, max_connections=3, header_timeout=10, body_timeout=60, keepalive_timeout=75)
 GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -77,6 +79,8 @@ class Application:
     exchanges: list[Exchange] = field(default_factory=list)
     refusals: list[MMSError] = field(default_factory=list)
     works: list[Work] = field(default_factory=list)
+    asked: list[tuple[bytes, int]] = field(default_factory=list)
+    bytes: int = 0
 
     def handle(self, exchange: Exchange) -> None:
         self.exchanges.append(exchange)
@@ -88,6 +92,13 @@ class Application:
             work = Work()
             exchange.work = work
             self.works.append(work)
+
+    def objection(self, head: Head, size: int) -> MMSError | None:
+        self.asked.append((head.target, size))
+        return QueueFullError("full", retry_after=3) if head.target == b"/full" else None
+
+    def held(self) -> int:
+        return self.bytes
 
     def refused(self, error: MMSError) -> None:
         self.refusals.append(error)
@@ -269,6 +280,9 @@ REFUSED = {
     "chunk 0x3": (chunked(b"0x3\r\nabc\r\n0\r\n\r\n"), 400),
     "chunk +3": (chunked(b"+3\r\nabc\r\n0\r\n\r\n"), 400),
     "empty chunk size": (chunked(b"\r\nabc\r\n0\r\n\r\n"), 400),
+    "17 digits of chunk size": (chunked(b"00000000000000003\r\nabc\r\n0\r\n\r\n"), 400),
+    "17 digits of a later chunk's size": (chunked(b"3;a\r\nabc\r\n" + b"0" * 16 + b"1;b\r\na\r\n0\r\n\r\n"), 400),
+    "40 digits of last chunk": (chunked(b"3\r\nabc\r\n" + b"0" * 40 + b"\r\n\r\n"), 400),
     "chunk overflow": (chunked(b"fffffffffffffffff\r\nabc"), 400),
     "huge chunk": (chunked(b"ffffffff\r\n" + b"x" * 100_001), 413),
     "chunk without end": (chunked(b"3\r\nabcX0\r\n\r\n"), 400),
@@ -643,6 +657,149 @@ def test_nobody_is_told_to_continue_before_earlier_answers() -> None:
     assert client.statuses() == [200, 200]
 
 
+# refusals before the body
+
+
+def head_of(target: bytes, *lines: bytes) -> bytes:
+    return b"\r\n".join((b"POST %b HTTP/1.1" % target, b"Host: x", *lines, b"", b""))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (b"Content-Length: 90000",),
+        (b"Transfer-Encoding: chunked",),
+        (b"Content-Length: 3", b"Expect: 100-continue"),
+    ],
+    ids=["long", "chunked", "asks"],
+)
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_body_that_is_not_wanted_is_refused_before_it_arrives(lines: tuple[bytes, ...], step: int) -> None:
+    client = connect()
+    client.send(head_of(b"/full", *lines), step=step)
+    (answer,) = client.answers()
+    assert (answer.status, answer.headers["retry-after"], answer.headers["connection"]) == (429, "3", "close")
+    assert client.transport.ended and not client.application.exchanges and not client.application.refusals
+    client.send(b"x" * 1000)
+    assert client.statuses() == [429]
+
+
+def test_a_body_of_which_little_is_missing_is_read_and_the_connection_kept() -> None:
+    client = connect()
+    client.send(head_of(b"/full", b"Content-Length: 60000") + b"x" * 10)
+    assert client.statuses() == [] and not client.application.asked
+    client.send(b"x" * 59_990 + GET)
+    assert client.statuses() == [200, 200]
+
+
+def test_a_body_that_is_there_already_is_not_asked_about() -> None:
+    client = connect()
+    client.send(head_of(b"/full", b"Transfer-Encoding: chunked") + b"3\r\nabc\r\n0\r\n\r\n")
+    assert client.statuses() == [200] and not client.application.asked
+
+
+def test_a_request_is_asked_about_once_behind_those_before_it() -> None:
+    client = connect(at_once=False)
+    client.send(GET + head_of(b"/full", b"Content-Length: 90000") + b"x")
+    assert client.statuses() == [] and client.application.asked == [(b"/full", 90_000)]
+    client.application.answer(client.application.exchanges[0])
+    assert client.statuses() == [200, 429] and client.transport.ended
+
+
+# shedding
+
+
+def shedding_server(application: Application, *, max_bytes: int) -> HttpServer:
+    return HttpServer(application, replace(LIMITS, max_bytes_in_flight=max_bytes), edge=False)
+
+
+def tick(server: HttpServer) -> None:
+    if server.shedding.tick(len(server.connections)):
+        server._step_changed()
+
+
+def test_a_body_for_which_there_is_no_room_beside_others_is_refused() -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    first, second = connect(server=server), connect(server=server)
+    first.send(head_of(b"/a", b"Content-Length: 61000") + b"x" * 60_000)
+    second.send(head_of(b"/a", b"Content-Length: 40000") + b"x")
+    assert (first.statuses(), second.statuses()) == ([], [429]) and second.transport.ended
+    assert server.shedding.bytes == 60_000
+    first.send(b"x" * 1000)
+    assert first.statuses() == [200]
+    tick(server)
+    assert server.shedding.bytes == 0
+
+
+def test_a_chunked_body_counts_as_it_comes() -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    first, second = connect(server=server), connect(server=server)
+    first.send(head_of(b"/a", b"Content-Length: 61000") + b"x" * 60_000)
+    second.send(head_of(b"/a", b"Transfer-Encoding: chunked") + b"8000\r\n" + b"x" * 20_000)
+    assert second.statuses() == [] and server.shedding.bytes == 80_000
+    second.send(b"x" * 12_000)
+    assert second.statuses() == [429] and server.shedding.bytes == 60_000
+
+
+@pytest.mark.parametrize("ends", ["lost", "refused"])
+def test_a_body_that_never_comes_no_longer_counts(ends: str) -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    client = connect(server=server)
+    client.send(head_of(b"/a", b"Content-Length: 60000") + b"x" * 100)
+    assert server.shedding.bytes == 100
+    if ends == "lost":
+        client.connection.connection_lost(None)
+    else:
+        client.connection.sweep(last(client) + 61)
+        assert client.statuses() == [408]
+    assert server.shedding.bytes == 0
+
+
+def test_at_the_first_step_answers_close_their_connections_and_later_no_more() -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    tick(server)
+    one, two = connect(server=server), connect(server=server)
+    for client in (one, one, two):
+        client.send(GET)
+    application.bytes = 85_000
+    tick(server)
+    for client in (one, two):
+        client.send(GET)
+        assert client.answers()[-1].headers["connection"] == "close" and client.transport.ended
+        client.connection.connection_lost(None)
+    application.bytes = 0
+    tick(server)
+    client = connect(server=server)
+    client.send(GET)
+    client.send(GET)
+    assert client.statuses() == [200, 200] and not client.transport.ended
+
+
+def test_while_something_is_shed_idle_connections_are_closed_soon() -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    client = connect(server=server)
+    application.bytes = 85_000
+    tick(server)
+    client.connection.sweep(last(client) + 2)
+    assert client.transport.closed
+
+
+def test_at_the_last_step_connections_are_refused() -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    application.bytes = 96_000
+    tick(server)
+    client = connect(server=server)
+    assert [answer.message for answer in client.answers()] == [
+        "the server has no file descriptors or memory left for more connections"
+    ]
+
+
 # silence
 
 
@@ -794,6 +951,11 @@ def test_draining_twice_changes_nothing() -> None:
     client.connection.drain()
     client.application.answer(client.application.exchanges[0])
     assert client.statuses() == [200]
+
+
+def test_an_error_that_names_a_file_that_is_not_utf8_is_told() -> None:
+    _, _, body = error_response(BadRequestError("cannot load \udcff"))
+    assert body == b'{"code":400,"type":"BadRequestException","message":"cannot load ?"}\n'
 
 
 def test_an_error_of_the_application_is_told_as_json() -> None:

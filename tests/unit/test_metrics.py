@@ -10,7 +10,17 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import mms
-from mms.metrics import BATCH_SIZES, SECONDS, Collector, GpuFacts, Histogram, VersionFacts, VersionMetrics, WorkerFacts
+from mms.metrics import (
+    BATCH_SIZES,
+    SECONDS,
+    Collector,
+    FrontEndFacts,
+    GpuFacts,
+    Histogram,
+    VersionFacts,
+    VersionMetrics,
+    WorkerFacts,
+)
 from mms.metrics import registry as make_registry
 
 
@@ -22,6 +32,9 @@ def facts(metrics: VersionMetrics, *, model: str = "cat") -> VersionFacts:
         metrics=metrics,
         queue_depth=3,
         queue_capacity=100,
+        queue_bytes=4096,
+        newest_first=True,
+        drain_rate=12.5,
         cancelled=2,
         retries=1,
         in_flight=4,
@@ -36,7 +49,7 @@ Samples = dict[tuple[str, str], float]
 def scrape(*versions: VersionFacts, gpus: list[GpuFacts] | None = None) -> Samples:
     """The samples of ours by name and labels (`a=1 b=2`, sorted), read back from the text."""
     failures = Counter({(404, "ModelNotFoundException"): 7, (400, "BadRequestException"): 2})
-    known = make_registry(Collector(lambda: versions, lambda: gpus or [], lambda: 5, failures))
+    known = make_registry(Collector(lambda: versions, lambda: gpus or [], lambda: FrontEndFacts(5, 6000, 1), failures))
     text = generate_latest(known).decode()
     found: Samples = {}
     for family in text_string_to_metric_families(text):

@@ -63,7 +63,7 @@ def test_names_and_versions_that_are_not_there(archive: ModelArchive) -> None:
 
 def test_an_announced_name_is_loading(archive: ModelArchive) -> None:
     registry = ModelRegistry()
-    registry.announced.add("cat")
+    registry.announced["cat", "1.0"] = ""
     with pytest.raises(ServiceUnavailableError, match="still loading"):
         registry.version("cat")
     version = make(archive)
@@ -130,7 +130,7 @@ def test_a_version_without_workers_refuses_and_counts(archive: ModelArchive) -> 
     assert version.state is VersionState.LOADING and version.label == "cat 1.0"
     with pytest.raises(ServiceUnavailableError, match=r"model cat 1\.0 is still loading"):
         version.submit(make_job(1))
-    assert version.metrics.requests == {503: 1} and version.metrics.errors == {"ServiceUnavailableException": 1}
+    assert version.metrics.requests == {503: 1} and version.metrics.errors == {"ModelLoadingException": 1}
 
 
 def test_live_settings_reach_the_queue(archive: ModelArchive) -> None:

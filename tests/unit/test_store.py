@@ -25,6 +25,14 @@ def test_a_store_lists_its_archives(tmp_path: Path) -> None:
     assert make_store(tmp_path).names() == ["a.tar.gz", "b.mar", "unpacked"]
 
 
+def test_a_name_that_is_not_utf8_is_neither_listed_nor_found(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    (tmp_path / os.fsdecode(b"a\xffb.mar")).write_bytes(b"")
+    assert store.names() == ["a.tar.gz", "b.mar", "unpacked"]
+    with pytest.raises(BadRequestError, match=r"cannot load 'a\\udcffb.mar'"):
+        store.path(os.fsdecode(b"a\xffb.mar"))
+
+
 def test_an_archive_is_found_by_its_name(tmp_path: Path) -> None:
     assert make_store(tmp_path).path("b.mar") == tmp_path / "b.mar"
 

@@ -1,0 +1,88 @@
+"""Whether this server should get requests now, and what is missing if not: what /readyz says on both ports."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from mms.models.registry import ModelRegistry
+from mms.models.version import ModelVersion, VersionState
+
+
+class Phase(enum.StrEnum):
+    """Of the server's life."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+class Readiness:
+    """Computed from the workers' states at the moment of asking.
+
+    A version is missing while it has fewer ready workers than it had before, or than it was started with. One that is
+    registered or scaled up on a running server does not count before its workers have become ready.
+    """
+
+    def __init__(self, registry: ModelRegistry) -> None:
+        self.phase = Phase.STARTING
+        self._registry = registry
+
+    def report(self, *, details: bool) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body; with `details`, reasons are quoted, which may be for the operator only."""
+        missing = [
+            _missing(name, number, VersionState.FAILED if why else VersionState.LOADING, 0, 1,
+                     (why if details else "it could not be restored") if why else "it is about to be loaded")
+            for (name, number), why in self._registry.announced.items()
+        ] + [
+            entry(version, details=details)
+            for version in self._registry.versions()
+            if version.pool is not None and version.pool.ready < version.pool.minimum
+        ]  # fmt: skip
+        if self.phase is Phase.SERVING:
+            return _answer("incomplete", not missing, missing)
+        return _answer(str(self.phase), False, missing)
+
+    def of_version(self, version: ModelVersion) -> tuple[int, dict[str, Any]]:
+        """As `report`, for one version: it is ready when it has a worker, and not fewer than it had."""
+        pool = version.pool
+        ready = version.state is VersionState.READY and pool is not None and 0 < pool.ready >= pool.minimum
+        return _answer(str(version.state), ready, [] if ready else [entry(version, details=True)])
+
+
+def entry(version: ModelVersion, *, details: bool) -> dict[str, Any]:
+    """One line of `missing`."""
+    pool = version.pool
+    ready, wanted = (pool.ready, pool.target) if pool is not None else (0, 0)
+    return _missing(version.name, version.version, version.state, ready, wanted, _reason(version, details))
+
+
+def _missing(name: str, number: str, state: VersionState, ready: int, wanted: int, reason: str) -> dict[str, Any]:
+    return {
+        "model": name, "version": number, "state": str(state), "ready": ready, "wanted": wanted, "reason": reason,
+    }  # fmt: skip
+
+
+def _reason(version: ModelVersion, details: bool) -> str:
+    pool = version.pool
+    if pool is None:
+        return "it is being registered"
+    if pool.failure is not None:
+        return pool.failure.message if details else "it failed to load"
+    if pool.installing:
+        return "its requirements are being installed"
+    if pool.last_death:
+        return f"a worker died: {pool.last_death}"
+    return "its workers are loading" if pool.target else "it is scaled to 0"
+
+
+def _answer(status: str, ready: bool, missing: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+    if ready:
+        return 200, {"status": "ready", "missing": missing}
+    lines = [
+        f"{line['model']} {line['version']} has {line['ready']} of {line['wanted']} workers ({line['reason']})"
+        for line in missing
+    ]
+    message = f"{status}: {'; '.join(lines)}" if lines else f"the server is {status}"
+    error = {"code": 503, "type": "ServiceUnavailableException", "message": message}
+    return 503, {**error, "status": status, "missing": missing}

@@ -1,0 +1,127 @@
+"""What systemd is told, and the sockets it may hand over; the manager here is a real socket that we read."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import (
+    MakeArchive,
+    Server,
+    environment,
+    fetch,
+    free_ports,
+    scratch,
+    server,
+    start_arguments,
+)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with scratch() as made:
+        yield made
+
+
+@pytest.fixture
+def manager(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """The end of NOTIFY_SOCKET that systemd reads."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(folder / "notify"))
+        sock.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(folder / "notify"))
+        yield sock
+
+
+def told(manager: socket.socket, word: str) -> str:
+    """The next message that begins so."""
+    while not (text := manager.recv(4096).decode()).startswith(word):
+        pass
+    return text
+
+
+def test_the_manager_is_told_of_each_step(
+    make_archive: MakeArchive, folder: Path, manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    with server(make_archive("echo"), folder=folder) as running:
+        assert told(manager, "READY=1") == f"READY=1\nSTATUS={running.ready_line}"
+        assert [told(manager, "WATCHDOG=1") for _ in range(3)] == ["WATCHDOG=1"] * 3
+        running.signal(signal.SIGHUP)
+        assert "MONOTONIC_USEC=" in told(manager, "RELOADING=1")
+        assert told(manager, "READY=1") == "READY=1\nSTATUS=reloaded"
+        running.signal(signal.SIGTERM)
+        assert told(manager, "STOPPING=1") == "STOPPING=1"
+
+
+def test_a_manager_that_has_gone_does_no_harm(make_archive: MakeArchive, folder: Path, manager: socket.socket) -> None:
+    manager.close()
+    with server(make_archive("echo"), folder=folder) as running:
+        assert running.predict("echo", b"x").status == 200
+
+
+def activated(sockets: list[socket.socket], names: str, command: list[str]) -> list[str]:
+    """The command as systemd runs it: with these sockets as descriptors 3 and up."""
+    passed = " ".join(f"{3 + number}<&{sock.fileno()}" for number, sock in enumerate(sockets))
+    script = f'export LISTEN_PID=$$ LISTEN_FDS={len(sockets)} LISTEN_FDNAMES={names}; exec "$@" {passed}'
+    return ["bash", "-c", script, "bash", *command]
+
+
+def test_sockets_of_the_manager_are_served_and_outlive_the_server(make_archive: MakeArchive, folder: Path) -> None:
+    """A client that connects while there is no server waits for the next one."""
+    echo = make_archive("echo")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        addresses = ["{}:{}".format(*sock.getsockname()) for sock in sockets]
+        words = [*start_arguments(folder, addresses, echo, edge="auto"), "--models", echo.name]
+        unused = [f"--{name}-address=127.0.0.1:{port}" for name, port in zip(
+            ("inference", "management", "metrics"), free_ports(3), strict=True)]  # fmt: skip
+        order = [sockets[1], sockets[0], sockets[2]]
+        command = activated(order, "management:inference:metrics", [*words, *unused])
+        descriptors = tuple(sock.fileno() for sock in sockets)
+        first = Server(folder, command, addresses, descriptors=descriptors)
+        stack.callback(first.process.kill)
+        first.wait_until_ready()
+        assert f"at http://{addresses[0]} without nginx, management http://{addresses[1]}" in first.ready_line
+        assert first.predict("echo", b"x").status == 200
+        assert first.stop() == 0
+        host, _, port = addresses[0].rpartition(":")
+        early = stack.enter_context(socket.create_connection((host, int(port)), 20))
+        early.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        second = Server(folder, command, addresses, descriptors=descriptors)
+        stack.callback(second.close)
+        for sock in sockets:
+            stack.callback(sock.close)
+        assert early.recv(4096).startswith(b"HTTP/1.1 200 ")
+        second.wait_until_ready()
+        assert fetch(addresses[1], "GET", "/readyz").status == 200
+
+
+@pytest.mark.parametrize(
+    ("names", "edge", "message"),
+    [
+        ("web", "none", "the inference socket from the service manager does not listen for streams"),
+        ("inference:other", "none", "socket 2 of 2 from the service manager has the name 'other'; set "),
+        ("inference", "nginx", "nginx cannot take over the sockets of the service manager; start with --edge none"),
+    ],
+)
+def test_sockets_that_do_not_fit_are_refused(folder: Path, names: str, edge: str, message: str) -> None:
+    words = start_arguments(folder, [f"127.0.0.1:{port}" for port in free_ports(3)], edge=edge)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names.split(":")]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+            if "listen" not in message:
+                sock.listen()
+        done = subprocess.run(
+            activated(sockets, names, words), capture_output=True, text=True, env=environment(), timeout=20,
+            pass_fds=[sock.fileno() for sock in sockets],
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"mms: error: {message}")

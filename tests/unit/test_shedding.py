@@ -1,0 +1,106 @@
+"""The steps in which the front end does less: by bytes and by descriptors, up at once and down with some distance."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from mms.http.shedding import Shedding
+
+
+@dataclass(frozen=True)
+class Slow:
+    unsent: int
+
+
+def make(*, held: Callable[[], int] = lambda: 0, max_bytes: int = 1000, max_connections: int = 50) -> Shedding:
+    return Shedding(max_bytes=max_bytes, max_connections=max_connections, held=held)
+
+
+@pytest.fixture
+def descriptors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """So many are open, so many may be."""
+
+    def pretend(used: int, limit: int) -> None:
+        monkeypatch.setattr(os, "listdir", lambda _: ["0"] * (used + 1))
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("held", "step"), [(0, 0), (799, 0), (800, 1), (899, 1), (900, 2), (949, 2), (950, 3), (5000, 3)]
+)
+def test_the_step_follows_the_bytes(held: int, step: int) -> None:
+    account = make(held=lambda: held)
+    assert account.tick(0) is (step > 0)
+    assert account.step == step and account.bytes == held
+
+
+def test_a_step_is_taken_back_at_some_distance_only() -> None:
+    held = (950, 910, 899, 851, 849, 760, 749)
+    account = make(held=iter(held).__next__)
+    steps = []
+    for _ in held:
+        account.tick(0)
+        steps.append(account.step)
+    assert steps == [3, 3, 2, 2, 1, 1, 0]
+
+
+def test_each_change_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    held = (0, 910, 920, 0, 0)
+    account = make(held=iter(held).__next__)
+    with caplog.at_level(logging.INFO):
+        for _ in held:
+            account.tick(0)
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first == "step 2 of 3: 91 % of max_bytes_in_flight are used; the front end refuses requests with 429"
+    assert last.endswith("the front end serves as usual again")
+
+
+def test_unsent_answers_count() -> None:
+    account = make()
+    account.slow |= {Slow(300), Slow(550)}
+    account.tick(0)
+    assert account.bytes == 850 and account.step == 1
+
+
+def test_the_step_follows_the_descriptors(descriptors: Callable[[int, int], None]) -> None:
+    account = make()
+    for used, step in ((70, 0), (82, 1), (91, 2), (96, 3), (10, 0)):
+        descriptors(used, 100)
+        account.tick(min(used, 50))
+        assert account.step == step
+
+
+def test_connections_leave_room_for_what_else_needs_descriptors(descriptors: Callable[[int, int], None]) -> None:
+    account = make()
+    descriptors(40, 64)
+    account.tick(10)  # 30 are something else
+    assert account.room == 30
+    assert "no file descriptors" in account.full().message
+    descriptors(40, 10_000)
+    account.tick(10)
+    assert account.room == 50 and account.full().message == "more than 50 connections"
+
+
+def test_a_body_may_be_read_alone_whatever_its_size() -> None:
+    account = make()
+    assert account.read(3000, before=0, to_come=2000) is None
+    assert account.read(2000, before=3000, to_come=0) is None
+    assert account.read(1, before=0, to_come=0) is not None
+    account.drop(5000)
+    assert account.read(600, before=0, to_come=0) is None and account.bytes == 600
+
+
+def test_what_is_promised_counts_only_against_who_promises_it() -> None:
+    account = make()
+    assert account.read(10, before=0, to_come=880) is None
+    assert account.read(10, before=0, to_come=880) is None
+    assert account.read(10, before=0, to_come=881) is not None
+    assert account.bytes == 20
