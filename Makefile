@@ -7,7 +7,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test simulate lint format bench overload build clean nginx wrk
+.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench overload build clean nginx wrk
 
 help: ## print this menu
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -20,6 +20,21 @@ serve: $(VENV)/.demo nginx ## the demo, but the server keeps running until Ctrl-
 
 test: $(VENV)/.dev nginx ## run all tests
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+faults: $(VENV)/.dev nginx ## run every test of the fault catalogue, slow ones too (15 minutes at most)
+	@timeout 15m $(BIN)/python -m pytest -m fault --numprocesses auto --dist loadfile
+
+chaos: $(VENV)/.dev nginx ## kill, stop and change everything under traffic, then count (5 minutes; SECONDS=)
+	@$(BIN)/python -m tests.chaos chaos $(if $(SECONDS),--seconds $(SECONDS))
+
+lost: $(VENV)/.dev nginx ## requests lost of 100,000 in swaps, reloads and kills (TRIALS=, REQUESTS=)
+	@$(BIN)/python -m tests.chaos lost $(TRIALS) $(if $(REQUESTS),--requests $(REQUESTS))
+
+soak: $(VENV)/.dev ## 2,000 registrations beside steady load: does anything grow? (20 minutes; SECONDS=)
+	@$(BIN)/python -m tests.chaos soak $(if $(SECONDS),--seconds $(SECONDS))
+
+fuzz: $(VENV)/.dev ## hostile bytes for everything that reads bytes (60 s each; SECONDS=, TARGETS=)
+	@$(BIN)/python -m tests.fuzz $(TARGETS) $(if $(SECONDS),--seconds $(SECONDS))
 
 simulate: $(VENV)/.dev ## the dispatcher under a fake clock: SEEDS=100000 runs so many, SEED=n repeats one
 	@$(if $(SEEDS),SEEDS=$(SEEDS)) $(if $(SEED),SEED=$(SEED)) $(BIN)/python -m pytest -q -n0 -o timeout=0 tests/unit/test_dispatcher_simulation.py
@@ -44,7 +59,7 @@ build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build
 
 clean: ## remove what was built, cached and run (keeps the virtual environment)
-	rm -rf build dist *.egg-info demo-run model-store .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist *.egg-info demo-run model-store .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis fuzz-findings
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 nginx:

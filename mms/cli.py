@@ -55,6 +55,14 @@ def _load(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str,
 @click.version_option(mms.__version__, prog_name="mms")
 def main() -> None:
     """Serve model archives: batching, versions, worker pools and metrics behind nginx."""
+    _open_standard_streams()
+
+
+def _open_standard_streams() -> None:
+    """Started with one of them closed, the first socket would get its number, and libuv and children its traffic."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
 
 
 _fail = main.fail

@@ -468,6 +468,12 @@ class _UniqueKeys(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= MAX_DEPTH:  # the scanner runs far ahead, at a cost that grows with the depth
+            mark: Any = self.get_mark()
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=mark)
+        super().fetch_flow_collection_start(token)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key, _ in node.value:

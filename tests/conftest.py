@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -41,6 +42,13 @@ MakeArchive = Callable[..., Path]
 MakeGate = Callable[[], "Gate"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What has a row's number in its name (test_f1_..., test_s3_...) is a fault test: `make faults` runs these."""
+    for item in items:
+        if re.match(r"test_[fs]\d+_", item.name):
+            item.add_marker(pytest.mark.fault)
+
+
 def eventually(predicate: Callable[[], T], timeout: float = 5.0) -> T:
     """The predicate's first true value; fails when there is none in time."""
     deadline = time.monotonic() + timeout
@@ -59,15 +67,16 @@ def make_archive(tmp_path_factory: pytest.TempPathFactory) -> MakeArchive:
     def make(name: str, *, model_name: str = "", version: str = "1.0", requirements: str = "", **settings: Any) -> Path:
         key = json.dumps([name, model_name, version, requirements, settings], sort_keys=True)
         if key not in made:
-            made[key] = _pack(root / str(len(made)), name, model_name or name, version, requirements, settings)
+            made[key] = pack(root / str(len(made)), name, model_name or name, version, requirements, settings)
         return made[key]
 
     return make
 
 
-def _pack(
+def pack(
     folder: Path, name: str, model_name: str, version: str, requirements: str, settings: Mapping[str, Any]
 ) -> Path:
+    """The archive of tests/archives/NAME.py, in a new folder."""
     folder.mkdir()
     config = folder / "model-config.yaml"
     config.write_text(yaml.safe_dump({"min_workers": 1, **settings}))

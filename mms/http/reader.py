@@ -7,7 +7,7 @@ from typing import Protocol
 
 import httptools
 
-from mms.errors import BadRequestError, MMSError, RequestTooLargeError
+from mms.errors import BadRequestError, MMSError, RequestTooLargeError, ServiceUnavailableError
 from mms.http import request as verdicts
 from mms.http.limits import CHUNK_FRAMING, MAX_CHUNK_DIGITS, MAX_CHUNK_EXTRA, MAX_HEAD, MAX_LEADING, MAX_LINE
 from mms.http.request import Head
@@ -161,9 +161,11 @@ class RequestReader:
         if self.in_head or self.head.transfer_encoding:
             tail = self._tail
             end = (tail + data[at : at + 3]).find(_HEAD_END) if tail else -1  # both end with an empty line
-            stop = at + end + 4 - len(tail) if end >= 0 else data.find(_HEAD_END, at) + 4
-            if stop < at + 1 or stop < 4:
-                stop = len(data)
+            if end >= 0:
+                stop = at + end + 4 - len(tail)
+            else:
+                end = data.find(_HEAD_END, at)
+                stop = end + 4 if end >= 0 else len(data)
             self._tail = (tail + data[max(at, stop - 3) : stop])[-3:]
             return stop
         rest = self.head.length - self._size
@@ -191,7 +193,10 @@ class RequestReader:
             self.refusal = self.refusal or BadRequestError("this server does not change protocols")
         except httptools.HttpParserError as error:
             cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
-            if cause is not None:
+            if isinstance(cause, MemoryError):
+                self._parts = []
+                self.refusal = self.refusal or ServiceUnavailableError("no memory for this request")
+            elif cause is not None:
                 asyncio.get_running_loop().call_exception_handler(
                     {"message": "a parser callback failed", "exception": cause}
                 )

@@ -353,7 +353,8 @@ class WorkerPool:
         slot = next(number for number in range(len(used) + 1) if number not in used)
         worker = Worker(slot, self._free_gpu(), self, self._queue, self._metrics)
         self.workers.append(worker)
-        self._run(self._boot(worker))
+        task = self._run(self._boot(worker))
+        task.add_done_callback(lambda _: self._unborn(worker))  # also of a task that was cancelled before it began
 
     def _free_gpu(self) -> int | None:
         """The GPU with the fewest workers that stay."""
@@ -362,10 +363,11 @@ class WorkerPool:
         used = Counter(worker.gpu for worker in self._active() if worker is not leaving)
         return min((gpu.index for gpu in gpus), key=lambda index: used[index]) if gpus else None
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._booted)
+        return task
 
     def _booted(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -380,18 +382,19 @@ class WorkerPool:
 
         A replacement in a pool that has served does not wait behind other models that load.
         """
-        try:
-            async with nullcontext() if self.was_ready else self._loads:
-                if worker.state is WorkerState.STARTING:
-                    worker.launched = time.monotonic()
-                    await self._launch(worker)
-                    while worker.state is WorkerState.STARTING and worker in self.workers:
-                        await self._change(TICK)
-        finally:
-            if worker.process is None:
-                self._forget(worker)
+        async with nullcontext() if self.was_ready else self._loads:
+            if worker.state is WorkerState.STARTING:
+                worker.launched = time.monotonic()
+                await self._launch(worker)
+                while worker.state is WorkerState.STARTING and worker in self.workers:
+                    await self._change(TICK)
         if worker.process is None:
+            self._forget(worker)
             self._boot_failed(worker)
+
+    def _unborn(self, worker: Worker) -> None:
+        if worker.process is None:
+            self._forget(worker)
 
     async def _launch(self, worker: Worker) -> None:
         load = msgspec.structs.replace(self._settings.load, threads=self.threads)

@@ -46,7 +46,7 @@ def check_file(program: str, directory: Path, file: Path) -> None:
     except subprocess.TimeoutExpired:
         raise StartError(f"{program} -t gave no answer in {CHECK_TIMEOUT:g} s") from None
     if done.returncode != 0:
-        raise StartError(f"nginx refused its configuration: {_reason(done.stderr.decode(errors='replace'))}")
+        raise StartError(f"{program} refused its configuration: {_reason(done.stderr.decode(errors='replace'))}")
 
 
 def _reason(output: str) -> str:

@@ -564,3 +564,23 @@ def test_dropped_output_is_counted(caplog: pytest.LogCaptureFixture, monkeypatch
 
 def test_no_thread_of_these_tests_is_left() -> None:
     assert [thread.name for thread in threading.enumerate() if not thread.daemon] == ["MainThread"]
+
+
+@pytest.mark.parametrize("state", ["not begun", "launching", "attaching"])
+def test_f52_a_pool_that_is_closed_while_its_workers_start_leaves_nothing(serve: Serve, state: str) -> None:
+    """Found by `make chaos`: a version whose hung worker was replaced at the end of its draining never went."""
+
+    async def scenario() -> None:
+        async with serve("echo") as served:
+            served.pool.set_target(3)
+            for _ in range(0 if state == "not begun" else 1_000_000):
+                await asyncio.sleep(0)
+                if state == "launching" or any(
+                    worker.state == "STARTING" and worker.process for worker in served.pool.workers
+                ):
+                    break
+            async with asyncio.timeout(5):
+                await served.pool.close(0)
+            assert served.pool.workers == []
+
+    uvloop.run(scenario())

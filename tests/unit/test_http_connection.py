@@ -198,6 +198,16 @@ ACCEPTED = {
 }
 
 
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_the_line_of_the_next_request_is_judged_wherever_the_head_before_it_was_cut(cut: int) -> None:
+    """Found by `make fuzz`: the rest of the empty line, the body and a request without a version came in one piece."""
+    first, client = post(b"abc"), connect()
+    at = first.index(b"\r\n\r\n") + cut
+    client.send(first[:at])
+    client.send(first[at:] + b"POST /pHTTP/1.1\r\nHost: x\r\n\r\n")
+    assert client.statuses() == [200, 400]
+
+
 @pytest.mark.parametrize("step", [0, 1, 7], ids=["whole", "bytes", "sevens"])
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_good_requests_are_served(name: str, step: int) -> None:
