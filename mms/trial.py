@@ -18,7 +18,7 @@ from mms.http.response import error_response
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.rundir import CacheDirectory
-from mms.server import prepare_process
+from mms.workers.process import prepare_process
 
 GRACE = 5.0
 

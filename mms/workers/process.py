@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import mmap
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -26,6 +28,7 @@ from mms.workers.forkserver import ForkServers, UnsafeFork
 from mms.workers.sandbox import new_scratch
 
 CHANNEL_BUFFER = 1 << 20
+_PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +175,13 @@ def _remove(scratch: Path) -> None:
         scratch.rmdir()
     except OSError:
         asyncio.get_running_loop().run_in_executor(None, partial(shutil.rmtree, scratch, ignore_errors=True))
+
+
+def prepare_process() -> None:
+    """Orphans of a fork server become children of this process, which gets as many descriptors as the system allows."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def reap_orphans(known: set[int]) -> list[int]:

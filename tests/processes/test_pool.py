@@ -27,13 +27,12 @@ from mms.config import Config
 from mms.errors import MMSError as Error
 from mms.errors import ModelLoadError, QueueFullError
 from mms.metrics import VersionMetrics
-from mms.server import prepare_process
 from mms.workers import environment
 from mms.workers.batching import BatchQueue, Job
 from mms.workers.forkserver import ForkServers
 from mms.workers.output import KEPT_LINES, MAX_LINE, MAX_PER_SECOND, OutputReader
 from mms.workers.pool import PoolSettings, Restarts, WorkerPool
-from mms.workers.process import Launch
+from mms.workers.process import Launch, prepare_process
 from mms.workers.sandbox import Sandboxes
 from tests.conftest import Gate, MakeArchive, MakeGate, T, eventually
 

@@ -1,0 +1,56 @@
+"""Where the server listens: at the addresses of its settings, or on the sockets that its service manager passes."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from mms.config import Config
+from mms.errors import ConfigError, StartError
+from mms.http.listener import bind
+from mms.systemd import address_of
+
+LISTENERS = ("inference", "management", "metrics")
+ANY_HOST = {"0.0.0.0", "*"}
+
+
+class Addresses:
+    """The public addresses, in the order of LISTENERS. Raises ConfigError when two listeners share one."""
+
+    def __init__(self, config: Config, passed: Mapping[str, socket.socket]) -> None:
+        self.passed = passed
+        wanted = config.inference_address, config.management_address, config.metrics_address
+        self.of = {
+            name: address_of(passed[name]) if name in passed else address
+            for name, address in zip(LISTENERS, wanted, strict=True)
+        }
+        # found here, it can be said in terms of the settings
+        for (one, first), (two, second) in itertools.combinations(self.of.items(), 2):
+            if _overlap(first, second):
+                where = first if first == second else f"{first} and {second}"
+                raise ConfigError(f"{one}_address and {two}_address would both listen on {where}; each needs its own")
+
+    def listen(self, behind_edge: Path | None, group: int | None) -> list[socket.socket]:
+        """The front end's sockets: Unix ones in the folder `behind_edge`, else the public ones. Raises StartError."""
+        bound: list[socket.socket] = []
+        try:
+            for name, public in self.of.items():
+                address = public if behind_edge is None else f"unix:{behind_edge / name}.sock"
+                bound.append(self.passed.get(name) or bind(address, group=group))
+        except StartError:
+            for sock in bound:
+                sock.close()
+            raise
+        return bound
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether nobody can listen on both addresses."""
+    if one.startswith("unix:") or other.startswith("unix:"):
+        return one == other
+    parts = [address.replace("localhost", "127.0.0.1").rpartition(":") for address in (one, other)]
+    hosts, ports = {host for host, _, _ in parts}, {port for _, _, port in parts}
+    any_host = bool(hosts & ANY_HOST) and not any(host.startswith("[") for host in hosts)
+    return len(ports) == 1 and "0" not in ports and (len(hosts) == 1 or any_host)

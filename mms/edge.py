@@ -1,0 +1,268 @@
+"""nginx in front of the server: found, started, watched, restarted, reloaded, stopped. Front end's process.
+
+What blocks runs in a thread, except for the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mms_nginx.find import edge_user, find_nginx
+
+from mms.addresses import Addresses
+from mms.config import Config, is_loopback
+from mms.errors import ConfigError, MMSError, StartError
+from mms.rundir import CacheDirectory, RunDirectory
+from mms.secret import read_secret
+
+if TYPE_CHECKING:
+    from mms_nginx.run import Nginx
+
+log = logging.getLogger("mms.server")
+
+DEATHS = 5
+DEATH_WINDOW = 60.0
+READ_TIMEOUT = 86_400.0  # the front end answers within its own limits; nginx must not be quicker
+KEEPALIVE = 3600.0  # nginx must be the side that closes idle connections: it cannot repeat a POST
+NO_ACCESS_LOG = "access_log is written by nginx; start without --edge none, or leave it empty"
+
+
+class Edge:
+    """nginx, if the settings want it and the machine has it; without it, most of this does nothing.
+
+    `lost` is called when it cannot be kept running. The constructor raises ConfigError or StartError.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        addresses: Addresses,
+        run_dir: RunDirectory,
+        cache: CacheDirectory,
+        say: Callable[[str], None],
+        lost: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._addresses = addresses
+        self._run_dir = run_dir
+        self._cache = cache
+        self._lost = lost
+        self._program = _find(config, bool(addresses.passed), say)
+        self._certificate = Certificate.of(config, self._program is not None)
+        self._nginx: Nginx | None = None
+        self._leaving: Nginx | None = None
+        self._deaths: deque[float] = deque()
+        self._renewal: asyncio.Task[None] | None = None
+        self._applying = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether nginx listens at the public addresses, and the front end behind it."""
+        return self._program is not None
+
+    @property
+    def running(self) -> bool:
+        return self._nginx is not None
+
+    @property
+    def user(self) -> tuple[str, int] | None:
+        """Name and group of the user that nginx's workers run as, if that is not this user."""
+        return edge_user() if self.wanted else None
+
+    @property
+    def pids(self) -> set[int]:
+        return {self._nginx.pid} if self._nginx is not None else set()
+
+    @property
+    def certificate(self) -> str:
+        """The certificate's file; empty without TLS."""
+        return str(self._certificate.files[0]) if self._certificate is not None else ""
+
+    def places(self) -> tuple[str, str, str]:
+        """The public addresses, with https:// where TLS is spoken."""
+        inference, management, metrics = (
+            f"https://{address}" if self._tls(name, address) else address
+            for name, address in self._addresses.of.items()
+        )
+        return inference, management, metrics
+
+    def start(self) -> None:
+        """Return when every public address accepts connections. Raises StartError."""
+        if self._program is None:
+            return
+        # jinja2 is needed behind nginx only
+        from mms_nginx.run import Nginx
+
+        self._nginx = Nginx(self._program, self._run_dir.nginx, self._text(self._config))
+        self._nginx.start()
+        asyncio.get_running_loop().add_reader(self._nginx.pidfd, self._ended)
+
+    async def apply(self, config: Config) -> None:
+        """Put changed settings in force. Raises ConfigError or StartError; then the old ones stay in force."""
+        if self._program is None and config.access_log is not None:
+            raise ConfigError(NO_ACCESS_LOG)
+        self._applying = True
+        try:
+            if self._renewal is not None:
+                await asyncio.wait([self._renewal])
+            if self._nginx is not None and (text := self._text(config)) != self._text(self._config):
+                await asyncio.to_thread(self._nginx.reload, text)  # closes idle connections: not without need
+            self._config = config
+        finally:
+            self._applying = False
+
+    def renew_certificate(self) -> None:
+        """nginx reads certificate and key at its start: it reloads when they have changed."""
+        if self._nginx is None or self._certificate is None or self._renewal is not None or self._applying:
+            return
+        if self._certificate.has_changed():
+            self._renewal = asyncio.create_task(asyncio.to_thread(self._nginx.reload_files))
+            self._renewal.add_done_callback(self._renewed)
+
+    def reopen_log(self) -> None:
+        """Somebody has moved the access log away."""
+        if self._nginx is not None:
+            self._nginx.reopen()
+
+    async def stop(self, limit: float) -> bool:
+        """Let its requests finish for `limit` seconds, then end it; whether they were done in time."""
+        nginx, self._nginx = self._nginx, None
+        if nginx is None:
+            return True
+        if nginx.pidfd != -1:
+            asyncio.get_running_loop().remove_reader(nginx.pidfd)
+        self._leaving = nginx
+        return await asyncio.to_thread(nginx.stop, limit)
+
+    def hasten(self) -> None:
+        """It may be waiting for its last requests, in a thread that cannot be cancelled: end that."""
+        nginx = self._leaving
+        if nginx is not None and nginx.pidfd != -1:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(nginx.pidfd, signal.SIGTERM)
+
+    def _tls(self, name: str, address: str) -> tuple[Path, Path] | None:
+        """Certificate and key of the inference port, and of the management port where others can reach it."""
+        if self._certificate is None or address.startswith("unix:"):
+            return None
+        spoken = name == "inference" or (name == "management" and not is_loopback(address))
+        return self._certificate.files if spoken else None
+
+    def _text(self, config: Config) -> str:
+        """nginx's configuration."""
+        from mms_nginx.render import Listener, render
+
+        listeners = [
+            Listener(name, address, (self._run_dir.sockets / f"{name}.sock",), self._tls(name, address))
+            for name, address in self._addresses.of.items()
+        ]
+        user = edge_user()
+        return render(
+            listeners,
+            directory=self._run_dir.nginx,
+            max_request_size=config.max_request_size,
+            user=user[0] if user else None,
+            response_timeout=READ_TIMEOUT,
+            body_timeout=config.body_timeout,
+            header_timeout=config.header_timeout,
+            log_level=config.log_level,
+            spool=self._cache.nginx,
+            access_log=config.access_log,
+        )
+
+    def _renewed(self, renewal: asyncio.Task[None]) -> None:
+        self._renewal = None
+        if not renewal.cancelled():
+            error = renewal.exception()
+            if isinstance(error, MMSError):
+                log.error("the new certificate is not in force: %s", error.message)
+            else:
+                log.info("nginx has taken the new certificate")
+
+    def _ended(self) -> None:
+        """nginx has died: start it again, but not for ever."""
+        nginx, loop = self._nginx, asyncio.get_running_loop()
+        if nginx is None:
+            return
+        loop.remove_reader(nginx.pidfd)
+        code = nginx.exit_code()
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - DEATH_WINDOW:
+            self._deaths.popleft()
+        if len(self._deaths) <= DEATHS:
+            log.error("nginx ended (%s); starting it again", code)
+            nginx.stop(0)
+            try:
+                nginx.start()
+                loop.add_reader(nginx.pidfd, self._ended)
+                return
+            except StartError as error:
+                log.error("nginx cannot be started again: %s", error.message)
+        log.critical("nginx cannot be kept running; stopping")
+        self._lost()
+
+
+class Certificate:
+    """The files of certificate and key, and whether somebody has renewed them."""
+
+    def __init__(self, cert: Path, key: Path) -> None:
+        self.files = cert, key
+        self._stamp = self._look()
+
+    @classmethod
+    def of(cls, config: Config, behind_nginx: bool) -> Certificate | None:
+        """The one of the settings, if TLS is wanted; only nginx speaks it. Raises ConfigError."""
+        cert, key = config.tls_cert, config.tls_key
+        if cert is None and key is None:
+            return None
+        if cert is None or key is None:
+            raise ConfigError("tls_cert and tls_key go together: set both")
+        if not behind_nginx:
+            raise ConfigError("tls_cert: TLS needs nginx in front; install it and do not start with --edge none")
+        read_secret(key, "key", 1)
+        if not os.access(cert, os.R_OK):
+            raise ConfigError(f"cannot read the certificate {cert}")
+        return cls(cert, key)
+
+    def has_changed(self) -> bool:
+        """Whether both files are there and one has changed since the last call that said so."""
+        stamp = self._look()
+        if not stamp or stamp == self._stamp:
+            return False
+        self._stamp = stamp
+        return True
+
+    def _look(self) -> list[tuple[int, ...]]:
+        try:
+            facts = [path.stat() for path in self.files]
+        except OSError:
+            return []
+        return [(fact.st_ino, fact.st_size, fact.st_mtime_ns) for fact in facts]
+
+
+def _find(config: Config, passed: bool, say: Callable[[str], None]) -> str | None:
+    """The program, None if the front end listens by itself; `passed`: on sockets of the service manager."""
+    if passed and config.edge == "nginx":
+        raise ConfigError("nginx cannot take over the sockets of the service manager; start with --edge none")
+    if config.edge == "none" or passed:
+        if config.access_log is not None:
+            raise ConfigError(NO_ACCESS_LOG)
+        return None
+    program = find_nginx(config.nginx)
+    if program is None and config.access_log is not None:
+        raise StartError("access_log is written by nginx, which is not installed; install it or leave it empty")
+    if program is None and config.edge == "nginx":
+        raise StartError(f"the program {config.nginx} is not found; install nginx or start with --edge none")
+    if program is None:
+        say("nginx is not installed: the front end listens by itself (no TLS, no request spooling)")
+    return program
