@@ -37,9 +37,11 @@ from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
-from mms.workers.pool import MAX_BOOT_FAILURES, PoolSettings, Restarts, WorkerPool
+from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch, reap_orphans
+from mms.workers.restarts import MAX_BOOT_FAILURES, Restarts
 from mms.workers.sandbox import Sandboxes, only_stricter
+from mms.workers.settings import PoolSettings
 
 log = logging.getLogger("mms.controlplane")
 

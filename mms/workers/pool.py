@@ -9,87 +9,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Coroutine
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
-
-import msgspec
 
 from mms import wire
 from mms.errors import MMSError, ModelLoadError
-from mms.logs import model_logger
 from mms.metrics import VersionMetrics
 from mms.workers import environment
 from mms.workers.batching import BatchQueue, Job
-from mms.workers.forkserver import ForkServerDied, ForkServers
-from mms.workers.gpus import Gpu
-from mms.workers.oom import OutOfMemoryKills
-from mms.workers.output import OutputReader
-from mms.workers.process import Launch, launch
+from mms.workers.forkserver import ForkServers
+from mms.workers.lateness import Lateness
+from mms.workers.recycling import Recycling
+from mms.workers.restarts import BackOff, Restarts, last_words, load_error
+from mms.workers.settings import PoolSettings
+from mms.workers.starting import Starter
 from mms.workers.worker import Worker, WorkerState
 
 log = logging.getLogger("mms.pool")
 
-MAX_BOOT_FAILURES = 3
-BOOT_PAUSES = (0.1, 0.3)  # between the tries before a version is FAILED
-FAILED_PAUSE = 5.0  # doubles up to FAILED_PAUSE_LIMIT
-FAILED_PAUSE_LIMIT = 300.0
-DEATH_WINDOW = 10.0  # the first death in it is replaced at once, further ones with back-off
-DEATH_PAUSE = 0.1
-DEATH_PAUSE_LIMIT = 10.0
-RESTART_WINDOW = 10.0  # over all pools of the server: more deaths than MAX_RESTARTS in it, and each waits RESTART_PAUSE
-MAX_RESTARTS = 20
-RESTART_PAUSE = 1.0
-KILLED = "signal 9 (SIGKILL)"
-LAST_WORDS = 3  # lines of output in the log's line about a death
 TICK = 0.25
 ASLEEP = 1.0  # a tick this late means that this process itself stood still
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolSettings:
-    """What a pool needs to know of its version; durations in seconds.
-
-    With `load.threads` 0, each worker gets its share of the cores when it starts. `interpreter` makes the Python that
-    the workers run in, before the first one starts; it raises ModelLoadError.
-    """
-
-    label: str
-    load: wire.Load
-    launch: Launch
-    interpreter: Callable[[], Awaitable[str]] | None
-    gpus: Sequence[Gpu]
-    response_timeout: float
-    startup_timeout: float
-    stop_grace: float
-    boot_tries: int = MAX_BOOT_FAILURES
-    max_requests: int = 0
-    max_rss: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class LastFailure:
-    """The latest worker that died or did not become ready: why, when (time.time()), what it printed last."""
-
-    cause: str
-    at: float
-    output: tuple[str, ...]
-
-
-class Restarts:
-    """How many workers have died lately in all pools of a server: what they share is the machine."""
-
-    def __init__(self) -> None:
-        self.memory_kills = OutOfMemoryKills()
-        self._deaths: deque[float] = deque()
-
-    def pause(self, now: float) -> float:
-        """Seconds that a worker's replacement has to wait because so many others have died; counts this death."""
-        self._deaths.append(now)
-        _forget_before(self._deaths, now - RESTART_WINDOW)
-        return RESTART_PAUSE if len(self._deaths) > MAX_RESTARTS else 0.0
 
 
 class WorkerPool:
@@ -110,7 +50,7 @@ class WorkerPool:
         self.minimum = 0  # fewer ready workers are an outage: all that were ready since the target was last lowered
         self.last_death = ""  # its cause, while a worker is missing for it
         self.was_ready = False  # requests may wait while a worker is replaced
-        self.last_failure: LastFailure | None = None
+        self.back_off = BackOff(restarts, settings.boot_tries)
         self._settings = settings
         self._queue = queue
         self._metrics = metrics
@@ -119,16 +59,9 @@ class WorkerPool:
         self._restarts = restarts
         self.ready_workers: list[Worker] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._installing = False
-        self._installed = ""  # the interpreter that settings.interpreter has made
-        self._standing: dict[Worker, tuple[int, float]] = {}  # jobs done at the last look, and since when that many
-        self._boot_failures = 0
-        self._failed_pause = FAILED_PAUSE
-        self._deaths: deque[float] = deque()
-        self._hold_until = 0.0
-        self._retry_at = 0.0  # of a FAILED pool
-        self._leaving: tuple[Worker, str] | None = None  # it goes when its replacement is ready, and why
-        self._too_big = False  # said that max_rss is less than what a worker needs
+        self._starter = Starter(settings, forkservers)
+        self._recycling = Recycling(settings)
+        self._lateness = Lateness(settings, queue)
         self._wake: asyncio.Handle | None = None
         self._delay: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -136,7 +69,6 @@ class WorkerPool:
         self._changed = asyncio.Event()
         self._draining = False
         self._loop = asyncio.get_running_loop()
-        self._log = model_logger(settings.load.model_name)
 
     @property
     def ready(self) -> int:
@@ -151,12 +83,12 @@ class WorkerPool:
     @property
     def installing(self) -> bool:
         """Whether the archive's requirements are being installed; the workers start afterwards."""
-        return self._installing
+        return self._starter.installing
 
     @property
     def missing(self) -> int:
         """How many workers wait for their next start, after one that died or did not become ready."""
-        return 0 if self._installing else max(0, self.target - len(self._active()))
+        return 0 if self.installing else max(0, self.target - len(self._active()))
 
     @property
     def threads(self) -> int:
@@ -166,14 +98,8 @@ class WorkerPool:
     @property
     def next_start(self) -> float | None:
         """Seconds until a missing worker is started, None when none waits."""
-        at = self._retry_at if self.failure is not None else self._hold_until
+        at = self.back_off.retry_at if self.failure is not None else self.back_off.hold_until
         return max(0.0, at - time.monotonic()) if self.missing else None
-
-    @property
-    def deaths(self) -> int:
-        """Workers that died in the last DEATH_WINDOW seconds."""
-        _forget_before(self._deaths, time.monotonic() - DEATH_WINDOW)
-        return len(self._deaths)
 
     @property
     def forkserver_deaths(self) -> int:
@@ -260,10 +186,9 @@ class WorkerPool:
         self.target = count
         self.minimum = min(self.minimum, count)
         self.was_ready = self.was_ready or not count
-        self._boot_failures = 0
-        self._failed_pause = FAILED_PAUSE
+        self.back_off.reset()
         self.failure = None
-        self._hold_until = 0.0
+        self.back_off.hold_until = 0.0
         self._reconcile()
 
     async def settled(self) -> None:
@@ -312,10 +237,10 @@ class WorkerPool:
         """Start what is missing, stop what is too many."""
         self._let_go()
         active = self._active()
-        wanted = self.target + bool(self.target and self._leaving)
-        if len(active) < wanted and self.failure is None and time.monotonic() >= self._hold_until:
-            if self._settings.interpreter is not None and not self._installed:
-                self._install(self._settings.interpreter)
+        wanted = self.target + bool(self.target and self._recycling.leaving)
+        if len(active) < wanted and self.failure is None and time.monotonic() >= self.back_off.hold_until:
+            if self._starter.lacks_interpreter:
+                self._install()
             else:
                 for _ in range(wanted - len(active)):
                     self._start_worker()
@@ -330,38 +255,27 @@ class WorkerPool:
     def _active(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.state in (WorkerState.STARTING, WorkerState.READY)]
 
-    def _install(self, make: Callable[[], Awaitable[str]]) -> None:
-        if not self._installing:
-            self._installing = True
-            self._run(self._make_interpreter(make))
+    def _install(self) -> None:
+        if not self._starter.installing:
+            self._starter.installing = True
+            self._run(self._make_interpreter())
 
-    async def _make_interpreter(self, make: Callable[[], Awaitable[str]]) -> None:
-        failure = None
+    async def _make_interpreter(self) -> None:
         try:
-            self._installed = await make()
+            await self._starter.install()
         except ModelLoadError as error:
-            failure = error
-        finally:
-            self._installing = False
-        if failure is None:
-            self._reconcile()
+            self._fail_version(error, "")
         else:
-            self._fail_version(failure, "")
+            self._reconcile()
 
     def _start_worker(self) -> None:
         used = {worker.slot for worker in self.workers}
         slot = next(number for number in range(len(used) + 1) if number not in used)
-        worker = Worker(slot, self._free_gpu(), self, self._queue, self._metrics)
+        staying = [worker for worker in self._active() if worker is not self._recycling.leaving]
+        worker = Worker(slot, self._starter.free_gpu(staying), self, self._queue, self._metrics)
         self.workers.append(worker)
         task = self._run(self._boot(worker))
         task.add_done_callback(lambda _: self._unborn(worker))  # also of a task that was cancelled before it began
-
-    def _free_gpu(self) -> int | None:
-        """The GPU with the fewest workers that stay."""
-        gpus = self._settings.gpus
-        leaving = self._leaving[0] if self._leaving else None
-        used = Counter(worker.gpu for worker in self._active() if worker is not leaving)
-        return min((gpu.index for gpu in gpus), key=lambda index: used[index]) if gpus else None
 
     def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
@@ -385,7 +299,7 @@ class WorkerPool:
         async with nullcontext() if self.was_ready else self._loads:
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
-                await self._launch(worker)
+                await self._starter.start(worker, self.threads)
                 while worker.state is WorkerState.STARTING and worker in self.workers:
                     await self._change(TICK)
         if worker.process is None:
@@ -396,33 +310,12 @@ class WorkerPool:
         if worker.process is None:
             self._forget(worker)
 
-    async def _launch(self, worker: Worker) -> None:
-        load = msgspec.structs.replace(self._settings.load, threads=self.threads)
-        try:
-            process = await launch(self._launch_of(worker, load.threads), self._forkservers)
-        except (ForkServerDied, OSError) as error:
-            worker.cause = f"could not be started: {error}"
-            return
-        label = f"{self._settings.label} pid {process.pid}"
-        await worker.attach(process, OutputReader(self._log, label), load)
-        if worker.state is not WorkerState.STARTING:
-            worker.kill("stopped")
-
-    def _launch_of(self, worker: Worker, threads: int) -> Launch:
-        how = self._settings.launch
-        environ = {**how.environ, **environment.thread_counts(threads)}
-        for gpu in self._settings.gpus:
-            if gpu.index == worker.gpu:
-                environ |= gpu.environment()
-        return replace(how, environ=environ, interpreter=self._installed or how.interpreter)
-
     def _stop_worker(self, worker: Worker) -> None:
         starting = worker.state is WorkerState.STARTING
         worker.state = WorkerState.STOPPING
         if worker in self.ready_workers:
             self.ready_workers.remove(worker)
-        if self._leaving is not None and self._leaving[0] is worker:
-            self._leaving = None
+        self._recycling.forget(worker)
         if starting:
             worker.kill("stopped")
         else:
@@ -436,8 +329,7 @@ class WorkerPool:
     # Owner
 
     def worker_ready(self, worker: Worker, ready: wire.Ready) -> None:
-        self._boot_failures = 0
-        self._failed_pause = FAILED_PAUSE
+        self.back_off.reset()
         self.failure = None
         self.was_ready = True
         self.ready_workers.append(worker)
@@ -468,8 +360,7 @@ class WorkerPool:
     def worker_gone(self, worker: Worker) -> None:
         """The process has ended, and all it has said has been read."""
         state = worker.state
-        if worker.cause == KILLED and self._restarts.memory_kills.claim():
-            worker.cause = "killed (out of memory)"
+        worker.cause = self._restarts.cause(worker)
         self._forget(worker)
         if worker.in_flight.jobs:
             self._take_back(worker)
@@ -486,9 +377,8 @@ class WorkerPool:
             self.workers.remove(worker)
         if worker in self.ready_workers:
             self.ready_workers.remove(worker)
-        self._standing.pop(worker, None)
-        if self._leaving is not None and self._leaving[0] is worker:
-            self._leaving = None
+        self._lateness.forget(worker)
+        self._recycling.forget(worker)
         self._changed.set()
 
     def _take_back(self, worker: Worker) -> None:
@@ -500,78 +390,49 @@ class WorkerPool:
     def _died(self, worker: Worker) -> None:
         worker.state = WorkerState.FAILED
         self.last_death = worker.cause
-        now = time.monotonic()
         self._metrics.restarts[worker.cause] += 1
-        self._deaths.append(now)
-        recent = self.deaths
-        pause = 0.0 if recent <= len(self.workers) + 1 else min(DEATH_PAUSE * 2 ** (recent - 2), DEATH_PAUSE_LIMIT)
-        pause = max(pause, self._restarts.pause(now))
-        self._note_failure(worker)
+        pause = self.back_off.died(worker, len(self.workers))
         log.error("%s: worker %d (pid %s) died: %s; replacing it%s%s", self._settings.label, worker.slot, worker.pid,
-                  worker.cause, f" in {pause:.1f} s" if pause else "", self._last_words(worker))  # fmt: skip
+                  worker.cause, f" in {pause:.1f} s" if pause else "", last_words(worker))  # fmt: skip
         self._hold(pause)
-
-    def _note_failure(self, worker: Worker) -> None:
-        failed, output = worker.failure, worker.output
-        cause = f"failed to load: {failed.message}" if failed is not None else worker.cause
-        self.last_failure = LastFailure(
-            cause=cause, at=time.time(), output=tuple(output.last_lines) if output is not None else ()
-        )
-
-    def _last_words(self, worker: Worker) -> str:
-        lines = list(worker.output.last_lines)[-LAST_WORDS:] if worker.output is not None else []
-        return f"; it last printed: {' | '.join(line[:200] for line in lines)}" if lines else ""
 
     def _boot_failed(self, worker: Worker) -> None:
         if worker.state is not WorkerState.STARTING:
             self._reconcile()
             return
         worker.state = WorkerState.FAILED
-        self._boot_failures += 1
-        self._note_failure(worker)
+        self.back_off.failed_to_start(worker)
         if self.failure is not None:
             return
         if self.ready_workers:  # the others serve: only this place stays empty for a while
-            pause = min(DEATH_PAUSE * 2**self._boot_failures, DEATH_PAUSE_LIMIT)
+            pause = self.back_off.pause_beside_others()
             log.error("%s: worker %d did not become ready: %s; next try in %.1f s", self._settings.label, worker.slot,
                       worker.failure.message if worker.failure else worker.cause, pause)  # fmt: skip
             self._hold(pause)
             return
-        if self._boot_failures < self._settings.boot_tries:
-            self._hold(BOOT_PAUSES[self._boot_failures - 1])
+        next_try = self.back_off.pause_of_boot()
+        if next_try is not None:
+            self._hold(next_try)
             return
-        self._fail_version(self._describe_failure(worker), f" after {self._boot_failures} tries")
+        self._fail_version(load_error(self._settings.label, worker), f" after {self.back_off.failed_starts} tries")
 
     def _fail_version(self, failure: ModelLoadError, tries: str) -> None:
         self.failure = failure
-        self._retry_at = time.monotonic() + self._failed_pause
-        log.error("%s: FAILED%s: %s; next try in %g s", self._settings.label, tries, failure.message,
-                  self._failed_pause)  # fmt: skip
-        self._loop.call_later(self._failed_pause, self._retry_failed)
-        self._failed_pause = min(self._failed_pause * 2, FAILED_PAUSE_LIMIT)
+        pause = self.back_off.pause_when_failed()
+        log.error("%s: FAILED%s: %s; next try in %g s", self._settings.label, tries, failure.message, pause)
+        self._loop.call_later(pause, self._retry_failed)
         self._changed.set()
 
     def _retry_failed(self) -> None:
         if self.failure is not None and self.target:
             self.failure = None
-            self._boot_failures = self._settings.boot_tries - 1
+            self.back_off.try_once()
             self._reconcile()
-
-    def _describe_failure(self, worker: Worker) -> ModelLoadError:
-        if worker.failure is not None:
-            return ModelLoadError(
-                f"the handler of {self._settings.label} failed to load: {worker.failure.message}",
-                traceback=worker.failure.traceback,
-            )
-        output = "\n".join(worker.output.last_lines) if worker.output else ""
-        return ModelLoadError(
-            f"a worker of {self._settings.label} ended before it was ready: {worker.cause}", traceback=output
-        )
 
     def _hold(self, pause: float) -> None:
         """Reconcile after `pause` seconds."""
         if pause:
-            self._hold_until = time.monotonic() + pause
+            self.back_off.hold_until = time.monotonic() + pause
             self._loop.call_later(pause + 0.001, self._reconcile)
         self._reconcile()
 
@@ -585,7 +446,7 @@ class WorkerPool:
         for job, error in self._queue.expire(now):
             self.fail(job, error)
         self._restarts.memory_kills.look(now)
-        if self._settings.max_requests or self._settings.max_rss:
+        if self._recycling.wanted:
             self._recycle()
         if not asleep:  # answers may lie unread in the sockets: nobody is late yet
             for worker in list(self.workers):
@@ -595,69 +456,28 @@ class WorkerPool:
 
     def _recycle(self) -> None:
         """Replace a worker that has had its share of requests or memory; one at a time, and it serves until then."""
-        if self._leaving is not None or self.failure is not None or len(self.ready_workers) != self.target:
+        if self._recycling.leaving is not None or self.failure is not None or len(self.ready_workers) != self.target:
             return
-        for worker in self.ready_workers:
-            reason = self._outworn(worker)
-            if reason:
-                self._leaving = worker, reason
-                log.info("%s: worker %d (pid %s) has reached %s; replacing it", self._settings.label, worker.slot,
-                         worker.pid, reason)  # fmt: skip
-                self._reconcile()
-                return
+        if self._recycling.choose(self.ready_workers):
+            self._reconcile()
 
     def _let_go(self) -> None:
         """End the worker that leaves, once the others are enough."""
-        if self._leaving is not None and len(self.ready_workers) > self.target:
-            worker, reason = self._leaving
-            self._metrics.restarts[reason] += 1
+        worker = self._recycling.leaving
+        if worker is not None and len(self.ready_workers) > self.target:
+            self._metrics.restarts[self._recycling.reason] += 1
             self._stop_worker(worker)
-
-    def _outworn(self, worker: Worker) -> str:
-        settings, answered = self._settings, worker.in_flight.finished
-        if settings.max_requests and answered >= settings.max_requests:
-            return "max_requests"
-        if not settings.max_rss or worker.process.resident_bytes() <= settings.max_rss:
-            return ""
-        if answered:
-            return "max_rss"
-        if not self._too_big:  # a new one would be as big
-            self._too_big = True
-            log.warning("%s: max_rss (%d bytes) is less than what a worker needs before its first request",
-                        settings.label, settings.max_rss)  # fmt: skip
-        return ""
 
     def _check(self, worker: Worker, now: float) -> None:
         """Kill a worker whose batch or whose start takes too long."""
-        settings = self._settings
         if worker.process is None:
             return
-        if worker.state is WorkerState.STARTING:
-            if now - worker.launched > settings.startup_timeout:
-                worker.kill(f"not ready within startup_timeout ({settings.startup_timeout:g} s)")
-        elif worker.in_flight.jobs:
-            done, started, begun_at = worker.process.progress()
-            if not begun_at:  # stopped or stuck between two batches: it owes the next one
-                begun_at = max(worker.in_flight.jobs[0].taken, self._standing_since(worker, done, now))
-                started = max(started, done + self._queue.batch_size)
-            if now - begun_at > settings.response_timeout and not worker.cause:
-                for job, error in self._queue.timed_out(
-                    worker.in_flight, started, settings.response_timeout, done=done
-                ):
-                    self.fail(job, error)
-                worker.kill("response_timeout")
-                self.worker_lost(worker)
-                self._dispatch()
-
-    def _standing_since(self, worker: Worker, done: int, now: float) -> float:
-        """When the worker was first seen to have finished as many jobs as now: until then it was at work."""
-        seen, since = self._standing.get(worker, (0, 0.0))
-        if seen != done:
-            since = now
-        self._standing[worker] = done, since
-        return since
-
-
-def _forget_before(times: deque[float], limit: float) -> None:
-    while times and times[0] < limit:
-        times.popleft()
+        if self._lateness.starts_too_long(worker, now):
+            worker.kill(f"not ready within startup_timeout ({self._settings.startup_timeout:g} s)")
+        overdue = self._lateness.overdue(worker, now)
+        if overdue is not None:
+            for job, error in overdue:
+                self.fail(job, error)
+            worker.kill("response_timeout")
+            self.worker_lost(worker)
+            self._dispatch()

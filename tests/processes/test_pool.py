@@ -31,9 +31,11 @@ from mms.workers import environment
 from mms.workers.batching import BatchQueue, Job
 from mms.workers.forkserver import ForkServers
 from mms.workers.output import KEPT_LINES, MAX_LINE, MAX_PER_SECOND, OutputReader
-from mms.workers.pool import PoolSettings, Restarts, WorkerPool
+from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch, prepare_process
+from mms.workers.restarts import Restarts
 from mms.workers.sandbox import Sandboxes
+from mms.workers.settings import PoolSettings
 from tests.conftest import Gate, MakeArchive, MakeGate, T, eventually
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)

@@ -1,0 +1,44 @@
+"""Which worker takes too long to start or for a batch (startup_timeout, response_timeout). Front end's process."""
+
+from __future__ import annotations
+
+from mms.errors import MMSError
+from mms.workers.batching import BatchQueue, Job
+from mms.workers.settings import PoolSettings
+from mms.workers.worker import Worker, WorkerState
+
+
+class Lateness:
+    """Looks at the workers of one pool."""
+
+    def __init__(self, settings: PoolSettings, queue: BatchQueue) -> None:
+        self._settings = settings
+        self._queue = queue
+        self._standing: dict[Worker, tuple[int, float]] = {}  # jobs done at the last look, and since when that many
+
+    def forget(self, worker: Worker) -> None:
+        self._standing.pop(worker, None)
+
+    def starts_too_long(self, worker: Worker, now: float) -> bool:
+        return worker.state is WorkerState.STARTING and now - worker.launched > self._settings.startup_timeout
+
+    def overdue(self, worker: Worker, now: float) -> list[tuple[Job, MMSError]] | None:
+        """The jobs of a worker's batch that takes too long, each with its error; None while it is in time."""
+        if worker.state is WorkerState.STARTING or not worker.in_flight.jobs:
+            return None
+        done, started, begun_at = worker.process.progress()
+        if not begun_at:  # stopped or stuck between two batches: it owes the next one
+            begun_at = max(worker.in_flight.jobs[0].taken, self._standing_since(worker, done, now))
+            started = max(started, done + self._queue.batch_size)
+        limit = self._settings.response_timeout
+        if now - begun_at <= limit or worker.cause:
+            return None
+        return self._queue.timed_out(worker.in_flight, started, limit, done=done)
+
+    def _standing_since(self, worker: Worker, done: int, now: float) -> float:
+        """When the worker was first seen to have finished as many jobs as now: until then it was at work."""
+        seen, since = self._standing.get(worker, (0, 0.0))
+        if seen != done:
+            since = now
+        self._standing[worker] = done, since
+        return since

@@ -1,0 +1,139 @@
+"""How long a lost worker's replacement waits: by the deaths and failed starts of its pool, and of all pools together.
+
+Front end's process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from mms.errors import ModelLoadError
+from mms.workers.oom import OutOfMemoryKills
+from mms.workers.worker import Worker
+
+MAX_BOOT_FAILURES = 3
+BOOT_PAUSES = (0.1, 0.3)  # between the tries before a version is FAILED
+FAILED_PAUSE = 5.0  # doubles up to FAILED_PAUSE_LIMIT
+FAILED_PAUSE_LIMIT = 300.0
+DEATH_WINDOW = 10.0  # the first death in it is replaced at once, further ones with back-off
+DEATH_PAUSE = 0.1
+DEATH_PAUSE_LIMIT = 10.0
+RESTART_WINDOW = 10.0  # over all pools of the server: more deaths than MAX_RESTARTS in it, and each waits RESTART_PAUSE
+MAX_RESTARTS = 20
+RESTART_PAUSE = 1.0
+KILLED = "signal 9 (SIGKILL)"
+LAST_WORDS = 3  # lines of output in the log's line about a death
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastFailure:
+    """The latest worker that died or did not become ready: why, when (time.time()), what it printed last."""
+
+    cause: str
+    at: float
+    output: tuple[str, ...]
+
+
+class Restarts:
+    """How many workers have died lately in all pools of a server: what they share is the machine."""
+
+    def __init__(self) -> None:
+        self.memory_kills = OutOfMemoryKills()
+        self._deaths: deque[float] = deque()
+
+    def cause(self, worker: Worker) -> str:
+        """How a worker ended; of one that was killed, whether the kernel did it for want of memory."""
+        return "killed (out of memory)" if worker.cause == KILLED and self.memory_kills.claim() else worker.cause
+
+    def pause(self, now: float) -> float:
+        """Seconds that a worker's replacement has to wait because so many others have died; counts this death."""
+        self._deaths.append(now)
+        _forget_before(self._deaths, now - RESTART_WINDOW)
+        return RESTART_PAUSE if len(self._deaths) > MAX_RESTARTS else 0.0
+
+
+class BackOff:
+    """The losses of one pool, and how long its next start waits for them."""
+
+    def __init__(self, restarts: Restarts, boot_tries: int) -> None:
+        self.last_failure: LastFailure | None = None
+        self.failed_starts = 0  # in a row
+        self.hold_until = 0.0
+        self.retry_at = 0.0  # of a FAILED pool
+        self._restarts = restarts
+        self._boot_tries = boot_tries
+        self._failed_pause = FAILED_PAUSE
+        self._deaths: deque[float] = deque()
+
+    @property
+    def deaths(self) -> int:
+        """Workers that died in the last DEATH_WINDOW seconds."""
+        _forget_before(self._deaths, time.monotonic() - DEATH_WINDOW)
+        return len(self._deaths)
+
+    def reset(self) -> None:
+        """A worker is ready, or somebody wants it to be tried anew: failed starts count from none."""
+        self.failed_starts = 0
+        self._failed_pause = FAILED_PAUSE
+
+    def died(self, worker: Worker, others: int) -> float:
+        """A worker that was ready has died, and `others` are left; how long its replacement waits."""
+        now = time.monotonic()
+        self._deaths.append(now)
+        self._note(worker)
+        recent = self.deaths
+        pause = 0.0 if recent <= others + 1 else min(DEATH_PAUSE * 2.0 ** (recent - 2), DEATH_PAUSE_LIMIT)
+        return max(pause, self._restarts.pause(now))
+
+    def failed_to_start(self, worker: Worker) -> None:
+        self.failed_starts += 1
+        self._note(worker)
+
+    def pause_beside_others(self) -> float:
+        """How long the place of a worker that did not become ready stays empty, while others serve."""
+        return min(DEATH_PAUSE * 2.0**self.failed_starts, DEATH_PAUSE_LIMIT)
+
+    def pause_of_boot(self) -> float | None:
+        """How long the next try waits when no other serves; None when there were enough tries."""
+        return BOOT_PAUSES[self.failed_starts - 1] if self.failed_starts < self._boot_tries else None
+
+    def pause_when_failed(self) -> float:
+        """How long the next try of a FAILED pool waits; each time twice as long."""
+        pause = self._failed_pause
+        self.retry_at = time.monotonic() + pause
+        self._failed_pause = min(pause * 2, FAILED_PAUSE_LIMIT)
+        return pause
+
+    def try_once(self) -> None:
+        """One more failed start, and the pool is FAILED again."""
+        self.failed_starts = self._boot_tries - 1
+
+    def _note(self, worker: Worker) -> None:
+        failed, output = worker.failure, worker.output
+        cause = f"failed to load: {failed.message}" if failed is not None else worker.cause
+        self.last_failure = LastFailure(
+            cause=cause, at=time.time(), output=tuple(output.last_lines) if output is not None else ()
+        )
+
+
+def last_words(worker: Worker) -> str:
+    """What it printed last, for the log's line about its death."""
+    lines = list(worker.output.last_lines)[-LAST_WORDS:] if worker.output is not None else []
+    return f"; it last printed: {' | '.join(line[:200] for line in lines)}" if lines else ""
+
+
+def load_error(label: str, worker: Worker) -> ModelLoadError:
+    """Why a worker did not become ready."""
+    if worker.failure is not None:
+        return ModelLoadError(
+            f"the handler of {label} failed to load: {worker.failure.message}", traceback=worker.failure.traceback
+        )
+    output = "\n".join(worker.output.last_lines) if worker.output else ""
+    return ModelLoadError(f"a worker of {label} ended before it was ready: {worker.cause}", traceback=output)
+
+
+def _forget_before(times: deque[float], limit: float) -> None:
+    while times and times[0] < limit:
+        times.popleft()
