@@ -141,7 +141,7 @@ class Worker(asyncio.Protocol):
         now = time.monotonic()
         count = len(result.ids)
         outcomes = wire.spread(result.outcomes, result.outcome_of, count)
-        if len(result.sizes) != count or sum([batch.jobs for batch in result.batches]) != count:
+        if not count or len(result.sizes) != count or sum([batch.jobs for batch in result.batches]) != count:
             raise FrameError(f"a RESULT frame with {count} jobs whose sizes or batches do not fit")
         jobs = self._queue.finish(self.in_flight, result.ids)
         if jobs is None:
@@ -166,19 +166,18 @@ class Worker(asyncio.Protocol):
     def _count(self, batches: list[wire.BatchTimes], jobs: list[Job], outcomes: list[wire.Outcome], now: float) -> None:
         """Count batches, and of the jobs those that somebody still waits for."""
         metrics = self._metrics
-        handler = [batch.handler for batch in batches]
-        metrics.handler.observe_all(handler)
-        metrics.batch_size.observe_all([batch.jobs for batch in batches])
-        self.in_flight.observe(len(batches), sum(handler))
+        seconds = 0.0
+        waits: list[float] = []
         for batch in batches:
+            seconds += batch.handler
+            waits += [batch.waited] * batch.jobs
+            metrics.handler.observe(batch.handler)
+            metrics.batch_size.observe(batch.jobs)
             if batch.inference:
                 metrics.preprocess.observe(batch.preprocess)
                 metrics.inference.observe(batch.inference)
                 metrics.postprocess.observe(batch.postprocess)
-        if len(batches) == 1:
-            waits = [batches[0].waited] * len(jobs)
-        else:
-            waits = [batch.waited for batch in batches for _ in range(batch.jobs)]
+        self.in_flight.observe(len(batches), seconds)
         if any([job.settled for job in jobs]):
             kept = [place for place, job in enumerate(jobs) if not job.settled]
             jobs, outcomes = [jobs[place] for place in kept], [outcomes[place] for place in kept]

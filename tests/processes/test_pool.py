@@ -448,7 +448,7 @@ def test_f35_a_load_that_takes_too_long_is_failed(serve: Serve, tmp_path: Path) 
     uvloop.run(scenario())
 
 
-@pytest.mark.parametrize("body", [b"close", b"garbage"])
+@pytest.mark.parametrize("body", [b"close", b"garbage", b"empty"])
 def test_f20_f33_a_worker_that_breaks_its_channel_is_killed(serve: Serve, body: bytes) -> None:
     async def scenario() -> None:
         async with serve("closes_descriptors") as served:
