@@ -333,7 +333,7 @@ def _is_connection(found: Any) -> bool:
 
 
 def _resume(process: psutil.Process) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGCONT)
 
 
