@@ -29,6 +29,7 @@ from mms.dataplane import DataPlane
 from mms.errors import ConfigError, MMSError, ModelLoadError, StartError
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer, bind
+from mms.http.shedding import NO_CONNECTIONS
 from mms.metrics import Collector, FrontEndFacts, GpuFacts, registry
 from mms.models.download import is_remote, split_pin
 from mms.models.readiness import Phase, Readiness
@@ -95,7 +96,7 @@ class ModelServer:
         self._store = ModelStore(config.model_store, keys)
         self._registry = ModelRegistry()
         self._cache = CacheDirectory(config.cache_dir)
-        self._readiness = Readiness(self._registry)
+        self._readiness = Readiness(self._registry, self._overload)
         self._control = ControlPlane(config, self._registry, self._store, self._cache, config.state)
         self._remote: dict[str, tuple[str, str]] = {}  # file in the store -> name and address to download it from
         self._named = self._archives()
@@ -544,16 +545,21 @@ class ModelServer:
             else:
                 log.info("nginx has taken the new certificate")
 
+    def _overload(self) -> str:
+        """Why no connection is taken; empty while they are."""
+        return self._http.shedding.full().message if self._http.shedding.step == NO_CONNECTIONS else ""
+
     def _tick(self) -> None:
+        # first: whatever fails below, the clock goes on
+        self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
         self._renew_certificate()
         self._control.reap_orphans({self._nginx.pid} if self._nginx is not None else set())
-        self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
 
     def _watchdog(self) -> None:
         """Tell the service manager that the event loop turns."""
         if self._manager.watchdog:
-            self._manager.send("WATCHDOG=1")
             asyncio.get_running_loop().call_later(self._manager.watchdog, self._watchdog)
+            self._manager.send("WATCHDOG=1")
 
     # signals and the edge's life
 
