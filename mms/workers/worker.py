@@ -61,7 +61,6 @@ class Worker(asyncio.Protocol):
         self._metrics = metrics
         self._reader = wire.FrameReader()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self._output_transport: asyncio.BaseTransport | None = None
         self._exit: str | None = None
         self._channel_ended = False
         self._gone = False
@@ -71,11 +70,15 @@ class Worker(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.process = process
         self.output = output
+        output.start(process.output)
         loop.add_reader(process.pidfd, self._process_ended)
-        await loop.create_connection(lambda: self, sock=process.channel)
-        pipe = open(process.output, "rb", buffering=0)  # noqa: SIM115, ASYNC230  # the transport owns and closes it
-        self._output_transport, _ = await loop.connect_read_pipe(lambda: output, pipe)
-        self._transport.write(wire.pack(wire.LOAD, load))
+        try:  # shielded: the end of a process is seen through this connection, too
+            await asyncio.shield(loop.create_task(loop.create_connection(lambda: self, sock=process.channel)))
+        except asyncio.CancelledError:
+            self.kill("stopped")
+            raise
+        if not self._transport.is_closing():
+            self._transport.write(wire.pack(wire.LOAD, load))
 
     @property
     def pid(self) -> int | None:
@@ -216,10 +219,9 @@ class Worker(asyncio.Protocol):
         self._gone = True
         self.cause = self.cause or self._exit or "unknown"
         if self.output is not None:
-            self.output.drain(self.process.output)
-        self._transport.close()
-        if self._output_transport is not None:
-            self._output_transport.close()
+            self.output.finish()
+        if self._transport is not None:
+            self._transport.close()
         self._owner.worker_gone(self)
         self.process.close()
 
