@@ -328,7 +328,7 @@ class Config:
     )
     header_timeout: float = _setting(10.0, _number, "seconds a client may take to send a request's headers", low=0.001)
     body_timeout: float = _setting(
-        60.0, _number, "seconds a client may pause while it sends a body or reads an answer", low=0.001
+        60.0, _number, "seconds a client may pause while it sends a body, or take for 64 KiB of an answer", low=0.001
     )
     keepalive_timeout: float = _setting(
         75.0, _number, "seconds an idle connection stays open (behind nginx, nginx decides)", low=0.001

@@ -22,6 +22,7 @@ from mms.edge import KEEPALIVE, Edge
 from mms.errors import ConfigError
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer
+from mms.http.shedding import NO_CONNECTIONS
 from mms.metrics import Collector, FrontEndFacts, GpuFacts, registry
 from mms.models.readiness import Phase, Readiness
 from mms.models.registry import ModelRegistry
@@ -67,7 +68,7 @@ class ModelServer:
         store = ModelStore(config.model_store, keys)
         self._registry = ModelRegistry()
         self._cache = CacheDirectory(config.cache_dir)
-        self._readiness = Readiness(self._registry)
+        self._readiness = Readiness(self._registry, self._overload)
         self._control = ControlPlane(config, self._registry, store, self._cache, config.state)
         self._startup = Startup(Plan(config, self._control, fresh=fresh), self._control, say, self._manager)
         self._run_dir = RunDirectory(config.run_dir)
@@ -194,16 +195,21 @@ class ModelServer:
             self._runners.append(runner)
             await web.SockSite(runner, sock).start()
 
+    def _overload(self) -> str:
+        """Why no connection is taken; empty while they are."""
+        return self._http.shedding.full().message if self._http.shedding.step == NO_CONNECTIONS else ""
+
     def _tick(self) -> None:
+        # first: whatever fails below, the clock goes on
+        self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
         self._edge.renew_certificate()
         self._control.reap_orphans(self._edge.pids)
-        self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
 
     def _watchdog(self) -> None:
         """Tell the service manager that the event loop turns."""
         if self._manager.watchdog:
-            self._manager.send("WATCHDOG=1")
             asyncio.get_running_loop().call_later(self._manager.watchdog, self._watchdog)
+            self._manager.send("WATCHDOG=1")
 
     # what happens to it while it runs
 

@@ -16,7 +16,16 @@ from typing import Protocol, cast
 import msgspec
 
 from mms.errors import BadRequestError, DeadlineError, MMSError
-from mms.http.limits import LINGER_BYTES, LINGER_SECONDS, MAX_BACKLOG, MAX_PIPELINED, READ_ANYWAY, Limits
+from mms.http.limits import (
+    LEAST_READ,
+    LINGER_BODY_BYTES,
+    LINGER_BYTES,
+    LINGER_SECONDS,
+    MAX_BACKLOG,
+    MAX_PIPELINED,
+    READ_ANYWAY,
+    Limits,
+)
 from mms.http.reader import RequestReader
 from mms.http.request import Head, KnownHeads
 from mms.http.response import CONTINUE, JOIN_BELOW, ResponseHeads, error_response, length_lines
@@ -136,6 +145,9 @@ class Connection(asyncio.Protocol):
         self._receiving: Head | None = None  # whose body is being read
         self._counted = 0  # bytes of it that are accounted for
         self._lingering = -1  # bytes that may still be read and dropped
+        self._linger_until = 0.0
+        self._untaken = 0  # bytes of answers that were unsent when the client last took LEAST_READ of them
+        self._taken_at = 0.0
         self._admitting = False
         self._write_paused = False
         self._read_paused = False
@@ -164,11 +176,13 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._write_paused = True
+        self._untaken, self._taken_at = self.unsent, monotonic()
         self.shedding.slow.add(self)
         self._steer_reading()
 
     def resume_writing(self) -> None:
         self._write_paused = False
+        self.last_activity = monotonic()
         self.shedding.slow.discard(self)
         self._steer_reading()
 
@@ -182,11 +196,14 @@ class Connection(asyncio.Protocol):
             raw, known = self._last_raw, self._last_head
             end = len(raw)
             if not data.startswith(raw):
-                end = data.find(_HEAD_END) + 4
-                raw = data[:end]
-                known = self._known.get(raw)
-                if known is not None:
-                    self._last_raw, self._last_head = raw, known
+                known = None
+                end = data.find(_HEAD_END)
+                if end >= 0:
+                    end += 4
+                    raw = data[:end]
+                    known = self._known.get(raw)
+                    if known is not None:
+                        self._last_raw, self._last_head = raw, known
             if known is not None and len(data) - end == known.length and not self._pending:
                 exchange = Exchange(self, known, True, _next_id(), [data[end:]], known.length, now)
                 self._pending.append(exchange)
@@ -201,7 +218,7 @@ class Connection(asyncio.Protocol):
             self._refuse(reader.refusal)
             return
         if self._backlog:
-            if end > 3 and len(data) - end == head.length and self._backlog[-1].head is head:
+            if end > 0 and len(data) - end == head.length and self._backlog[-1].head is head:
                 self._known.remember(data[:end], head)
             self._admit()
         if reader.in_body and not self._last:
@@ -256,17 +273,21 @@ class Connection(asyncio.Protocol):
         self._transport.writelines([head, body] if body else [head])
 
     def sweep(self, now: float) -> None:
-        """Called about once a second: close the connection if its client has been silent for too long."""
+        """Called about once a second: close the connection if its client sends, or takes its answers, too slowly."""
         silent = now - self.last_activity
         limits = self._limits
-        if self._lingering >= 0:
-            if silent > LINGER_SECONDS:
+        if self._write_paused:
+            self._look_at_taking(now)
+        elif self._lingering >= 0:
+            if self.unsent:
+                self._linger_until = now + LINGER_SECONDS
+                self._look_at_taking(now)
+            elif now > self._linger_until:
                 self._transport.abort()
         elif self._pending:
-            if self._write_paused and silent > limits.body_timeout:
-                self._transport.abort()
-        elif self._write_paused:
-            if silent > limits.body_timeout:
+            pass
+        elif self._transport.is_closing():  # as soon as all is sent
+            if silent > limits.keepalive_timeout + limits.body_timeout:
                 self._transport.abort()
         elif not self._reader.idle:
             in_head = self._reader.in_head
@@ -275,6 +296,16 @@ class Connection(asyncio.Protocol):
                 self._refuse(DeadlineError(f"the request did not arrive within {limit:g} s", status=408))
         elif not self._edge and silent > (IDLE_WHILE_SHEDDING if self.shedding.step else limits.keepalive_timeout):
             self._transport.close()
+
+    def _look_at_taking(self, now: float) -> None:
+        """Cut off a client that takes less than LEAST_READ of its answers within body_timeout."""
+        unsent = self.unsent
+        if unsent <= self._untaken - LEAST_READ:
+            self._untaken, self._taken_at = unsent, now
+        elif now - self._taken_at > self._limits.body_timeout:
+            self._transport.abort()
+        elif unsent > self._untaken:  # more has been answered
+            self._untaken = unsent
 
     def drain(self) -> asyncio.Future[None]:
         """The server stops: close when the requests in hand are answered; done when the last answer has left."""
@@ -364,7 +395,10 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing() or self._lingering >= 0:
             return
         if self._drained is None and self._transport.can_write_eof():
-            self._lingering = LINGER_BYTES
+            head = self._reader.head
+            self._lingering = LINGER_BODY_BYTES if head.length or head.transfer_encoding else LINGER_BYTES
+            self._taken_at = monotonic()
+            self._linger_until = self._taken_at + LINGER_SECONDS
             self._transport.write_eof()
         else:
             self._transport.close()

@@ -14,8 +14,10 @@ MAX_LEADING = 4  # CRLFs before a request line, in bytes
 MAX_PIPELINED = 16  # requests of one connection that are served at a time
 MAX_BACKLOG = 4096  # requests of one connection that wait for these
 READ_ANYWAY = 64 << 10  # a body of which less is missing is read before it is refused: its connection can be kept
-LINGER_BYTES = 8 << 20  # read and dropped after an early error, so that the answer is not reset (RFC 9112, 9.6)
-LINGER_SECONDS = 1.0
+LINGER_BYTES = 64 << 10  # read and dropped after the last answer, so that it is not reset (RFC 9112, 9.6)
+LINGER_BODY_BYTES = 4 << 20  # the same where the rest of a refused body may be on its way: most clients send first
+LINGER_SECONDS = 1.0  # in all, from when the answer has left
+LEAST_READ = 64 << 10  # of a large answer a client must take so much within body_timeout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,16 +113,17 @@ class HttpServer:
         )
 
     def _tick(self) -> None:
-        loop = asyncio.get_running_loop()
+        # first: whatever fails below, the clock goes on
+        self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
+        sweep = not self._ticks % TICKS_A_SWEEP
+        self._ticks += 1
         if self.shedding.tick(len(self.connections)):
             self._step_changed()
-        if not self._ticks % TICKS_A_SWEEP:
+        if sweep:
             self._heads.tick()
             now = time.monotonic()
             for connection in list(self.connections):
                 connection.sweep(now)
-        self._ticks += 1
-        self._timer = loop.call_later(TICK, self._tick)
 
     def _step_changed(self) -> None:
         """While something is shed, no request takes the short way of known heads: each one meets the reader."""

@@ -85,9 +85,12 @@ class Shedding:
         """Called a few times a second: count again. Returns whether the step has changed."""
         self.bytes = self._reading + self._held() + sum([reader.unsent for reader in self.slow])
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if self._others < 0 or connections <= COUNT_BELOW:
-            self._others = max(0, len(os.listdir("/proc/self/fd")) - 1 - connections)
-        descriptors = (self._others + connections) / limit
+        try:
+            if self._others < 0 or connections <= COUNT_BELOW:
+                self._others = max(0, len(os.listdir("/proc/self/fd")) - 1 - connections)
+            descriptors = (self._others + connections) / limit
+        except OSError:  # none is left to count them with
+            descriptors = 1.0
         used = max(self.bytes / self._max_bytes, descriptors)
         step = sum(used >= share for share in STEPS)
         if step < self.step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 from mms.models.registry import ModelRegistry
@@ -24,9 +25,10 @@ class Readiness:
     registered or scaled up on a running server does not count before its workers have become ready.
     """
 
-    def __init__(self, registry: ModelRegistry) -> None:
+    def __init__(self, registry: ModelRegistry, overload: Callable[[], str]) -> None:
         self.phase = Phase.STARTING
         self._registry = registry
+        self._overload = overload  # why the front end takes no connections; empty while it does
 
     def report(self, *, details: bool) -> tuple[int, dict[str, Any]]:
         """HTTP status and body; with `details`, reasons are quoted, which may be for the operator only."""
@@ -40,6 +42,8 @@ class Readiness:
             if version.pool is not None and version.pool.ready < version.pool.minimum
         ]  # fmt: skip
         if self.phase is Phase.SERVING:
+            if overload := self._overload():
+                return _answer("overloaded", False, missing, f"the front end refuses connections: {overload}")
             return _answer("incomplete", not missing, missing)
         return _answer(str(self.phase), False, missing)
 
@@ -76,13 +80,14 @@ def _reason(version: ModelVersion, details: bool) -> str:
     return "its workers are loading" if pool.target else "it is scaled to 0"
 
 
-def _answer(status: str, ready: bool, missing: list[dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+def _answer(status: str, ready: bool, missing: list[dict[str, Any]], why: str = "") -> tuple[int, dict[str, Any]]:
     if ready:
         return 200, {"status": "ready", "missing": missing}
     lines = [
         f"{line['model']} {line['version']} has {line['ready']} of {line['wanted']} workers ({line['reason']})"
         for line in missing
     ]
+    lines = [why, *lines] if why else lines
     message = f"{status}: {'; '.join(lines)}" if lines else f"the server is {status}"
     error = {"code": 503, "type": "ServiceUnavailableException", "message": message}
     return 503, {**error, "status": status, "missing": missing}

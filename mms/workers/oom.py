@@ -19,6 +19,7 @@ class OutOfMemoryKills:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._file = _find(root)
+        self._known = 0
         self._known = self._count()
         self._looked = 0.0
         self._kills: deque[float] = deque()
@@ -51,7 +52,7 @@ class OutOfMemoryKills:
                     name, _, count = line.partition(" ")
                     if name == "oom_kill":
                         return int(count)
-        return 0
+        return self._known  # at its first look, or without a descriptor to look with
 
 
 def _find(root: Path) -> Path | None:

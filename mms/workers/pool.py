@@ -439,6 +439,7 @@ class WorkerPool:
     # time
 
     def _tick(self) -> None:
+        timer = self._timer = self._loop.call_later(TICK, self._tick)  # first: whatever fails, the clock goes on
         now = time.monotonic()
         asleep = now - self._last_tick > TICK + ASLEEP
         self._last_tick = now
@@ -451,8 +452,9 @@ class WorkerPool:
         if not asleep:  # answers may lie unread in the sockets: nobody is late yet
             for worker in list(self.workers):
                 self._check(worker, now)
-        alive = self.workers or self.target or self._queue.depth
-        self._timer = self._loop.call_later(TICK, self._tick) if alive else None
+        if not (self.workers or self.target or self._queue.depth):
+            timer.cancel()
+            self._timer = None
 
     def _recycle(self) -> None:
         """Replace a worker that has had its share of requests or memory; one at a time, and it serves until then."""

@@ -190,25 +190,28 @@ def reap_orphans(known: set[int]) -> list[int]:
     What a worker starts is known by its oom_score_adj. Returns the pids of the killed ones.
     """
     own = os.getpid()
+    try:
+        children = Path(f"/proc/{own}/task/{own}/children").read_text()
+        own_score = _oom_score(own)
+    except OSError:  # no descriptor is left: at the next look
+        return []
     killed = []
-    for pid in map(int, Path(f"/proc/{own}/task/{own}/children").read_text().split()):
+    for pid in map(int, children.split()):
         if pid in known:
             continue
         if _is_zombie(pid):
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-        elif _oom_score(pid) > _oom_score(own):
-            with contextlib.suppress(ProcessLookupError):
+            continue
+        with contextlib.suppress(OSError):  # it has just ended, or no descriptor is left
+            if _oom_score(pid) > own_score:
                 os.kill(pid, signal.SIGKILL)  # it is our child, so the pid is still its own
-            killed.append(pid)
+                killed.append(pid)
     return killed
 
 
 def _oom_score(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
-    except OSError:
-        return 0
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
 
 def _is_zombie(pid: int) -> bool:

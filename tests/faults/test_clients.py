@@ -25,7 +25,7 @@ CHUNKED = HEAD % (b"echo", b"Transfer-Encoding: chunked")
 @pytest.fixture(scope="module")
 def running(make_archive: MakeArchive) -> Iterator[Server]:
     """With short limits for slow clients."""
-    archives = make_archive("echo"), make_archive("account"), make_archive("rows")
+    archives = make_archive("echo"), make_archive("account"), make_archive("rows"), make_archive("big")
     with server(
         *archives, max_request_size="2MiB", header_timeout=0.5, body_timeout=0.5, keepalive_timeout=0.5
     ) as started:
@@ -99,6 +99,36 @@ def test_f84_a_client_that_does_not_read_its_answers_is_cut(running: Server) -> 
                 sock.sendall(request)
         eventually(lambda: running.metric("mms_connections") == 0)
     assert running.predict("echo", b"x").status == 200
+
+
+@pytest.mark.slow
+def test_f84_a_client_that_reads_steadily_gets_all_of_a_large_answer(running: Server) -> None:
+    """It takes several times body_timeout."""
+    pause, size = threading.Event(), 24 << 20
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 << 10)
+        sock.settimeout(CLIENT_TIMEOUT)
+        sock.connect(address(running.url))
+        number = b"%d" % size
+        sock.sendall(HEAD % (b"big", b"Connection: close\r\nContent-Length: %d" % len(number)) + number)
+        received = 0
+        while data := sock.recv(256 << 10):
+            received += len(data)
+            pause.wait(0.03)
+    assert received > size
+
+
+def test_f84_a_refused_connection_is_not_held_open_by_sending_on(running: Server) -> None:
+    with connections(running, 1) as (sock,):
+        sock.sendall(b"garbage\r\n\r\n")
+        assert ended(sock).startswith(b"HTTP/1.1 400")
+
+        def over() -> bool:
+            with contextlib.suppress(OSError):
+                sock.send(b"x")
+            return running.metric("mms_connections") == 0
+
+        eventually(over)
 
 
 def test_f85_silent_connections_cost_next_to_nothing_and_are_closed(running: Server) -> None:

@@ -36,23 +36,33 @@ CONNECTIONS = 150
 DAY = 86_400
 
 
-def test_f66_without_descriptors_open_connections_are_served_and_all_is_well_afterwards(
+def test_f66_without_descriptors_requests_are_refused_in_words_and_all_is_well_afterwards(
     make_archive: MakeArchive,
 ) -> None:
-    with server(make_archive("echo")) as running:
+    """What is done by the clock goes on, too: steps are taken back, and a head that does not arrive is refused."""
+    with server(make_archive("echo"), header_timeout=0.2) as running:
         main = psutil.Process(running.pid)
         before = main.num_fds()
         hard = main.rlimit(psutil.RLIMIT_NOFILE)[1]
         host, _, port = running.url.rpartition(":")
-        with Traffic(running, clients=2) as traffic, contextlib.ExitStack() as stack:
-            traffic.flows()
+        with contextlib.ExitStack() as stack:
+            predicts, probes = (stack.enter_context(socket.create_connection((host, int(port)), 5)) for _ in range(2))
             main.rlimit(psutil.RLIMIT_NOFILE, (before + 20, hard))
             for _ in range(CONNECTIONS):  # the kernel takes them, the server cannot
                 stack.enter_context(socket.create_connection((host, int(port)), 5))
-            traffic.flows()
+            eventually(lambda: "step 3 of 3" in running.output)
+            predicts.sendall(b"POST /predictions/echo HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx")
+            assert predicts.recv(65536).startswith(b"HTTP/1.1 429")
+            probes.sendall(b"GET /readyz HTTP/1.1\r\nHost: a\r\n\r\n")
+            answer = probes.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 503") and b"the front end refuses connections" in answer
             main.rlimit(psutil.RLIMIT_NOFILE, (hard, hard))
-        assert traffic.failures == []
+        eventually(lambda: running.metric("mms_shedding_step") == 0)
         assert running.predict("echo", b"x").status == 200
+        assert fetch(running.url, "GET", "/readyz").status == 200
+        with socket.create_connection((host, int(port)), 5) as sock:
+            sock.sendall(b"GET /")
+            assert sock.recv(65536).startswith(b"HTTP/1.1 408")
         eventually(lambda: main.num_fds() <= before)
         (pid,) = running.workers("echo")
         os.kill(pid, signal.SIGKILL)

@@ -10,7 +10,16 @@ import pytest
 
 from mms.errors import BadRequestError, MMSError, NotFoundError, QueueFullError
 from mms.http.connection import Connection, Exchange
-from mms.http.limits import LINGER_BYTES, MAX_FIELDS, MAX_HEAD, MAX_LINE, MAX_PIPELINED, Limits
+from mms.http.limits import (
+    LEAST_READ,
+    LINGER_BODY_BYTES,
+    LINGER_BYTES,
+    MAX_FIELDS,
+    MAX_HEAD,
+    MAX_LINE,
+    MAX_PIPELINED,
+    Limits,
+)
 from mms.http.listener import HttpServer
 from mms.http.request import Head
 from mms.http.response import error_response
@@ -26,6 +35,7 @@ class Transport(asyncio.Transport):
         super().__init__()
         self.sent = b""
         self.writes = 0
+        self.unsent = 0
         self.reading = True
         self.ended = False
         self.closed = False
@@ -61,6 +71,9 @@ class Transport(asyncio.Transport):
 
     def resume_reading(self) -> None:
         self.reading = True
+
+    def get_write_buffer_size(self) -> int:
+        return self.unsent
 
 
 @dataclass
@@ -630,6 +643,15 @@ def test_after_its_last_answer_a_connection_reads_a_little_then_ends() -> None:
     assert client.transport.aborted and client.statuses() == [400]
 
 
+def test_of_a_refused_body_more_is_read_before_the_connection_ends() -> None:
+    client = connect()
+    client.send(head_of(b"/a", b"Content-Length: 100000000"))
+    client.send(b"x" * LINGER_BODY_BYTES)
+    assert not client.transport.closed and client.statuses() == [413]
+    client.send(b"x")
+    assert client.transport.aborted
+
+
 # Expect
 
 
@@ -870,6 +892,52 @@ def test_a_client_that_does_not_read_is_cut() -> None:
     assert client.transport.aborted
 
 
+def test_a_client_may_take_its_time_to_read_what_took_long_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connect(at_once=False)
+    client.send(GET)
+    answered = last(client) + 100
+    monkeypatch.setattr("mms.http.connection.monotonic", lambda: answered)
+    client.connection.pause_writing()
+    client.connection.sweep(answered + 59)
+    assert not client.transport.aborted
+
+
+@pytest.mark.parametrize("ends", [b"", b"Connection: close"], ids=["stays", "closes"])
+@pytest.mark.parametrize(("step", "aborted"), [(LEAST_READ, False), (LEAST_READ // 70, True)], ids=["steady", "drips"])
+def test_a_client_that_reads_steadily_is_not_cut_and_one_that_drips_is(ends: bytes, step: int, aborted: bool) -> None:
+    client = connect()
+    client.send(post(b"a", *([ends] if ends else [])))
+    client.transport.unsent = 100 << 20
+    client.connection.pause_writing()
+    for second in range(1, 200):
+        client.transport.unsent -= step
+        client.connection.sweep(last(client) + second)
+    assert client.transport.aborted is aborted
+
+
+def test_the_rest_of_a_last_answer_may_be_read_for_longer_than_a_connection_lingers() -> None:
+    client = connect()
+    client.send(post(b"a", b"Connection: close"))
+    client.transport.unsent = 1000
+    client.connection.sweep(last(client) + 59)
+    client.transport.unsent = 0
+    client.connection.sweep(last(client) + 59.9)
+    assert not client.transport.aborted
+    client.connection.sweep(last(client) + 61)
+    assert client.transport.aborted
+
+
+def test_a_client_that_never_takes_the_rest_is_cut_after_its_connection_was_closed() -> None:
+    client = connect()
+    client.send(GET)
+    client.transport.unsent = 1000
+    client.connection.sweep(last(client) + 76)
+    client.connection.sweep(last(client) + 134)
+    assert client.transport.closed and not client.transport.aborted
+    client.connection.sweep(last(client) + 136)
+    assert client.transport.aborted
+
+
 def test_a_client_that_reads_again_is_read_again() -> None:
     client = connect()
     client.connection.pause_writing()
@@ -881,6 +949,16 @@ def test_a_connection_that_lingers_is_cut_after_a_second() -> None:
     client = connect()
     client.send(b"garbage\r\n\r\n")
     client.connection.sweep(last(client) + 2)
+    assert client.transport.aborted
+
+
+def test_a_client_that_goes_on_sending_does_not_make_its_connection_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connect()
+    client.send(b"garbage\r\n\r\n")
+    later = last(client) + 2
+    monkeypatch.setattr("mms.http.connection.monotonic", lambda: later)
+    client.send(b"x")
+    client.connection.sweep(later)
     assert client.transport.aborted
 
 

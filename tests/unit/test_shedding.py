@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -76,6 +77,22 @@ def test_the_step_follows_the_descriptors(descriptors: Callable[[int, int], None
         descriptors(used, 100)
         account.tick(min(used, 50))
         assert account.step == step
+
+
+def test_to_have_no_descriptor_left_to_count_with_is_the_last_step(
+    descriptors: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: str) -> list[str]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    account = make()
+    descriptors(10, 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", fail)
+        assert account.tick(5)
+    assert (account.step, account.room) == (3, 0)
+    assert account.tick(5)
+    assert (account.step, account.room) == (0, 50)
 
 
 def test_connections_leave_room_for_what_else_needs_descriptors(descriptors: Callable[[int, int], None]) -> None:
