@@ -171,6 +171,7 @@ class ControlPlane:
         else:
             found = self.registry.version(name, version)
             if found.pool is not None:
+                found.queue.forget_poison()
                 found.pool.set_target(found.pool.target)
         if synchronous and found.pool is not None:
             await found.pool.settled()
