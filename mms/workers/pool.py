@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from mms import wire
-from mms.errors import MMSError, ModelLoadError
+from mms.errors import MMSError, ModelLoadError, ServiceUnavailableError
 from mms.logs import model_logger
 from mms.metrics import VersionMetrics
 from mms.workers import environment
@@ -549,6 +549,9 @@ class WorkerPool:
                   self._failed_pause)  # fmt: skip
         self._loop.call_later(self._failed_pause, self._retry_failed)
         self._failed_pause = min(self._failed_pause * 2, FAILED_PAUSE_LIMIT)
+        if not self.ready_workers:
+            for job, error in self._queue.abandon(failed_to_load(self._settings.label)):
+                self.fail(job, error)
         self._changed.set()
 
     def _retry_failed(self) -> None:
@@ -656,6 +659,13 @@ class WorkerPool:
             since = now
         self._standing[worker] = done, since
         return since
+
+
+def failed_to_load(label: str) -> ServiceUnavailableError:
+    """What is said to whoever asks a FAILED version, or waits for it as it becomes one."""
+    return ServiceUnavailableError(
+        f"model {label} failed to load; its description on the management port has the traceback"
+    )
 
 
 def _forget_before(times: deque[float], limit: float) -> None:

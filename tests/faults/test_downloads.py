@@ -245,7 +245,7 @@ def test_S10_no_error_of_a_download_has_the_query(origin: Origin, store: Path) -
 
 def test_S10_a_download_that_cannot_connect_says_why(store: Path) -> None:
     (port,) = free_ports(1)
-    with pytest.raises(DownloadError, match="Connection refused|Connect call failed") as caught:
+    with pytest.raises(DownloadError, match=r"Connection refused|Connect call failed") as caught:
         get(store, f"http://127.0.0.1:{port}/a.mar?SECRET", **local(Origin(url=f"http://127.0.0.1:{port}")))
     assert "SECRET" not in caught.value.message
 
