@@ -117,6 +117,7 @@ class ModelServer:
         self._exit_code = 0
         self._timer: asyncio.TimerHandle | None = None
         self._reloads: asyncio.Task[None] | None = None
+        self._reload_again = False
         self._gpus: list[GpuFacts] = []
         self._failures: dict[ModelVersion, ModelLoadError] = {}
         self._unrestored: list[str] = []
@@ -573,8 +574,19 @@ class ModelServer:
         """SIGHUP: reload, but when it means that the terminal we run in is gone, stop."""
         if self._at_terminal and not os.isatty(0):
             self._signalled()
-        elif self._reloads is None:
-            self._reloads = asyncio.create_task(self._reload())
+        else:
+            self._reload_again = True
+            if self._reloads is None:
+                self._reloads = asyncio.create_task(self._reload_as_asked())
+
+    async def _reload_as_asked(self) -> None:
+        """Once more for whoever asks meanwhile: what is being reloaded may have been read before their change."""
+        try:
+            while self._reload_again:
+                self._reload_again = False
+                await self._reload()
+        finally:
+            self._reloads = None
 
     async def _reload(self) -> None:
         """Read the settings again, apply what can change, and leave word of it in the run directory."""
@@ -594,16 +606,22 @@ class ModelServer:
                 [name for name in changed if name not in LIVE],
             )
             await self._apply(replace(self._config, **{name: getattr(new, name) for name in applied}))
-        except MMSError as error:
-            applied, restart, failure = [], [], error.message
+        except (MMSError, OSError) as error:
+            applied, restart, failure = [], [], str(error)
             log.error("not reloaded, everything stays as it was: %s", failure)
         else:
             log.info("reloaded; changed: %s; changed by a restart only: %s", ", ".join(applied) or "nothing",
                      ", ".join(restart) or "nothing")  # fmt: skip
         finally:
-            self._reloads = None
-        self._manager.ready(failure or "reloaded")
-        self._run_dir.record_reload(applied, restart, failure)
+            self._manager.ready(failure or "reloaded")
+        self._note(lambda: self._run_dir.record_reload(applied, restart, failure))
+
+    def _note(self, write: Callable[[], None]) -> None:
+        """What others read in the run directory, which must not undo or hide what has been done."""
+        try:
+            write()
+        except OSError as error:
+            log.error("cannot write into the run directory: %s", error.strerror)
 
     async def _apply(self, config: Config) -> None:
         if self._nginx_program is None and config.access_log is not None:
@@ -616,7 +634,7 @@ class ModelServer:
         self._control.config = config
         self._http.apply(self._limits())
         logging.getLogger("mms").setLevel(config.log_level.upper())
-        self._run_dir.record(self._running())
+        self._note(lambda: self._run_dir.record(self._running()))
 
     def _signalled(self) -> None:
         if self._readiness.phase is not Phase.DRAINING:
