@@ -7,11 +7,11 @@ import itertools
 import logging
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -69,7 +69,7 @@ class ControlPlane:
         self.config = config
         self._cache = cache
         self._boot_tries = boot_tries
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # names that are being registered
         self._loads = asyncio.Semaphore(config.parallel_loads)
         self._restarts = Restarts()
         self._sandboxes = Sandboxes(config, cache.scratch)
@@ -98,7 +98,8 @@ class ControlPlane:
         With `synchronous`, return when its workers are ready.
 
         Raises BadRequestError, ModelNotFoundError, DownloadError, ArchiveError, ConfigError or ConflictError (nothing
-        is registered), and ModelLoadError (the version stays registered as FAILED; registering it again replaces it).
+        is registered), ModelLoadError (the version stays registered as FAILED; registering it again replaces it), and
+        ConflictError when it was unregistered before its workers were ready.
         """
         url, sha256 = await self.fetch(url, sha256)
         archive, digest = await self._open(url, handler, sha256)
@@ -111,8 +112,8 @@ class ControlPlane:
             settings=dict(changes or {}),
         )
         version = await self._serve(archive, name, saved, at_start=False)
-        if synchronous and version.pool is not None:
-            await version.pool.settled()
+        if synchronous:
+            await self._settled(version)
         return version
 
     async def fetch(self, url: str, sha256: str = "") -> tuple[str, str]:
@@ -163,7 +164,8 @@ class ControlPlane:
     async def retry(self, name: str, version: str = "", *, synchronous: bool = True) -> ModelVersion:
         """Start the workers that a version lacks now, not after the pause; one that was not restored is tried again.
 
-        Raises ModelLoadError when synchronous and they cannot be started, and what `restore` raises.
+        Raises what `restore` raises, and when synchronous ModelLoadError if they cannot be started, ConflictError if
+        the version is unregistered meanwhile.
         """
         failed = [number for (waiting, number), why in self.registry.announced.items() if waiting == name and why]
         if version in failed:
@@ -173,9 +175,10 @@ class ControlPlane:
         else:
             found = self.registry.version(name, version)
             if found.pool is not None:
+                found.queue.forget_poison()
                 found.pool.set_target(found.pool.target)
-        if synchronous and found.pool is not None:
-            await found.pool.settled()
+        if synchronous:
+            await self._settled(found)
         return found
 
     async def change(
@@ -184,7 +187,8 @@ class ControlPlane:
         """Change batching, queue limits and the number of workers while the version is served: all of it, or nothing.
 
         With `min_workers` among the changes and `synchronous`, return when that many workers are ready. Raises
-        ConfigError (nothing is changed), and ModelLoadError when synchronous and workers cannot be started.
+        ConfigError (nothing is changed), and when synchronous ModelLoadError if workers cannot be started,
+        ConflictError if the version is unregistered meanwhile.
         """
         found = self.registry.version(name, version)
         settings = merge_settings(found.settings, changes, "request", strict=True)
@@ -198,7 +202,7 @@ class ControlPlane:
             self._versions[found] = msgspec.structs.replace(saved, settings={**saved.settings, **changes})
         await self._save()
         if "min_workers" in changes and synchronous:
-            await pool.settled()
+            await self._settled(found)
         return found
 
     async def set_default(self, name: str, version: str) -> None:
@@ -260,6 +264,13 @@ class ControlPlane:
             )
         return State(models=list(models.values()))
 
+    async def _settled(self, version: ModelVersion) -> None:
+        """Wait for the version's workers. Raises ModelLoadError, or ConflictError if it is unregistered meanwhile."""
+        if version.pool is not None:
+            await version.pool.settled()
+        if version.state in (VersionState.DRAINING, VersionState.UNLOADED):
+            raise ConflictError(f"model {version.label} was unregistered before it had its workers")
+
     async def _save(self) -> None:
         if self.saver is not None and not self._closed:
             await asyncio.shield(self.saver.save())
@@ -277,7 +288,7 @@ class ControlPlane:
         """Register, save, and begin to start workers."""
         if not MODEL_NAME.fullmatch(name):
             raise BadRequestError(f"{name!r} is no model name: letters, digits, '_', '-' and '.', at most 128")
-        async with self._locks[name]:
+        async with self._locks.setdefault(name, asyncio.Lock()):
             version = await self._add(archive, name, saved, at_start)
         if version.pool is not None:
             version.pool.set_target(version.settings.min_workers)

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 from mms.config import Config
 from mms.errors import ConfigError, MMSError
-from mms.rundir import RunDirectory
+from mms.rundir import RunDirectory, note
 from mms.systemd import Notifier
 
 log = logging.getLogger("mms.server")
@@ -26,26 +26,39 @@ LIVE = (
 class Reloads:
     """One reload at a time.
 
-    `reread` reads the settings, and `apply` puts them in force; either raises MMSError, and everything stays as it was.
+    `reread` reads the settings, `current` tells those in force, `apply` changes them; when one of them raises MMSError or
+    OSError, everything stays as it was.
     """
 
     def __init__(
         self,
         reread: Callable[[], Config] | None,
+        current: Callable[[], Config],
         apply: Callable[[Config], Awaitable[None]],
         manager: Notifier,
         run_dir: RunDirectory,
     ) -> None:
         self._reread = reread
+        self._current = current
         self._apply = apply
         self._manager = manager
         self._run_dir = run_dir
         self._task: asyncio.Task[None] | None = None
+        self._again = False
 
-    def begin(self, config: Config) -> None:
-        """`config` is what is in force now."""
+    def begin(self) -> None:
+        """Once more if one is under way: what it applies may have been read before the change that is meant now."""
+        self._again = True
         if self._task is None:
-            self._task = asyncio.create_task(self._reload(config))
+            self._task = asyncio.create_task(self._reload_as_asked())
+
+    async def _reload_as_asked(self) -> None:
+        try:
+            while self._again:
+                self._again = False
+                await self._reload(self._current())
+        finally:
+            self._task = None
 
     async def _reload(self, config: Config) -> None:
         """Read the settings again, apply what can change, and leave word of it in the run directory."""
@@ -61,13 +74,12 @@ class Reloads:
             applied = [name for name in changed if name in LIVE]
             restart = [name for name in changed if name not in LIVE]
             await self._apply(replace(config, **{name: getattr(new, name) for name in applied}))
-        except MMSError as error:
-            applied, restart, failure = [], [], error.message
+        except (MMSError, OSError) as error:
+            applied, restart, failure = [], [], str(error)
             log.error("not reloaded, everything stays as it was: %s", failure)
         else:
             log.info("reloaded; changed: %s; changed by a restart only: %s", ", ".join(applied) or "nothing",
                      ", ".join(restart) or "nothing")  # fmt: skip
         finally:
-            self._task = None
-        self._manager.ready(failure or "reloaded")
-        self._run_dir.record_reload(applied, restart, failure)
+            self._manager.ready(failure or "reloaded")
+        note(lambda: self._run_dir.record_reload(applied, restart, failure))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import pwd
 import secrets
 import shutil
 import stat
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mms.errors import StartError
+
+log = logging.getLogger("mms.server")
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,14 @@ class CacheDirectory:
             shutil.rmtree(self.own, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
+
+
+def note(write: Callable[[], None]) -> None:
+    """Write what others read in the run directory; that it fails must not undo or hide what has been done."""
+    try:
+        write()
+    except OSError as error:
+        log.error("cannot write into the run directory: %s", error.strerror)
 
 
 def check_private(path: Path, kind: str) -> None:

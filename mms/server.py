@@ -28,7 +28,7 @@ from mms.models.readiness import Phase, Readiness
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.reload import Reloads
-from mms.rundir import CacheDirectory, RunDirectory, Running
+from mms.rundir import CacheDirectory, RunDirectory, Running, note
 from mms.signature import TrustedKeys
 from mms.startup import HEARTBEAT, Plan, Startup
 from mms.systemd import Notifier, passed_sockets
@@ -74,7 +74,7 @@ class ModelServer:
         self._run_dir = RunDirectory(config.run_dir)
         self._inference = InferenceApi(DataPlane(self._registry), self._readiness)
         self._edge = Edge(config, self._addresses, self._run_dir, self._cache, say, self._edge_lost)
-        self._reloads = Reloads(reread, self._apply, self._manager, self._run_dir)
+        self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
         self._http = HttpServer(self._inference, self._limits(), edge=self._edge.wanted)
         self._runners: list[web.AppRunner] = []
         self._stop_asked = asyncio.Event()
@@ -226,7 +226,7 @@ class ModelServer:
         if self._at_terminal and not os.isatty(0):
             self._signalled()
         else:
-            self._reloads.begin(self._config)
+            self._reloads.begin()
 
     async def _apply(self, config: Config) -> None:
         await self._edge.apply(config)
@@ -234,7 +234,7 @@ class ModelServer:
         self._control.config = config
         self._http.apply(self._limits())
         logging.getLogger("mms").setLevel(config.log_level.upper())
-        self._run_dir.record(self._running())
+        note(lambda: self._run_dir.record(self._running()))
 
     def _signalled(self) -> None:
         if self._readiness.phase is not Phase.DRAINING:

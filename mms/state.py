@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,9 +161,11 @@ def read(path: Path) -> State:
 
 
 def _content(path: Path) -> bytes | None:
-    """None when there is no file; of one that is too large, a little more than may be."""
+    """None when there is no file; of one that is too large, a little more than may be. Raises OSError."""
     try:
-        with path.open("rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is not a plain file")
             return file.read(MAX_FILE + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -11,17 +11,20 @@ from collections.abc import Mapping, Sequence
 from mms.errors import StartError
 
 FIRST_DESCRIPTOR = 3  # sd_listen_fds(3)
+MAX_DIGITS = 15
 
 
 class Notifier:
-    """Sends datagrams to NOTIFY_SOCKET; without one it does nothing. A manager that does not listen is no error."""
+    """Sends datagrams to NOTIFY_SOCKET; without one it does nothing. A manager that does not listen is no error.
+
+    Raises StartError when the manager wants signs of life at no time that can be.
+    """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._address = environ.get("NOTIFY_SOCKET", "")
         self.watchdog = 0.0  # seconds between two signs of life that are wanted
         if self._address and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-            with contextlib.suppress(ValueError):
-                self.watchdog = int(environ.get("WATCHDOG_USEC", "0")) / 2e6
+            self.watchdog = _number(environ, "WATCHDOG_USEC") / 2e6
 
     def send(self, *lines: str) -> None:
         if not self._address:
@@ -49,7 +52,7 @@ def passed_sockets(environ: Mapping[str, str], names: Sequence[str]) -> dict[str
     """
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
-    count = int(environ.get("LISTEN_FDS", "0"))
+    count = _number(environ, "LISTEN_FDS")
     given = environ.get("LISTEN_FDNAMES", "").split(":")
     if not set(given) & set(names):  # without names, systemd gives each the name of its unit
         given = list(names)
@@ -71,6 +74,14 @@ def passed_sockets(environ: Mapping[str, str], names: Sequence[str]) -> dict[str
         sock.set_inheritable(False)
         passed[name] = sock
     return passed
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    """0 without it."""
+    text = environ.get(name) or "0"
+    if not (text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS):
+        raise StartError(f"{name} = {text:.40}, from the service manager: a whole number is needed")
+    return int(text)
 
 
 def address_of(sock: socket.socket) -> str:

@@ -99,6 +99,9 @@ def _translate(operation: Operation, handler: _Handler) -> Callable[[web.Request
 
     async def handle(request: web.Request) -> web.Response:
         parameters: _Parameters = dict(request.query)
+        if len(parameters) < len(request.query):
+            twice = next(name for name in parameters if len(request.query.getall(name)) > 1)
+            raise BadRequestError(f"parameter {twice} stands more than once")
         if operation.body == "json" and request.can_read_body:
             parameters |= await _body(request)
         for name in parameters:

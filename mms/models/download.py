@@ -120,7 +120,7 @@ class Downloads:
             ) as session:
                 return await self._follow(session, url, file)
         except aiohttp.ClientError as error:
-            raise DownloadError(f"{_shown(url)} cannot be downloaded: {type(error).__name__}: {error}") from None
+            raise DownloadError(f"{_shown(url)} cannot be downloaded: {_reason(error)}") from None
 
     async def _follow(self, session: ClientSession, url: str, file: IO[bytes]) -> str:
         from yarl import URL
@@ -182,6 +182,8 @@ class Downloads:
             plain = parts.username is None and parts.password is None
         except ValueError:
             origin, plain = "", False
+        if not plain and origin:
+            raise BadRequestError(f"cannot load {_shown(url)}: credentials in addresses (user:password@) are not taken")
         if not plain or origin not in self._allowed:
             raise BadRequestError(
                 f"cannot load {_shown(url)}: {origin or 'that'} is none of allowed_urls ({', '.join(self._allowed)})"
@@ -222,6 +224,12 @@ def _joined(place: URL, location: str) -> URL:
 def _shown(url: str) -> str:
     """The address without what may be secret in it: user, password, query."""
     return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])[:200]
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, but not in the library's words: they have the address with its query, or a redirect's."""
+    words = error.strerror if isinstance(error, OSError) else ""
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 def _append(file: IO[bytes], digest: Any, chunk: bytes) -> None:

@@ -16,7 +16,7 @@ from mms.config import ModelSettings
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
 from mms.workers.batching import BatchQueue, Job
-from mms.workers.pool import WorkerPool
+from mms.workers.pool import WorkerPool, failed_to_load
 from mms.workers.worker import describe_worker
 
 
@@ -209,9 +209,7 @@ class ModelVersion:
     def _unavailable(self) -> ServiceUnavailableError:
         state = self.state
         if state is VersionState.FAILED and self.pool is not None and self.pool.failure is not None:
-            return ServiceUnavailableError(
-                f"model {self.label} failed to load; its description on the management port has the traceback"
-            )
+            return failed_to_load(self.label)
         if state is VersionState.LOADING:
             return LoadingError(f"model {self.label} is still loading; try again soon")
         if state is VersionState.READY:

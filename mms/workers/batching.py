@@ -30,8 +30,9 @@ MAX_FRAME_BYTES = 1 << 20  # beyond the first batch
 RETRY_SHARE = 0.1
 RETRY_MINIMUM = 3
 RETRY_WINDOW = 10.0
-POISON_MEMORY = 10.0  # seconds for which a request that has crashed two workers is known by its content
+POISON_MEMORY = 10.0  # seconds for which the like of a request that has crashed two workers is not run
 MAX_POISONS = 64
+MAX_POISON_BYTES = 1 << 20  # a larger one is not remembered: to compare with it would hold up the event loop
 _FROM_OUTSIDE = ("signal 9 ", "signal 15 ")  # these deaths say nothing about the request
 STANDING_WAIT = 0.005  # the oldest job has waited longer than this, and than two batches take ...
 STANDING_SECONDS = 0.1  # ... for so long: the queue does not empty any more, and the newest jobs are served first
@@ -148,7 +149,7 @@ class BatchQueue:
         self._alone: deque[Job] = deque()  # retries: each runs in a frame of its own, before anything else
         self._retried: deque[float] = deque()
         self._window: deque[tuple[float, int]] = deque()
-        self._poisons: dict[int, float] = {}  # content -> until when it is not run
+        self._poisons: dict[tuple[int, int], float] = {}  # size and content -> until when it is not run
         self._handed = 0  # jobs that workers were given
         self._drain: deque[tuple[float, int]] = deque()  # when how many were handed out, while others waited
         self._emptied = True  # nobody waited at some time since the last look
@@ -202,12 +203,17 @@ class BatchQueue:
         return None
 
     def apply(self, *, capacity: int, max_bytes: int, timeout: float, fifo: bool) -> None:
-        """Change the limits, and whether the newest jobs may be served first, from now on."""
+        """Change the limits, and whether the newest jobs may be served first, from now on; forgets poison."""
         self.capacity = capacity
         self.max_bytes = max_bytes
         self.timeout = timeout
         self.fifo = fifo
+        self.forget_poison()
         self._make_room()
+
+    def forget_poison(self) -> None:
+        """What crashed workers may be well by now: somebody has changed something, or asks for another try."""
+        self._poisons.clear()
 
     def forget_rate(self) -> None:
         """There are other workers than those whose rate was measured."""
@@ -283,8 +289,8 @@ class BatchQueue:
         for job in lost:
             job.attempts += 1
             if not affordable or job.attempts > self.retry:
-                if job.attempts > 1 and _is_crash(cause) and len(self._poisons) < MAX_POISONS:
-                    self._poisons[_content(job)] = now + POISON_MEMORY
+                if job.attempts > 1 and _is_crash(cause):
+                    self._remember_poison(job, now)
                 failed.append((job, self._death(job, cause)))
             else:
                 self.retries += 1
@@ -420,14 +426,16 @@ class BatchQueue:
         """The longest waiting job; only while `depth` is positive."""
         return next(job for job in itertools.chain(self._alone, self._waiting) if not job.settled)
 
+    def _remember_poison(self, job: Job, now: float) -> None:
+        if job.size <= MAX_POISON_BYTES and len(self._poisons) < MAX_POISONS:
+            self._poisons[job.size, _content(job)] = now + POISON_MEMORY
+
     def _refuse_poison(self, job: Job) -> None:
-        """Raises WorkerDiedError for a known one, which stays known for as long as it keeps coming."""
+        """Raises WorkerDiedError for a known one. That renews nothing: later, one is run again, and may be well."""
         now = job.arrived
-        for content in [content for content, until in self._poisons.items() if until < now]:
-            del self._poisons[content]
-        content = _content(job)
-        if content in self._poisons:
-            self._poisons[content] = now + POISON_MEMORY
+        for known in [known for known, until in self._poisons.items() if until < now]:
+            del self._poisons[known]
+        if any(size == job.size for size, _ in self._poisons) and (job.size, _content(job)) in self._poisons:
             raise WorkerDiedError("the same request has just crashed two worker processes; it is not run again",
                                   status=500)  # fmt: skip
 
@@ -499,8 +507,9 @@ def _is_crash(cause: str) -> bool:
 
 
 def _content(job: Job) -> int:
-    """What makes two requests the same to a handler that does not look at their other headers."""
-    return hash((job.facts.content_type, job.facts.query, b"".join(job.parts)))
+    """All that a handler can see of a request: what differs in a header alone need not crash it."""
+    facts = job.facts
+    return hash((facts.query, facts.query_is_input, *facts.headers, b"".join(job.parts)))
 
 
 def _by_arrival(jobs: deque[Job]) -> deque[Job]:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from mms import wire
-from mms.errors import MMSError, ModelLoadError
+from mms.errors import MMSError, ModelLoadError, ServiceUnavailableError
 from mms.metrics import VersionMetrics
 from mms.workers import environment
 from mms.workers.batching import BatchQueue, Job
@@ -421,6 +421,9 @@ class WorkerPool:
         pause = self.back_off.pause_when_failed()
         log.error("%s: FAILED%s: %s; next try in %g s", self._settings.label, tries, failure.message, pause)
         self._loop.call_later(pause, self._retry_failed)
+        if not self.ready_workers:
+            for job, error in self._queue.abandon(failed_to_load(self._settings.label)):
+                self.fail(job, error)
         self._changed.set()
 
     def _retry_failed(self) -> None:
@@ -483,3 +486,10 @@ class WorkerPool:
             worker.kill("response_timeout")
             self.worker_lost(worker)
             self._dispatch()
+
+
+def failed_to_load(label: str) -> ServiceUnavailableError:
+    """What is said to whoever asks a FAILED version, or waits for it as it becomes one."""
+    return ServiceUnavailableError(
+        f"model {label} failed to load; its description on the management port has the traceback"
+    )

@@ -228,6 +228,8 @@ def test_f30_what_a_handler_changes_stays_in_its_worker(bare: Server) -> None:
         ("POST", "/models?url=echo-1.0.mar&batch_size=x", 400, "ConfigException", "batch_size = 'x'"),
         ("POST", "/models?url=echo-1.0.mar&runtime=java", 400, "BadRequestException", "java"),
         ("POST", "/models?url=echo-1.0.mar&batchsize=1", 400, "BadRequestException", "did you mean batch_size?"),
+        ("DELETE", "/models/echo?x=1&y=1&x=1", 400, "BadRequestException", "parameter x stands more than once"),
+        ("POST", "/models?url=echo-1.0.mar&url=other.mar", 400, "BadRequestException", "url stands more than once"),
         ("POST", "/models?url=echo-1.0.mar&synchronous=maybe", 400, "BadRequestException", "true or false"),
         ("POST", "/models?url=echo-1.0.mar&handler=echo:Nothing", 500, "ModelLoadException", "function Nothing"),
         ("POST", "/models?url=echo-1.0.mar&handler=p%20q", 400, "BadRequestException", "handler = 'p q': module:Name"),

@@ -12,6 +12,7 @@ import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -190,6 +191,17 @@ def test_f103_a_registration_whose_client_leaves_is_completed(make_archive: Make
         assert registering.predict("loads_slowly", b"x").body == b"x"
         assert registering.manage("DELETE", "/models/loads_slowly").status == 200
         eventually(lambda: not registering.extracted)
+
+
+def test_f102_what_is_unregistered_while_it_loads_is_no_success(make_archive: MakeArchive, tmp_path: Path) -> None:
+    archive = make_archive("loads_slowly", gate=str(tmp_path / "never"))
+    with server(spare=(archive,)) as registering, ThreadPoolExecutor() as calls:
+        call = calls.submit(registering.manage, "POST", f"/models?url={archive.name}")
+        eventually(lambda: registering.describe("loads_slowly").get("workers"))
+        assert registering.manage("DELETE", "/models/loads_slowly").status == 200
+        reply = call.result(CLIENT_TIMEOUT)
+    assert (reply.status, reply.json()["type"]) == (409, "ConflictStatusException")
+    assert reply.message == "model loads_slowly 1.0 was unregistered before it had its workers"
 
 
 def test_f104_a_version_that_does_not_load_takes_nothing_from_the_old_one(running: Server) -> None:

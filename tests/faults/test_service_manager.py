@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from mms.errors import StartError
+from mms.systemd import Notifier, passed_sockets
 from tests.conftest import (
     MakeArchive,
     Server,
     environment,
+    eventually,
     fetch,
     free_ports,
+    needs_nginx,
     scratch,
     server,
     start_arguments,
@@ -125,3 +131,54 @@ def test_sockets_that_do_not_fit_are_refused(folder: Path, names: str, edge: str
         )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.startswith(f"mms: error: {message}")
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1e3", "9" * 5000])
+def test_numbers_of_the_manager_that_are_none_are_refused(text: str) -> None:
+    message = f" = {text[:40]}, from the service manager: a whole number is needed"
+    with pytest.raises(StartError, match=f"^LISTEN_FDS{re.escape(message)}$"):
+        passed_sockets({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": text}, ["inference"])
+    with pytest.raises(StartError, match=f"^WATCHDOG_USEC{re.escape(message)}$"):
+        Notifier({"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": text})
+
+
+@needs_nginx
+def test_a_reload_that_is_asked_for_during_a_reload_follows_it(
+    make_archive: MakeArchive, folder: Path, manager: socket.socket
+) -> None:
+    file = folder / "server.yaml"
+    file.touch()
+    with server(make_archive("echo"), folder=folder, config=file, edge="nginx") as running:
+        told(manager, "READY=1")
+        file.write_text("header_timeout: 7")
+        running.signal(signal.SIGHUP)
+        told(manager, "RELOADING=1")
+        other = folder / "other.yaml"
+        other.write_text("header_timeout: 8")
+        other.replace(file)
+        running.signal(signal.SIGHUP)
+        for word in ("READY=1", "RELOADING=1", "READY=1"):
+            told(manager, word)
+        assert "client_header_timeout 8000ms;" in (running.run_dir / "nginx" / "nginx.conf").read_text()
+
+
+@needs_nginx
+def test_a_reload_ends_whatever_cannot_be_written(
+    make_archive: MakeArchive, folder: Path, manager: socket.socket
+) -> None:
+    file = folder / "server.yaml"
+    file.touch()
+    with server(make_archive("echo"), folder=folder, config=file, edge="nginx") as running:
+        told(manager, "READY=1")
+
+        candidate = running.run_dir / "nginx" / "nginx.conf.new"
+        candidate.unlink(missing_ok=True)
+        candidate.mkdir()
+        (running.run_dir / "reload.json").mkdir()
+        file.write_text("header_timeout: 7")
+        running.signal(signal.SIGHUP)
+        assert "Is a directory" in told(manager, "READY=1")
+        candidate.rmdir()
+        running.signal(signal.SIGHUP)
+        assert told(manager, "READY=1") == "READY=1\nSTATUS=reloaded"
+        eventually(lambda: "cannot write into the run directory: Is a directory" in running.output)

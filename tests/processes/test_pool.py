@@ -402,6 +402,25 @@ def test_an_interpreter_that_cannot_be_made_fails_the_version_until_it_can(serve
     uvloop.run(scenario())
 
 
+def test_f9_who_waits_for_a_version_that_becomes_failed_is_told_at_once(serve: Serve, tmp_path: Path) -> None:
+    mended = tmp_path / "mended"
+    mended.touch()
+
+    async def scenario() -> None:
+        async with serve("mends", model_config={"mended": str(mended)}) as served:
+            mended.unlink()
+            os.kill(served.pids[0], signal.SIGKILL)
+            await until(lambda: not served.pool.ready)
+            with pytest.raises(Error, match="m 1 failed to load; its description") as caught:
+                await asyncio.wait_for(served.submit(b"x"), 10)
+            assert (caught.value.status, served.queue.depth) == (503, 0)
+            mended.touch()
+            await served.scale(1)
+            assert await served.submit(b"x") == b"x"
+
+    uvloop.run(scenario())
+
+
 @pytest.mark.parametrize(
     ("name", "message", "words"),
     [

@@ -22,6 +22,7 @@ from mms.workers.batching import (
     FEWEST_WAITING,
     MAX_FRAME_BYTES,
     MAX_FRAME_JOBS,
+    MAX_POISON_BYTES,
     MAX_RETRY_AFTER,
     RETRY_MINIMUM,
     RETRY_WINDOW,
@@ -62,8 +63,8 @@ def make_worker(batch_seconds: float | None = None) -> InFlight:
     return worker
 
 
-def make_job(number: int, *, size: int = 10, arrived: float = NOW) -> Job:
-    return Job(number, FACTS, b"r%d" % number, [b"%d" % number], size, Caller(), arrived)
+def make_job(number: int, *, size: int = 10, arrived: float = NOW, facts: RequestFacts = FACTS) -> Job:
+    return Job(number, facts, b"r%d" % number, [b"%d" % number], size, Caller(), arrived)
 
 
 def fill(queue: BatchQueue, count: int, *, first: int = 1, size: int = 10, arrived: float = NOW) -> list[Job]:
@@ -710,19 +711,66 @@ def test_the_death_of_a_poisonous_retry_does_not_spend_the_budget() -> None:
         assert failed[0][1].status == 500
 
 
+def crash(queue: BatchQueue, job: Job, cause: str = "signal 11 (SIGSEGV)") -> None:
+    """The job ends two workers."""
+    queue.submit(job)
+    for _ in range(2):
+        worker = make_worker()
+        assert take(queue, worker) == [job.id]
+        queue.lose(worker, 1, cause, NOW)
+
+
 @pytest.mark.parametrize(("cause", "refused"), [("signal 11 (SIGSEGV)", True), ("signal 9 (SIGKILL)", False)])
 def test_f7_the_like_of_a_request_that_crashed_two_workers_is_not_run_for_a_while(cause: str, refused: bool) -> None:
     queue = make_queue()
-    fill(queue, 1)
-    for _ in range(2):
-        worker = make_worker()
-        assert take(queue, worker) == [1]
-        queue.lose(worker, 1, cause, NOW)
-    for at in (NOW + 9, NOW + 18):
+    crash(queue, make_job(1), cause)
+    for at in (NOW + 1, NOW + 9):
         if refused:
             with pytest.raises(WorkerDiedError, match="just crashed two worker processes") as caught:
                 queue.submit(make_job(1, arrived=at))
             assert caught.value.status == 500
-    queue.submit(make_job(2, arrived=NOW + 18))
-    queue.submit(make_job(1, arrived=NOW + 29))
+    queue.submit(make_job(2, arrived=NOW + 9))
+    queue.submit(make_job(1, arrived=NOW + 11))  # although it came again and again
     assert queue.depth == 2
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        RequestFacts("", "", b"", False, [b"X-Crash", b"1"]),
+        RequestFacts("", "", b"crash", False, []),
+        RequestFacts("", "", b"", True, []),
+    ],
+    ids=["header", "query", "invocation"],
+)
+def test_f7_a_crash_speaks_against_no_request_that_looks_different_to_a_handler(facts: RequestFacts) -> None:
+    queue = make_queue()
+    crash(queue, make_job(1, facts=facts))
+    queue.submit(make_job(1))
+    assert queue.depth == 1
+    with pytest.raises(WorkerDiedError):
+        queue.submit(make_job(1, facts=facts))
+
+
+def test_f7_poison_is_forgotten_when_settings_change() -> None:
+    queue = make_queue()
+    crash(queue, make_job(1))
+    queue.apply(capacity=10, max_bytes=1 << 20, timeout=60.0, fifo=False)
+    queue.submit(make_job(1))
+    assert queue.depth == 1
+
+
+def test_f7_bodies_of_another_size_than_known_poison_are_not_looked_at() -> None:
+    queue = make_queue()
+    crash(queue, make_job(1))
+    other = make_job(2, size=11)
+    other.parts = [None]  # type: ignore[list-item]
+    queue.submit(other)
+    assert queue.depth == 1
+
+
+def test_f7_a_poison_of_many_bytes_is_not_remembered() -> None:
+    queue = make_queue()
+    crash(queue, make_job(1, size=MAX_POISON_BYTES + 1))
+    queue.submit(make_job(1, size=MAX_POISON_BYTES + 1))
+    assert queue.depth == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,13 @@ def test_after_a_start_with_the_previous_file_the_file_itself_is_written(tmp_pat
 
     asyncio.run(scene())
     assert contents(tmp_path) == {"state.json"}
+
+
+@pytest.mark.timeout(10)
+def test_f78_a_pipe_in_the_place_of_the_file_holds_nothing_up(tmp_path: Path) -> None:
+    file = tmp_path / "state.json"
+    os.mkfifo(file)
+    with pytest.raises(StartError, match="it is not a plain file; start with --fresh"):
+        read(file)
+    with pytest.raises(OSError, match="it is not a plain file"):
+        write(file, b"{}")
