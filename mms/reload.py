@@ -26,8 +26,8 @@ LIVE = (
 class Reloads:
     """One reload at a time.
 
-    `reread` reads the settings, `current` tells those in force, `apply` changes them; when one of them raises MMSError or
-    OSError, everything stays as it was.
+    `reread` reads the settings, `current` tells those in force, `apply` changes them. When one of them raises MMSError
+    or OSError, everything stays as it was.
     """
 
     def __init__(
