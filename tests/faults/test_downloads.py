@@ -93,14 +93,14 @@ def local(origin: Origin, **more: Any) -> dict[str, Any]:
     return {"allowed_urls": [origin.url], "allowed_networks": ["127.0.0.0/8"], **more}
 
 
-def test_S2_an_allowed_archive_comes_into_the_store(origin: Origin, store: Path, make_archive: MakeArchive) -> None:
+def test_s2_an_allowed_archive_comes_into_the_store(origin: Origin, store: Path, make_archive: MakeArchive) -> None:
     data = make_archive("echo").read_bytes()
     url = origin.serves("/models/echo-1.0.mar?signature=1", data)
     assert get(store, url, hashlib.sha256(data).hexdigest(), **local(origin)) == "echo-1.0.mar"
     assert (store / "echo-1.0.mar").read_bytes() == data
 
 
-def test_S2_downloads_are_off(origin: Origin, store: Path) -> None:
+def test_s2_downloads_are_off(origin: Origin, store: Path) -> None:
     with pytest.raises(BadRequestError, match="allowed_urls lists the places"):
         get(store, origin.url + "/a.mar")
     assert not origin.asked
@@ -124,7 +124,7 @@ def test_S2_downloads_are_off(origin: Origin, store: Path) -> None:
         "http://017700000001:{port}/a.mar",
     ],
 )
-def test_S2_any_other_scheme_host_or_port_is_refused(origin: Origin, store: Path, url: str) -> None:
+def test_s2_any_other_scheme_host_or_port_is_refused(origin: Origin, store: Path, url: str) -> None:
     with pytest.raises(BadRequestError, match="allowed_urls"):
         get(store, url.format(port=origin.url.rpartition(":")[2]), **local(origin))
     assert not origin.asked
@@ -135,13 +135,13 @@ def test_S2_any_other_scheme_host_or_port_is_refused(origin: Origin, store: Path
     ["/", "/a", "/a.mar/", "/a.zip", "/..%2fa.mar", "/.a.mar", "/%2e%2e/..mar", "/a%00.mar", "/a%0a.mar", "/é.mar",
      "/" + "a" * 200 + ".mar", "/-rf.mar", "/a%5cb.mar"],
 )  # fmt: skip
-def test_S2_the_file_name_must_be_plain(origin: Origin, store: Path, path: str) -> None:
+def test_s2_the_file_name_must_be_plain(origin: Origin, store: Path, path: str) -> None:
     with pytest.raises(BadRequestError, match="plain file name"):
         get(store, origin.url + path, **local(origin))
     assert not origin.asked
 
 
-def test_S2_a_private_address_is_refused_at_the_connection(origin: Origin, store: Path) -> None:
+def test_s2_a_private_address_is_refused_at_the_connection(origin: Origin, store: Path) -> None:
     with pytest.raises(BadRequestError, match=r"refused to connect to 127\.0\.0\.1, which is no public address"):
         get(store, origin.url + "/a.mar", allowed_urls=[origin.url])
     name = origin.url.replace("127.0.0.1", "localhost")
@@ -156,21 +156,21 @@ def test_S2_a_private_address_is_refused_at_the_connection(origin: Origin, store
      "255.255.255.255", "::1", "::", "fe80::1", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::",
      "ff02::1"],
 )  # fmt: skip
-def test_S2_what_is_no_public_address(address: str) -> None:
+def test_s2_what_is_no_public_address(address: str) -> None:
     assert not _is_public(ipaddress.ip_address(address))
     assert _is_public(ipaddress.ip_address("93.184.215.14"))
     assert _is_public(ipaddress.ip_address("2606:2800:21f:cb07:6820:80da:af6b:8b2c"))
 
 
 @pytest.mark.parametrize("target", ["http://127.0.0.1:1/a.mar", "file:///etc/passwd", "https://evil.example/", "//[x"])
-def test_S2_a_redirect_elsewhere_is_refused(origin: Origin, store: Path, target: str) -> None:
+def test_s2_a_redirect_elsewhere_is_refused(origin: Origin, store: Path, target: str) -> None:
     url = origin.serves("/a.mar", b"", 302, Location=target)
     with pytest.raises((BadRequestError, DownloadError), match=r"allowed_urls|no address"):
         get(store, url, **local(origin))
     assert origin.asked == ["/a.mar"]
 
 
-def test_S2_redirects_are_followed_three_times(origin: Origin, store: Path, make_archive: MakeArchive) -> None:
+def test_s2_redirects_are_followed_three_times(origin: Origin, store: Path, make_archive: MakeArchive) -> None:
     for number in range(4):
         origin.serves(f"/{number}.mar", b"", 307, Location=f"/{number + 1}.mar")
     origin.serves("/4.mar", make_archive("echo").read_bytes())
@@ -180,7 +180,7 @@ def test_S2_redirects_are_followed_three_times(origin: Origin, store: Path, make
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_S2_the_size_is_limited(origin: Origin, store: Path, declared: bool) -> None:
+def test_s2_the_size_is_limited(origin: Origin, store: Path, declared: bool) -> None:
     url = origin.serves("/a.mar", b"x" * 100_000)
     if not declared:
 
@@ -198,7 +198,7 @@ def test_S2_the_size_is_limited(origin: Origin, store: Path, declared: bool) -> 
         get(store, url, **local(origin, max_download_size=90_000))
 
 
-def test_S2_the_time_is_limited(origin: Origin, store: Path) -> None:
+def test_s2_the_time_is_limited(origin: Origin, store: Path) -> None:
     done = threading.Event()
 
     def stalls(request: BaseHTTPRequestHandler) -> None:
@@ -222,14 +222,14 @@ def test_S2_the_time_is_limited(origin: Origin, store: Path) -> None:
         (200, {"Content_Length": "100"}, "cannot be downloaded"),
     ],
 )
-def test_S2_a_bad_answer_leaves_nothing(
+def test_s2_a_bad_answer_leaves_nothing(
     origin: Origin, store: Path, status: int, headers: dict[str, str], words: str
 ) -> None:
     with pytest.raises(DownloadError, match=words):
         get(store, origin.serves("/a.mar", b"PK", status, **headers), **local(origin))
 
 
-def test_S10_no_error_of_a_download_has_the_query(origin: Origin, store: Path) -> None:
+def test_s10_no_error_of_a_download_has_the_query(origin: Origin, store: Path) -> None:
     def answer(request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(b"HTTP/1.1 abc\r\n\r\n")
 
@@ -243,7 +243,7 @@ def test_S10_no_error_of_a_download_has_the_query(origin: Origin, store: Path) -
         assert "SECRET" not in caught.value.message
 
 
-def test_S10_a_download_that_cannot_connect_says_why(store: Path) -> None:
+def test_s10_a_download_that_cannot_connect_says_why(store: Path) -> None:
     (port,) = free_ports(1)
     with pytest.raises(DownloadError, match=r"Connection refused|Connect call failed") as caught:
         get(store, f"http://127.0.0.1:{port}/a.mar?SECRET", **local(Origin(url=f"http://127.0.0.1:{port}")))
@@ -251,14 +251,14 @@ def test_S10_a_download_that_cannot_connect_says_why(store: Path) -> None:
 
 
 @pytest.mark.parametrize("user", ["user@", "user:pass@", ":pass@"])
-def test_S2_credentials_in_an_address_are_refused_as_such(origin: Origin, store: Path, user: str) -> None:
+def test_s2_credentials_in_an_address_are_refused_as_such(origin: Origin, store: Path, user: str) -> None:
     with pytest.raises(BadRequestError, match="credentials in addresses") as caught:
         get(store, f"{origin.url.replace('//', f'//{user}')}/a.mar", **local(origin))
     assert "user:pass@127" not in caught.value.message
     assert not origin.asked
 
 
-def test_S2_a_wrong_hash_and_a_broken_archive_leave_nothing(
+def test_s2_a_wrong_hash_and_a_broken_archive_leave_nothing(
     origin: Origin, store: Path, make_archive: MakeArchive
 ) -> None:
     data = bytearray(make_archive("echo").read_bytes())
@@ -269,7 +269,7 @@ def test_S2_a_wrong_hash_and_a_broken_archive_leave_nothing(
         get(store, origin.serves("/a.mar", bytes(data)), **local(origin))
 
 
-def test_S2_another_file_of_that_name_is_never_replaced(origin: Origin, store: Path, make_archive: MakeArchive) -> None:
+def test_s2_another_file_of_that_name_is_never_replaced(origin: Origin, store: Path, make_archive: MakeArchive) -> None:
     (store / "a.mar").write_bytes(b"mine")
     url = origin.serves("/a.mar", make_archive("echo").read_bytes())
     with pytest.raises(ConflictError, match=r"holds another a\.mar already"):
@@ -277,7 +277,7 @@ def test_S2_another_file_of_that_name_is_never_replaced(origin: Origin, store: P
     assert (store / "a.mar").read_bytes() == b"mine"
 
 
-def test_S2_the_same_file_is_used_again(origin: Origin, store: Path, make_archive: MakeArchive) -> None:
+def test_s2_the_same_file_is_used_again(origin: Origin, store: Path, make_archive: MakeArchive) -> None:
     data = make_archive("echo").read_bytes()
     url = origin.serves("/a.mar", data)
     assert get(store, url, **local(origin)) == get(store, url, **local(origin)) == "a.mar"
@@ -286,7 +286,7 @@ def test_S2_the_same_file_is_used_again(origin: Origin, store: Path, make_archiv
     assert len(origin.asked) == 2  # a known hash needs no download
 
 
-def test_S2_what_a_killed_server_left_is_removed(origin: Origin, store: Path, make_archive: MakeArchive) -> None:
+def test_s2_what_a_killed_server_left_is_removed(origin: Origin, store: Path, make_archive: MakeArchive) -> None:
     (store / ".download-left").write_bytes(b"half")
     url = origin.serves("/a.mar", make_archive("echo").read_bytes())
 
@@ -302,12 +302,12 @@ def test_S2_what_a_killed_server_left_is_removed(origin: Origin, store: Path, ma
     "value",
     ["models.example.com", "ftp://x", "https://x/path", "https://u@x", "https://x:port", "https://x?y", "s3://x"],
 )
-def test_S2_an_allowed_place_is_scheme_host_and_port(value: str) -> None:
+def test_s2_an_allowed_place_is_scheme_host_and_port(value: str) -> None:
     with pytest.raises(ConfigError, match="allowed_urls"):
         load_config(environ={}, command_line={"allowed_urls": [value]})
 
 
-def test_S2_the_whole_way_over_the_management_api_and_at_start(origin: Origin, make_archive: MakeArchive) -> None:
+def test_s2_the_whole_way_over_the_management_api_and_at_start(origin: Origin, make_archive: MakeArchive) -> None:
     data = make_archive("echo").read_bytes()
     url = origin.serves("/echo.mar", data)
     pinned = f"{url}#sha256={hashlib.sha256(data).hexdigest()}"
@@ -326,7 +326,7 @@ def test_S2_the_whole_way_over_the_management_api_and_at_start(origin: Origin, m
         assert os.listdir(folder / "store") == ["echo.mar"]
 
 
-def test_S2_start_refuses_a_place_that_is_not_allowed() -> None:
+def test_s2_start_refuses_a_place_that_is_not_allowed() -> None:
     with scratch() as folder:
         text = refusal(folder, models=("a=https://evil.example/a.mar",), allowed_urls="https://models.example.com")
     assert "https://evil.example:443 is none of allowed_urls (https://models.example.com:443)" in text

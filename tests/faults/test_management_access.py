@@ -45,19 +45,19 @@ def models(address: str, **headers: str) -> Reply:
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:{}", "[::]:{}", "*:{}", "192.0.2.1:{}", "models.example.com:{}"])
-def test_S1_a_public_management_port_without_a_token_is_refused(address: str) -> None:
+def test_s1_a_public_management_port_without_a_token_is_refused(address: str) -> None:
     with scratch() as folder:
         text = refusal(folder, management_address=address.format(free_ports(1)[0]))
     assert "set management_token_file, or keep it on 127.0.0.1 or a Unix socket" in text
 
 
-def test_S1_a_unix_socket_needs_no_token() -> None:
+def test_s1_a_unix_socket_needs_no_token() -> None:
     with scratch() as folder, server(folder=folder, management_address=f"unix:{folder}/management") as running:
         shown = mms("status", "--run-dir", str(running.run_dir))
     assert (shown.returncode, shown.stderr) == (0, "")
 
 
-def test_S11_the_right_token_opens_the_management_api(public: tuple[Server, str]) -> None:
+def test_s11_the_right_token_opens_the_management_api(public: tuple[Server, str]) -> None:
     assert models(public[1], Authorization=f"Bearer {TOKEN}").json()["models"][0]["modelName"] == "echo"
 
 
@@ -74,7 +74,7 @@ def test_S11_the_right_token_opens_the_management_api(public: tuple[Server, str]
     ],
 )
 @pytest.mark.parametrize(("method", "path"), [("GET", "/models"), ("POST", "/models?url=echo-1.0.mar"), ("GET", "/x")])
-def test_F106_without_the_token_nothing_is_answered(
+def test_f106_without_the_token_nothing_is_answered(
     public: tuple[Server, str], headers: dict[str, str], method: str, path: str
 ) -> None:
     reply = fetch(public[1], method, path, headers=headers)
@@ -82,17 +82,17 @@ def test_F106_without_the_token_nothing_is_answered(
     assert reply.message == "the management API needs its token: Authorization: Bearer TOKEN"
 
 
-def test_S11_a_token_of_a_megabyte_is_refused(public: tuple[Server, str]) -> None:
+def test_s11_a_token_of_a_megabyte_is_refused(public: tuple[Server, str]) -> None:
     assert models(public[1], Authorization=f"Bearer {'x' * (1 << 20)}").status == 400
 
 
-def test_S11_mms_status_brings_the_token(public: tuple[Server, str]) -> None:
+def test_s11_mms_status_brings_the_token(public: tuple[Server, str]) -> None:
     shown = mms("status", "--json", "--run-dir", str(public[0].run_dir))
     assert (shown.returncode, shown.stderr) == (0, "")
     assert '"modelName": "echo"' in shown.stdout
 
 
-def test_S11_the_token_is_in_no_log_and_no_worker(public: tuple[Server, str]) -> None:
+def test_s11_the_token_is_in_no_log_and_no_worker(public: tuple[Server, str]) -> None:
     running, address = public
     models(address, Authorization=f"Bearer {TOKEN}")
     pid = running.predict("echo", b"x").json()["pid"]
@@ -111,18 +111,18 @@ def test_S11_the_token_is_in_no_log_and_no_worker(public: tuple[Server, str]) ->
         pytest.param("x" * (1 << 20), 0o600, "must hold one word", id="1MB"),
     ],
 )
-def test_F106_an_unsafe_token_file_is_refused(tmp_path: Path, text: str, mode: int, words: str) -> None:
+def test_f106_an_unsafe_token_file_is_refused(tmp_path: Path, text: str, mode: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         read_token(token_file(tmp_path, text, mode))
 
 
-def test_F106_start_refuses_an_unsafe_token_file() -> None:
+def test_f106_start_refuses_an_unsafe_token_file() -> None:
     with scratch() as folder:
         assert "others may read it" in refusal(folder, management_token_file=token_file(folder, mode=0o644))
         assert "cannot read the token file" in refusal(folder, management_token_file=folder / "none")
 
 
-def test_F106_a_replaced_token_counts_at_once_and_an_unsafe_one_opens_nothing(tmp_path: Path) -> None:
+def test_f106_a_replaced_token_counts_at_once_and_an_unsafe_one_opens_nothing(tmp_path: Path) -> None:
     tokens = TokenFile(token_file(tmp_path))
     assert tokens.matches(TOKEN.encode())
     (tmp_path / "new").mkdir()
@@ -140,37 +140,37 @@ def test_F106_a_replaced_token_counts_at_once_and_an_unsafe_one_opens_nothing(tm
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8081", "127.0.0.1.evil.example", "10.1.2.3", "", "a@127.0.0.1", "127.0.0.1/"]
 )
-def test_S18_a_foreign_host_is_refused(direct: Server, host: str) -> None:
+def test_s18_a_foreign_host_is_refused(direct: Server, host: str) -> None:
     reply = models(direct.management, Host=host)
     assert reply.status in (400, 403)  # 400: not even a host
     assert host in ("", "a@127.0.0.1", "127.0.0.1/") or "add the name to management_hosts" in reply.message
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8081", "127.9.9.9"])
-def test_S18_names_that_always_mean_this_machine_are_taken(either: Server, host: str) -> None:
+def test_s18_names_that_always_mean_this_machine_are_taken(either: Server, host: str) -> None:
     assert models(either.management, Host=host).status == 200
 
 
-def test_S18_a_foreign_host_is_refused_behind_nginx(edged: Server) -> None:
+def test_s18_a_foreign_host_is_refused_behind_nginx(edged: Server) -> None:
     assert "'evil.example'" in models(edged.management, Host="evil.example").message
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:3000", "https://127.0.0.1", "::"])
-def test_S18_a_page_of_another_site_is_refused(either: Server, origin: str) -> None:
+def test_s18_a_page_of_another_site_is_refused(either: Server, origin: str) -> None:
     reply = fetch(either.management, "POST", "/models?url=echo-1.0.mar", headers={"Origin": origin})
     assert (reply.status, reply.json()["type"]) == (403, "ForbiddenException")
 
 
-def test_S18_a_page_of_this_very_port_is_taken(either: Server) -> None:
+def test_s18_a_page_of_this_very_port_is_taken(either: Server) -> None:
     assert models(either.management, Origin=f"http://{either.management}").status == 200
 
 
-def test_S18_a_named_host_is_taken_as_host_and_origin(public: tuple[Server, str]) -> None:
+def test_s18_a_named_host_is_taken_as_host_and_origin(public: tuple[Server, str]) -> None:
     headers = {"Host": "models.example.com", "Origin": "https://models.example.com"}
     assert models(public[1], Authorization=f"Bearer {TOKEN}", **headers).status == 200
 
 
-def test_S18_no_answer_invites_other_sites(either: Server) -> None:
+def test_s18_no_answer_invites_other_sites(either: Server) -> None:
     reply = fetch(either.management, "OPTIONS", "/models", headers={"Origin": "http://evil.example"})
     assert reply.status == 403
     assert not [name for name in reply.headers if name.startswith("access-control-")]

@@ -182,3 +182,4 @@ def test_a_reload_ends_whatever_cannot_be_written(
         running.signal(signal.SIGHUP)
         assert told(manager, "READY=1") == "READY=1\nSTATUS=reloaded"
         eventually(lambda: "cannot write into the run directory: Is a directory" in running.output)
+        (running.run_dir / "reload.json").rmdir()

@@ -58,7 +58,7 @@ def resign(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
             archive.writestr(name, data)
 
 
-def test_S4_keys_are_made_once_and_private(keys: Path) -> None:
+def test_s4_keys_are_made_once_and_private(keys: Path) -> None:
     assert (keys / "me.key").stat().st_mode & 0o777 == 0o600
     again = archiver("keygen", keys / "me")
     assert again.exit_code == 1
@@ -66,7 +66,7 @@ def test_S4_keys_are_made_once_and_private(keys: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["default", "zip-store", "tgz", "no-archive"])
-def test_S4_every_format_can_be_signed_and_signed_again(keys: Path, format: str) -> None:
+def test_s4_every_format_can_be_signed_and_signed_again(keys: Path, format: str) -> None:
     path = pack(keys, format)
     before = ModelArchive.open(path)
     for name in ("other", "me"):
@@ -82,7 +82,7 @@ def test_S4_every_format_can_be_signed_and_signed_again(keys: Path, format: str)
     )
 
 
-def test_S4_signing_gives_an_archive_of_another_maker_its_hashes(keys: Path) -> None:
+def test_s4_signing_gives_an_archive_of_another_maker_its_hashes(keys: Path) -> None:
     path = keys / "cat.mar"
     with zipfile.ZipFile(path, "w") as archive:
         manifest = {"model": {"modelName": "cat", "handler": "handler.py:handle"}, "createdOn": "today"}
@@ -93,7 +93,7 @@ def test_S4_signing_gives_an_archive_of_another_maker_its_hashes(keys: Path) -> 
     assert (list(signed.manifest.files), signed.manifest.raw["createdOn"]) == (["handler.py"], "today")
 
 
-def test_S4_inspect_and_verify_show_the_signature(keys: Path) -> None:
+def test_s4_inspect_and_verify_show_the_signature(keys: Path) -> None:
     path, key_id = pack(keys), SigningKey(keys / "me.key").id
     unsigned = archiver("verify", path, "--trusted-keys", keys / "me.pub")
     assert (unsigned.exit_code, "cat.mar: not signed" in unsigned.output) == (1, True)
@@ -105,7 +105,7 @@ def test_S4_inspect_and_verify_show_the_signature(keys: Path) -> None:
     assert archiver("verify", path, "--trusted-keys", keys / "other.pub").exit_code == 1
 
 
-def test_S4_the_signature_is_dsse_as_openssl_checks_it(keys: Path) -> None:
+def test_s4_the_signature_is_dsse_as_openssl_checks_it(keys: Path) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl is not installed")
@@ -119,7 +119,7 @@ def test_S4_the_signature_is_dsse_as_openssl_checks_it(keys: Path) -> None:
     subprocess.run([openssl, *words], cwd=keys, check=True, capture_output=True)
 
 
-def test_S4_a_key_of_openssl_signs(keys: Path) -> None:
+def test_s4_a_key_of_openssl_signs(keys: Path) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl is not installed")
@@ -141,7 +141,7 @@ def test_S4_a_key_of_openssl_signs(keys: Path) -> None:
         pytest.param(lambda e: [], "malformed", id="list"),
     ],
 )
-def test_S4_a_changed_envelope_is_refused(keys: Path, change: Callable[[dict[str, Any]], Any], words: str) -> None:
+def test_s4_a_changed_envelope_is_refused(keys: Path, change: Callable[[dict[str, Any]], Any], words: str) -> None:
     path = pack(keys)
     archiver("sign", path, "--key", keys / "me.key")
     resign(path, change)
@@ -149,14 +149,14 @@ def test_S4_a_changed_envelope_is_refused(keys: Path, change: Callable[[dict[str
         TrustedKeys(keys / "me.pub").check(ModelArchive.open(path))
 
 
-def test_S4_a_wrong_key_id_does_not_matter(keys: Path) -> None:
+def test_s4_a_wrong_key_id_does_not_matter(keys: Path) -> None:
     path = pack(keys)
     archiver("sign", path, "--key", keys / "me.key")
     resign(path, lambda envelope: envelope["signatures"][0].update(keyid="<script>"))
     assert TrustedKeys(keys / "me.pub").check(ModelArchive.open(path)) == SigningKey(keys / "me.key").id
 
 
-def test_S4_a_changed_file_of_a_signed_archive_is_refused_even_without_verify_archives(keys: Path) -> None:
+def test_s4_a_changed_file_of_a_signed_archive_is_refused_even_without_verify_archives(keys: Path) -> None:
     path = pack(keys)
     archiver("sign", path, "--key", keys / "me.key")
     with zipfile.ZipFile(path) as archive:
@@ -179,27 +179,27 @@ def test_S4_a_changed_file_of_a_signed_archive_is_refused_even_without_verify_ar
         ("", 0o666, "others may change them"),
     ],
 )
-def test_S4_bad_trusted_keys_are_refused(tmp_path: Path, text: str, mode: int, words: str) -> None:
+def test_s4_bad_trusted_keys_are_refused(tmp_path: Path, text: str, mode: int, words: str) -> None:
     (tmp_path / "keys").write_text(text)
     (tmp_path / "keys").chmod(mode)
     with pytest.raises(ConfigError, match=words):
         TrustedKeys(tmp_path / "keys")
 
 
-def test_S4_a_readable_private_key_does_not_sign(keys: Path) -> None:
+def test_s4_a_readable_private_key_does_not_sign(keys: Path) -> None:
     (keys / "me.key").chmod(0o644)
     done = archiver("sign", pack(keys), "--key", keys / "me.key")
     assert (done.exit_code, "chmod 600 it" in done.output) == (1, True)
 
 
-def test_S4_several_keys_may_be_trusted(keys: Path) -> None:
+def test_s4_several_keys_may_be_trusted(keys: Path) -> None:
     (keys / "both").write_text((keys / "other.pub").read_text() + (keys / "me.pub").read_text())
     path = pack(keys)
     archiver("sign", path, "--key", keys / "me.key")
     assert TrustedKeys(keys / "both").check(ModelArchive.open(path)) == SigningKey(keys / "me.key").id
 
 
-def test_S4_without_cryptography_one_line_says_what_is_missing(tmp_path: Path) -> None:
+def test_s4_without_cryptography_one_line_says_what_is_missing(tmp_path: Path) -> None:
     code = "import sys; sys.modules['cryptography'] = None; from mms_archiver.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "keygen", str(tmp_path / "me")], capture_output=True, text=True, check=False
@@ -210,7 +210,7 @@ def test_S4_without_cryptography_one_line_says_what_is_missing(tmp_path: Path) -
     )
 
 
-def test_S4_a_server_with_trusted_keys_serves_only_what_they_signed(keys: Path, make_archive: MakeArchive) -> None:
+def test_s4_a_server_with_trusted_keys_serves_only_what_they_signed(keys: Path, make_archive: MakeArchive) -> None:
     path = pack(keys)
     archiver("sign", path, "--key", keys / "me.key")
     with scratch() as folder:
@@ -224,7 +224,7 @@ def test_S4_a_server_with_trusted_keys_serves_only_what_they_signed(keys: Path, 
             assert (chosen.status, "with trusted_keys" in chosen.message) == (400, True)
 
 
-def test_S4_start_refuses_an_unsigned_archive(keys: Path, make_archive: MakeArchive) -> None:
+def test_s4_start_refuses_an_unsigned_archive(keys: Path, make_archive: MakeArchive) -> None:
     with scratch() as folder:
         text = refusal(folder, make_archive("echo"), models=("echo-1.0.mar",), trusted_keys=keys / "me.pub")
     assert text.startswith("echo-1.0.mar: not signed")

@@ -29,12 +29,12 @@ SECRET = "s3cr3t-of-a-client"
         pytest.param(b"a: !!python/object/apply:os.system [id]", "could not determine a constructor", id="object"),
     ],
 )
-def test_S14_yaml_has_limits(data: bytes, words: str) -> None:
+def test_s14_yaml_has_limits(data: bytes, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_yaml(data, "model-config.yaml")
 
 
-def test_S14_thirty_levels_are_read() -> None:
+def test_s14_thirty_levels_are_read() -> None:
     assert parse_yaml(b"a: " + b"[" * 30 + b"]" * 30, "x")
 
 
@@ -45,20 +45,20 @@ class Odd:
         raise OSError(2, "No such file or directory", "/home/somebody/secret/weights.bin")
 
 
-def test_S10_errors_have_no_addresses_and_no_paths() -> None:
+def test_s10_errors_have_no_addresses_and_no_paths() -> None:
     for value, headers in ((Odd(), {}), (b"", {"x-odd": Odd()})):
         with pytest.raises(HandlerError) as caught:
             answer(value, 200, "", headers, 1000)  # type: ignore[arg-type]
         assert "0x" not in caught.value.message and "somebody" not in caught.value.message
 
 
-def test_S10_a_client_learns_the_class_of_an_exception_and_no_more(direct: Server) -> None:
+def test_s10_a_client_learns_the_class_of_an_exception_and_no_more(direct: Server) -> None:
     reply = direct.predict("raises", b"x")
     assert reply.status == 500
     assert "/" not in reply.message and "Traceback" not in reply.message
 
 
-def test_S16_one_record_is_one_line() -> None:
+def test_s16_one_record_is_one_line() -> None:
     text = "hello\n2026-01-01 INFO forged\r\x1b[2J\u2028"
     record = logging.LogRecord("mms.test", logging.INFO, "", 1, "%s", (text,), None)
     assert _Formatter("%(name)s: %(message)s").format(record) == (
@@ -66,7 +66,7 @@ def test_S16_one_record_is_one_line() -> None:
     )
 
 
-def test_S16_no_log_has_bodies_headers_or_queries(make_archive: MakeArchive, edged: Server) -> None:
+def test_s16_no_log_has_bodies_headers_or_queries(make_archive: MakeArchive, edged: Server) -> None:
     headers = {"Authorization": f"Bearer {SECRET}", "Cookie": SECRET, "X-Any": SECRET}
     for path in (f"/predictions/echo?key={SECRET}", f"/predictions/none?key={SECRET}", f"/{'x' * 9000}?{SECRET}"):
         fetch(edged.url, "POST", path, SECRET.encode(), headers)
@@ -78,7 +78,7 @@ def test_S16_no_log_has_bodies_headers_or_queries(make_archive: MakeArchive, edg
     assert all(SECRET not in text for text in (edged.output, *(path.read_text() for path in files)))
 
 
-def test_S16_who_changes_what_is_served_is_logged(make_archive: MakeArchive) -> None:
+def test_s16_who_changes_what_is_served_is_logged(make_archive: MakeArchive) -> None:
     with server(spare=(make_archive("echo"),)) as running:
         running.manage("POST", "/models?url=echo-1.0.mar&initial_workers=0")
         running.manage("DELETE", "/models/echo")
@@ -86,7 +86,7 @@ def test_S16_who_changes_what_is_served_is_logged(make_archive: MakeArchive) -> 
         assert "mms.management: unregistered echo (all versions)" in running.output
 
 
-def test_S13_a_run_directory_that_anybody_can_swap_is_refused(tmp_path: Path) -> None:
+def test_s13_a_run_directory_that_anybody_can_swap_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(StartError, match="has no sticky bit"):
         RunDirectory(tmp_path / "run").acquire(None)

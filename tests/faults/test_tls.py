@@ -68,14 +68,14 @@ def secure_get(address: str, path: str, context: ssl.SSLContext, **headers: str)
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_S19_clients_speak_tls_1_2_and_1_3(secure: tuple[Server, str, Path], version: ssl.TLSVersion) -> None:
+def test_s19_clients_speak_tls_1_2_and_1_3(secure: tuple[Server, str, Path], version: ssl.TLSVersion) -> None:
     running, _, cert = secure
     assert secure_get(running.url, "/predictions/echo", trusting(cert, version))[0] == 200
     assert f"https://{running.url}" in running.ready_line
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_S19_older_versions_are_refused(secure: tuple[Server, str, Path]) -> None:
+def test_s19_older_versions_are_refused(secure: tuple[Server, str, Path]) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
@@ -84,18 +84,18 @@ def test_S19_older_versions_are_refused(secure: tuple[Server, str, Path]) -> Non
         secure_get(secure[0].url, "/ping", context)
 
 
-def test_S19_a_public_management_port_speaks_tls_and_wants_its_token(secure: tuple[Server, str, Path]) -> None:
+def test_s19_a_public_management_port_speaks_tls_and_wants_its_token(secure: tuple[Server, str, Path]) -> None:
     _, address, cert = secure
     assert secure_get(address, "/models", trusting(cert))[0] == 401
     assert secure_get(address, "/models", trusting(cert), Authorization=f"Bearer {TOKEN}")[0] == 200
 
 
-def test_S19_plain_http_on_a_port_with_tls_is_told_so(secure: tuple[Server, str, Path]) -> None:
+def test_s19_plain_http_on_a_port_with_tls_is_told_so(secure: tuple[Server, str, Path]) -> None:
     reply = fetch(secure[0].url, "GET", "/ping")
     assert reply.json() == {"code": 421, "type": "BadRequestException", "message": "this port speaks TLS: use https"}
 
 
-def test_S19_a_session_of_one_port_is_not_resumed_at_the_other(secure: tuple[Server, str, Path]) -> None:
+def test_s19_a_session_of_one_port_is_not_resumed_at_the_other(secure: tuple[Server, str, Path]) -> None:
     running, management, cert = secure
     context = trusting(cert, ssl.TLSVersion.TLSv1_2)
 
@@ -112,7 +112,7 @@ def test_S19_a_session_of_one_port_is_not_resumed_at_the_other(secure: tuple[Ser
     assert connect(management, session) is False
 
 
-def test_S19_the_command_line_speaks_tls(secure: tuple[Server, str, Path]) -> None:
+def test_s19_the_command_line_speaks_tls(secure: tuple[Server, str, Path]) -> None:
     running, _, cert = secure
     where = ("--run-dir", str(running.run_dir))
     shown = mms("status", "--json", *where)
@@ -121,7 +121,7 @@ def test_S19_the_command_line_speaks_tls(secure: tuple[Server, str, Path]) -> No
     assert mms("predict", "echo", str(cert), *where).returncode == 0
 
 
-def test_S19_a_new_certificate_is_taken_without_a_restart(secure: tuple[Server, str, Path]) -> None:
+def test_s19_a_new_certificate_is_taken_without_a_restart(secure: tuple[Server, str, Path]) -> None:
     running, _, cert = secure
     new = certify(running.folder, "new")
     old = ssl.create_default_context(cafile=str(cert))
@@ -148,21 +148,21 @@ def test_S19_a_new_certificate_is_taken_without_a_restart(secure: tuple[Server, 
         ({"tls_key": "/nowhere.key"}, "cannot read the key /nowhere.key"),
     ],
 )
-def test_S19_what_cannot_work_is_refused(settings: dict[str, str], words: str) -> None:
+def test_s19_what_cannot_work_is_refused(settings: dict[str, str], words: str) -> None:
     with scratch() as folder:
         cert, key = certify(folder)
         given: dict[str, Any] = {"edge": "nginx", "tls_cert": cert, "tls_key": key, **settings}
         assert words in refusal(folder, **given)
 
 
-def test_S19_a_key_that_others_may_read_is_refused() -> None:
+def test_s19_a_key_that_others_may_read_is_refused() -> None:
     with scratch() as folder:
         cert, key = certify(folder)
         key.chmod(0o644)
         assert "others may read it; chmod 600 it" in refusal(folder, edge="nginx", tls_cert=cert, tls_key=key)
 
 
-def test_S19_a_key_of_another_certificate_is_refused() -> None:
+def test_s19_a_key_of_another_certificate_is_refused() -> None:
     with scratch() as folder:
         cert, _ = certify(folder)
         _, key = certify(folder, "other")
