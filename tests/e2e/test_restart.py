@@ -156,14 +156,16 @@ def test_f6_a_poisonous_request_kills_exactly_two_workers(running: Server, body:
     assert running.describe("poison")["state"] == "READY"
 
 
-def test_f7_a_retry_lets_a_refused_request_try_again(running: Server) -> None:
-    def cause() -> str:
-        return running.predict("frozen", b"abort").message.partition(" running")[0]
+def test_f7_a_retry_lets_a_refused_request_try_again(make_archive: MakeArchive) -> None:
+    with server(make_archive("poison")) as poisoned:  # in the shared server its deaths would delay the others
 
-    assert cause() == "the worker process died twice"
-    assert cause().startswith("the same request has just crashed two")
-    assert running.manage("POST", "/models/frozen/retry").status == 200
-    assert cause() == "the worker process died twice"
+        def cause() -> str:
+            return poisoned.predict("poison", b"abort").message.partition(" running")[0]
+
+        assert cause() == "the worker process died twice"
+        assert cause().startswith("the same request has just crashed two")
+        assert poisoned.manage("POST", "/models/poison/retry").status == 200
+        assert cause() == "the worker process died twice"
 
 
 def test_f8_with_retry_off_nothing_runs_twice(running: Server, make_gate: MakeGate) -> None:
