@@ -214,18 +214,24 @@ def stop(run_dir: Path | None, timeout: float | None) -> None:
         click.echo(_nobody(directory))
         return
     limit = running.stop_limit if timeout is None else timeout
-    try:
-        pidfd = os.pidfd_open(running.pid)
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-    except ProcessLookupError:
-        _fail(f"the server (pid {running.pid}) is not seen from here: it has just ended, or is in another container")
-    except PermissionError as error:
-        _fail(f"cannot stop pid {running.pid}: {error.strerror}")
+    pidfd = _signal(running, signal.SIGTERM, "stop")
     if not _ended(pidfd, running.pid, limit):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         select.select([pidfd], [], [], HEARTBEAT)
         _fail(f"the server (pid {running.pid}) did not stop within {limit:g} s and was killed")
     click.echo(f"stopped the server (pid {running.pid})")
+
+
+def _signal(running: Running, number: signal.Signals, verb: str) -> int:
+    """Send it, or end with the reason why that cannot be; returns the pidfd of the server."""
+    try:
+        pidfd = os.pidfd_open(running.pid)
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        _fail(f"the server (pid {running.pid}) is not seen from here: it has just ended, or is in another container")
+    except PermissionError as error:
+        _fail(f"cannot {verb} pid {running.pid}: {error.strerror}")
+    return pidfd
 
 
 def _ended(pidfd: int, pid: int, limit: float) -> bool:
@@ -247,13 +253,7 @@ def reload(run_dir: Path | None) -> None:
     if running is None:
         _fail(_nobody(directory), NOT_READY)
     before = directory.reloaded()
-    try:
-        pidfd = os.pidfd_open(running.pid)
-        signal.pidfd_send_signal(pidfd, signal.SIGHUP)
-    except ProcessLookupError:
-        _fail(f"the server (pid {running.pid}) is not seen from here: it has just ended, or is in another container")
-    except PermissionError as error:
-        _fail(f"cannot reload pid {running.pid}: {error.strerror}")
+    pidfd = _signal(running, signal.SIGHUP, "reload")
     deadline = time.monotonic() + RELOAD_TIMEOUT
     while (done := directory.reloaded()) is None or done == before:
         if select.select([pidfd], [], [], RELOAD_POLL)[0] or time.monotonic() > deadline:

@@ -281,7 +281,7 @@ class ModelSettings:
 class Config:
     """The settings of one server."""
 
-    model_store: Path | None = _setting(None, _path, "folder of the archives")  # noqa: RUF009  # makes a field
+    model_store: Path | None = _setting(None, _path, "folder of the archives")
     models: tuple[str, ...] = _setting((), _models, "what to serve at start: a.mar, name=b.mar, or ALL")
     inference_address: str = _setting(
         "127.0.0.1:8080", _address, "where clients send predictions: host:port or unix:/path"
@@ -289,37 +289,35 @@ class Config:
     management_address: str = _setting(
         "127.0.0.1:8081", _address, "where models are registered and scaled; keep it private"
     )
-    management_token_file: Path | None = _setting(  # noqa: RUF009
+    management_token_file: Path | None = _setting(
         None, _path, "file (mode 0600) with the token that every management call must bring"
     )
     management_hosts: tuple[str, ...] = _setting(
         (), _words, "names by which the management port may be called, beside its address and localhost"
     )
     metrics_address: str = _setting("127.0.0.1:8082", _address, "where Prometheus scrapes /metrics")
-    tls_cert: Path | None = _setting(  # noqa: RUF009
+    tls_cert: Path | None = _setting(
         None, _path, "certificate chain (PEM): nginx speaks TLS on the inference port, and on a public management port"
     )
-    tls_key: Path | None = _setting(None, _path, "the certificate's private key (PEM, mode 0600)")  # noqa: RUF009
+    tls_key: Path | None = _setting(None, _path, "the certificate's private key (PEM, mode 0600)")
     edge: str = _setting(
         "auto",
         _one_of("auto", "nginx", "none"),
         "nginx in front, or the front end alone (auto: nginx where it is installed)",
     )
     nginx: str = _setting("nginx", _text, "the nginx program")
-    run_dir: Path = _setting(None, _path, "folder for sockets, pid file and logs")  # noqa: RUF009
-    cache_dir: Path = _setting(  # noqa: RUF009
+    run_dir: Path = _setting(None, _path, "folder for sockets, pid file and logs")
+    cache_dir: Path = _setting(
         None, _path, "folder on disk for extracted archives, their requirements and request bodies that nginx spools"
     )
-    state: Path = _setting(  # noqa: RUF009
+    state: Path = _setting(
         None, _path, "file that keeps what is registered, for the next start (a path in cache_dir unless set)"
     )
-    access_log: Path | None = _setting(  # noqa: RUF009
+    access_log: Path | None = _setting(
         None, _path, "nginx writes a line of JSON per request to this file (SIGUSR1 opens it anew)"
     )
     log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "how much is logged")
-    log_file: Path | None = _setting(  # noqa: RUF009
-        None, _path, "log to this file instead of standard error (rotated at 100 MB)"
-    )
+    log_file: Path | None = _setting(None, _path, "log to this file instead of standard error (rotated at 100 MB)")
     max_request_size: int = _setting(100 << 20, _size, "largest request body, before and after unpacking", low=1)
     max_response_size: int = _setting(100 << 20, _size, "largest answer of a handler", low=1)
     max_connections: int = _setting(10_000, _integer, "connections the front end holds open", low=1)
@@ -342,7 +340,7 @@ class Config:
     stop_grace: float = _setting(5.0, _number, "seconds a worker gets to leave by itself before it is killed", low=0)
     parallel_loads: int = _setting(4, _integer, "workers that may load at the same time", low=1, high=MAX_WORKERS)
     verify_archives: bool = _setting(True, _boolean, "compare every file with the manifest's SHA-256 before it is used")
-    trusted_keys: Path | None = _setting(  # noqa: RUF009
+    trusted_keys: Path | None = _setting(
         None, _path, "file of public keys (PEM); then only archives that one of them has signed are served"
     )
     allowed_urls: tuple[str, ...] = _setting(

@@ -533,3 +533,9 @@ def either(request: pytest.FixtureRequest) -> Server:
     """The same test without and with nginx."""
     running: Server = request.getfixturevalue(request.param)
     return running
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with scratch() as made:
+        yield made

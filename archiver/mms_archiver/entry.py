@@ -138,6 +138,7 @@ def _choose(source: Path, name: str) -> str:
 def _bound(source: Path, tree: ast.Module) -> tuple[set[str], bool]:
     """The names that the file's top level assigns, imports or defines, and whether these are all (no `import *`)."""
     try:
+        # bytes, so that a coding line counts; the stubs know str only
         symbols = symtable.symtable(source.read_bytes(), str(source), "exec").get_symbols()  # type: ignore[arg-type]
     except SyntaxError as error:
         raise ArchiveError(f"{source}: line {error.lineno}: {error.msg}") from None

@@ -43,7 +43,7 @@ def settle_in(
         os.environ["TMPDIR"] = scratch
         tempfile = sys.modules.get("tempfile")  # a preloaded module may have asked it already
         if tempfile is not None:
-            tempfile.tempdir = None  # type: ignore[attr-defined]
+            tempfile.tempdir = None  # type: ignore[attr-defined]  # sys.modules holds plain modules
     sandbox.limit()
     sandbox.apply(box, directory, scratch)
     if os.getppid() != server:

@@ -248,7 +248,7 @@ def _temporary(folder: Path) -> Iterator[IO[bytes]]:
             fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by whoever still writes it
             left.unlink()
     try:
-        file = tempfile.NamedTemporaryFile(dir=folder, prefix=_PREFIX, delete=False)  # noqa: SIM115
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=_PREFIX, delete=False)  # noqa: SIM115  # closed below: `with file`
     except OSError as error:
         raise DownloadError(f"the model store cannot be written: {error.strerror}") from None
     with file:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.conftest import (
+    CLIENT_TIMEOUT,
     Answering,
     MakeArchive,
     MakeGate,
@@ -155,7 +156,7 @@ def test_nginx_that_cannot_be_kept_running_ends_the_server(make_archive: MakeArc
             process = eventually(lambda: running.process.poll() is not None or alive_master(running))
             if isinstance(process, psutil.Process):
                 process.kill()
-                eventually(lambda process=process: not process.is_running())  # type: ignore[misc]
+                process.wait(CLIENT_TIMEOUT)
         assert running.process.wait(10) == 1
         assert "nginx cannot be kept running; stopping" in running.output
 

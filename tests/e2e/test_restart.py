@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import psutil
 import pytest
@@ -70,7 +71,7 @@ def test_kill_under_load_loses_no_request_and_the_pool_is_whole_within_a_second(
             pid = running.workers("echo")[0]
             os.kill(pid, signal.SIGKILL)
             killed = time.monotonic()
-            eventually(lambda pid=pid: replaced(running, "echo", 2, pid))  # type: ignore[misc]
+            eventually(partial(replaced, running, "echo", 2, pid))
             assert time.monotonic() - killed < 1
             traffic.flows()
     assert traffic.failures == []

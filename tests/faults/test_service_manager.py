@@ -23,16 +23,9 @@ from tests.conftest import (
     fetch,
     free_ports,
     needs_nginx,
-    scratch,
     server,
     start_arguments,
 )
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with scratch() as made:
-        yield made
 
 
 @pytest.fixture

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.conftest import (
     MakeArchive,
     Server,
@@ -22,16 +20,9 @@ from tests.conftest import (
     fetch,
     free_ports,
     mms,
-    scratch,
     server,
     start_arguments,
 )
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with scratch() as made:
-        yield made
 
 
 @contextlib.contextmanager
