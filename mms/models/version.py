@@ -15,7 +15,8 @@ from mms.archive import ModelArchive
 from mms.config import ModelSettings
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
-from mms.workers.batching import BatchQueue, Job
+from mms.workers.batching import BatchQueue
+from mms.workers.job import Job
 from mms.workers.pool import WorkerPool, failed_to_load
 from mms.workers.worker import describe_worker
 

@@ -28,8 +28,9 @@ from mms.errors import MMSError as Error
 from mms.errors import ModelLoadError, QueueFullError
 from mms.metrics import VersionMetrics
 from mms.workers import environment
-from mms.workers.batching import BatchQueue, Job
+from mms.workers.batching import BatchQueue
 from mms.workers.forkserver import ForkServers
+from mms.workers.job import Job
 from mms.workers.output import KEPT_LINES, MAX_LINE, MAX_PER_SECOND, OutputReader
 from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch, prepare_process
