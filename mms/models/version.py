@@ -146,7 +146,7 @@ class ModelVersion:
             "queueBytes": settings.queue_bytes,
             "queueTimeout": settings.queue_timeout,
             "queueOrder": settings.queue_order,
-            **({"threads": pool.threads} if pool is not None else {}),
+            **({"cpuThreads": pool.cpu_threads} if pool is not None else {}),
             **({"maxRequests": settings.max_requests} if settings.max_requests else {}),
             **({"maxRss": settings.max_rss} if settings.max_rss else {}),
             **({"sandbox": self.sandbox} if self.sandbox else {}),

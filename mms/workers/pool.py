@@ -92,9 +92,9 @@ class WorkerPool:
         return 0 if self.installing else max(0, self.target - len(self._active()))
 
     @property
-    def threads(self) -> int:
+    def cpu_threads(self) -> int:
         """CPU threads that a worker gets that starts now."""
-        return self._settings.load.threads or max(1, environment.cores() // max(1, self.target))
+        return self._settings.load.cpu_threads or max(1, environment.cores() // max(1, self.target))
 
     @property
     def next_start(self) -> float | None:
@@ -300,7 +300,7 @@ class WorkerPool:
         async with nullcontext() if self.was_ready else self._loads:
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
-                await self._starter.start(worker, self.threads)
+                await self._starter.start(worker, self.cpu_threads)
                 while worker.state is WorkerState.STARTING and worker in self.workers:
                     await self._change(TICK)
         if worker.process is None:
