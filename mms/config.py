@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import yaml
 
 from mms.errors import ConfigError
@@ -29,6 +30,9 @@ MAX_WORKERS = 1024
 MAX_BATCH = 65_536
 MAX_QUEUE = 1_000_000
 MAX_THREADS = 1024
+MAX_PRIORITIES = 16
+MAX_TIMEOUT = 86_400  # seconds: beyond a day nobody waits
+MAX_OUTPUT = 64 << 10
 
 _PORTS = {"http": 80, "https": 443}
 _SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)
@@ -109,6 +113,30 @@ def _models(value: Any) -> tuple[str, ...]:
 
 def _integers(value: Any) -> tuple[int, ...]:
     return tuple(_integer(word) for word in (value if isinstance(value, list | tuple) else _words(value)))
+
+
+def _numbers_upwards(value: Any) -> tuple[int, ...]:
+    sizes = _integers([value] if isinstance(value, int) else value)
+    if any(size < 1 for size in sizes):
+        raise ValueError("numbers of at least 1 are needed")
+    return tuple(sorted({*sizes}))
+
+
+def _limits(value: Any) -> tuple[int, ...]:
+    sizes = _integers([value] if isinstance(value, int) else value)
+    if any(size < 0 or size > MAX_QUEUE for size in sizes):
+        raise ValueError(f"numbers from 0 (no limit of its own) to {MAX_QUEUE} are needed")
+    return sizes
+
+
+def _output(value: Any) -> Any:
+    try:
+        encoded = msgspec.json.encode(value)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("a text or a value that JSON can hold is needed") from None
+    if len(encoded) > MAX_OUTPUT:
+        raise ValueError(f"at most {MAX_OUTPUT} bytes as JSON")
+    return value
 
 
 @dataclass(frozen=True)
@@ -239,6 +267,36 @@ class ModelSettings:
         "adaptive",
         _one_of("adaptive", "fifo"),
         "which request is served next (adaptive: the oldest, or while the queue does not empty any more the newest)",
+    )
+    preferred_batch_sizes: tuple[int, ...] = _setting(
+        (), _numbers_upwards, "batch sizes that are better than others: the largest for which enough wait is taken"
+    )
+    request_timeout: float = _setting(
+        0.0,
+        _number,
+        "seconds after its arrival in which a request must be answered, else 504 (0: no such limit)",
+        low=0,
+        high=MAX_TIMEOUT,
+    )
+    priority_levels: int = _setting(
+        1, _integer, "priorities that a request may have, 1 is the highest", low=1, high=MAX_PRIORITIES
+    )
+    default_priority: int = _setting(
+        0, _integer, "priority of a request that asks for none (0: the middle one)", low=0, high=MAX_PRIORITIES
+    )
+    priority_queue_sizes: tuple[int, ...] = _setting(
+        (), _limits, "requests of each priority that may wait, from the highest on (0: as many as queue_size)"
+    )
+    latency_objective_ms: float = _setting(
+        0.0,
+        _number,
+        "milliseconds in which 99 % of the requests are to be answered; the batch size follows from it (0: none)",
+        low=0,
+        high=MAX_TIMEOUT * 1000,
+    )
+    default_output: Any = _setting(None, _output, "answer to give in place of one that would miss the objective")
+    default_on_miss: bool = _setting(
+        False, _boolean, "answer with default_output as soon as the objective is missed, or could only be"
     )
     retry: int = _setting(1, _integer, "times a request is run again after its worker died (0 or 1)", low=0, high=1)
     isolate_errors: str = _setting(
@@ -559,6 +617,25 @@ def merge_settings(base: ModelSettings, changes: Mapping[str, Any], origin: str,
         elif strict:
             raise ConfigError(f"{origin}: unknown setting {key}{nearest(key, known)}")
     merged = dataclasses.replace(base, **values)
+    _check_scheduling(merged, origin)
     if merged.max_workers != -1 and merged.max_workers < merged.min_workers:
         raise ConfigError(f"{origin}: max_workers {merged.max_workers} is less than min_workers {merged.min_workers}")
     return merged
+
+
+def _check_scheduling(settings: ModelSettings, origin: str) -> None:
+    """Raises ConfigError when settings do not fit together."""
+    levels, sizes, preferred = settings.priority_levels, settings.priority_queue_sizes, settings.preferred_batch_sizes
+    problem = ""
+    if preferred and preferred[-1] > settings.batch_size and not settings.latency_objective_ms:
+        problem = f"preferred_batch_sizes has {preferred[-1]}, but batch_size is {settings.batch_size}"
+    elif settings.default_priority > levels:
+        problem = f"default_priority {settings.default_priority} is more than priority_levels {levels}"
+    elif sizes and len(sizes) != levels:
+        problem = f"priority_queue_sizes has {len(sizes)} numbers, but priority_levels is {levels}: one each is needed"
+    elif settings.default_on_miss and not settings.latency_objective_ms:
+        problem = "default_on_miss needs latency_objective_ms, which says when to give the default"
+    elif settings.default_on_miss and settings.default_output is None:
+        problem = "default_on_miss needs default_output, the answer to give"
+    if problem:
+        raise ConfigError(f"{origin}: {problem}")

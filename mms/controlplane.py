@@ -41,6 +41,7 @@ from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch, reap_orphans
 from mms.workers.restarts import MAX_BOOT_FAILURES, Restarts
 from mms.workers.sandbox import Sandboxes, only_stricter
+from mms.workers.scheduling import largest_batch
 from mms.workers.settings import PoolSettings
 
 log = logging.getLogger("mms.controlplane")
@@ -399,7 +400,7 @@ class ControlPlane:
             handler=version.handler,
             manifest=dict(manifest.raw),
             model_config=model_config,
-            batch_size=settings.batch_size,
+            batch_size=largest_batch(settings),
             isolate_errors=settings.isolate_errors,
             gpu=0 if settings.gpus else None,
             cpu_threads=settings.cpu_threads,

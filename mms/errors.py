@@ -151,6 +151,24 @@ class DeadlineError(MMSError):
     type = "DeadlineExceededException"
 
 
+class ObjectiveError(DeadlineError):
+    """The model's latency objective was missed, or could only be missed."""
+
+    type = "ObjectiveMissedException"
+
+
+class SubstituteError(MMSError):
+    """Not an error to the client: it gets the model's default output, which this carries, in place of an answer."""
+
+    status = 200
+    type = ""
+
+    def __init__(self, head: bytes, body: bytes) -> None:
+        super().__init__("answered with default_output")
+        self.head = head
+        self.body = body
+
+
 class HandlerError(MMSError):
     """The handler failed, or answered with something that cannot be sent. The traceback is in the model's log."""
 

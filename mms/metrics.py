@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.utils import floatToGoString
 
 import mms
+from mms.errors import MMSError, SubstituteError
 
 SECONDS = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0,
@@ -69,16 +70,28 @@ class VersionMetrics:
         self.postprocess = Histogram(SECONDS)
         self.batch_size = Histogram(BATCH_SIZES)
         self.load_seconds = 0.0
+        self.defaults = 0  # requests that got the default output
+
+    def count(self, error: MMSError) -> None:
+        """A request ended with `error`."""
+        self.requests[error.status] += 1
+        if isinstance(error, SubstituteError):
+            self.defaults += 1
+        else:
+            self.errors[error.type] += 1
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """One worker at scrape time; `slot` is its number in the pool, stable over restarts."""
+    """One worker at scrape time; `slot` is its number in the pool, stable over restarts. `batch_limit`: with a latency
+    objective.
+    """
 
     slot: int
     state: str
     cpu_seconds: float
     resident_bytes: int
+    batch_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +193,11 @@ class Collector:
         retries = CounterMetricFamily(
             "mms_retries", "Requests run again because their worker died.", labels=["model", "version"]
         )
+        defaults = CounterMetricFamily(
+            "mms_default_outputs",
+            "Requests answered with default_output, because their objective was missed.",
+            labels=["model", "version"],
+        )
         for facts in versions:
             labels = [facts.model, facts.version]
             for status, count in sorted(facts.metrics.requests.items()):
@@ -190,6 +208,7 @@ class Collector:
                 restarts.add_metric([*labels, reason], count)
             cancelled.add_metric(labels, facts.cancelled)
             retries.add_metric(labels, facts.retries)
+            defaults.add_metric(labels, facts.metrics.defaults)
         statuses: Counter[int] = Counter()
         causes: Counter[str] = Counter()
         for (status, cause), count in self._failures.items():
@@ -199,7 +218,7 @@ class Collector:
             requests.add_metric(["unknown", "", str(status)], count)
         for cause, count in sorted(causes.items()):
             errors.add_metric(["unknown", "", cause], count)
-        yield from (requests, errors, restarts, cancelled, retries)
+        yield from (requests, errors, restarts, cancelled, retries, defaults)
 
     def _gauges(self, versions: list[VersionFacts]) -> Iterator[Metric]:
         gauges: tuple[tuple[str, str, Callable[[VersionFacts], float]], ...] = (
@@ -236,6 +255,9 @@ class Collector:
         memory = GaugeMetricFamily(
             "mms_worker_resident_memory_bytes", "Resident memory of a worker process.", labels=labels
         )
+        limits = GaugeMetricFamily(
+            "mms_worker_batch_limit", "Batch size of a worker that follows latency_objective_ms.", labels=labels
+        )
         for facts in versions:
             for state in WORKER_STATES:
                 count = facts.failed_workers if state == "FAILED" else 0
@@ -244,7 +266,9 @@ class Collector:
             for worker in facts.workers:
                 cpu.add_metric([facts.model, facts.version, str(worker.slot)], worker.cpu_seconds)
                 memory.add_metric([facts.model, facts.version, str(worker.slot)], worker.resident_bytes)
-        yield from (states, cpu, memory)
+                if worker.batch_limit is not None:
+                    limits.add_metric([facts.model, facts.version, str(worker.slot)], worker.batch_limit)
+        yield from (states, cpu, memory, limits)
 
     def _host(self) -> Iterator[Metric]:
         front = self._front_end()

@@ -38,7 +38,10 @@ MAX_NUMBER = 10**9
 
 _NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
 _AT_REGISTRATION = tuple(setting.name for setting in fields(ModelSettings))
-_WHILE_SERVED = ("batch_size", "max_batch_delay", "queue_size", "queue_bytes", "queue_timeout", "queue_order")
+_WHILE_SERVED = (
+    "batch_size", "preferred_batch_sizes", "max_batch_delay",
+    "queue_size", "queue_bytes", "queue_timeout", "queue_order",
+)  # fmt: skip
 _STRING = {"type": "string"}
 _SYNCHRONOUS = Parameter("synchronous", {"type": "boolean"}, "answer when the workers are ready, not at once")
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import mms
-from mms.config import ModelSettings, OneOf
+from mms.config import MAX_TIMEOUT, ModelSettings, OneOf
 
 _ERROR = {
     "type": "object",
@@ -36,19 +36,25 @@ _MEANINGS = {
     504: "no answer within the time limits",
 }
 
-_KINDS = {"int": "integer", "float": "number", "str": "string"}  # of a setting's field -> JSON schema
+_KINDS = {
+    "int": "integer",
+    "float": "number",
+    "str": "string",
+    "bool": "boolean",
+}  # of a setting's field -> JSON schema
 _ITEMS = {"tuple[int, ...]": "integer", "tuple[str, ...]": "string"}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A query parameter; path parameters follow from the path. `in_json`: its schema in a body, where that differs."""
+    """A query parameter or header; path parameters follow from the path. `in_json`: its schema in a body, if another."""
 
     name: str
     schema: Mapping[str, Any]
     description: str
     required: bool = False
     in_json: Mapping[str, Any] | None = None
+    place: str = "query"
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,20 @@ class Operation:
     operation_id: str = ""
 
 
+_HEADERS = (
+    Parameter(
+        "x-request-timeout-ms",
+        {"type": "number", "exclusiveMinimum": True, "minimum": 0, "maximum": MAX_TIMEOUT * 1000},
+        "milliseconds in which the answer is of use; then 504, at once",
+        place="header",
+    ),
+    Parameter(
+        "x-request-priority",
+        {"type": "integer", "minimum": 0},
+        "1 is the highest; as many as the model's priority_levels",
+        place="header",
+    ),
+)
 _PREDICTION_STATUSES = (200, 400, 404, 405, 413, 429, 500, 503, 504)
 
 
@@ -76,6 +96,7 @@ def _predictions() -> Iterable[Operation]:
                 "/predictions/{model}" + suffix,
                 f"Run {what} of a model on the body; the handler decides the answer's type.",
                 _PREDICTION_STATUSES,
+                _HEADERS,
                 body="any" if method != "get" else "",
                 result={},
                 operation_id=f"predict_{method}{'_version' if suffix else ''}",
@@ -89,7 +110,7 @@ def _invocations() -> Iterable[Operation]:
             "/invocations",
             "Run the only model, or the one that model_name names; the query parameters are inputs, too.",
             _PREDICTION_STATUSES,
-            (Parameter("model_name", {"type": "string"}, "needed when more than one model is registered"),),
+            (Parameter("model_name", {"type": "string"}, "needed when more than one model is registered"), *_HEADERS),
             body="any" if method != "get" else "",
             result={},
             operation_id=f"invoke_{method}",
@@ -132,6 +153,8 @@ def _setting_parameter(setting: Field[Any]) -> Parameter:
         text = f"{meta['help']}; in the query separated by commas"
         in_json = {"type": "array", "items": {"type": item}}
         return Parameter(setting.name, {"type": "string"}, text, in_json=in_json)
+    if kind == "Any":
+        return Parameter(setting.name, {"type": "string"}, f"{meta['help']}; in the query a text", in_json={})
     schema: dict[str, Any] = {"type": _KINDS[kind]}
     if isinstance(meta["parse"], OneOf):
         schema["enum"] = list(meta["parse"].words)
@@ -164,7 +187,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names] + [
         {
             "name": parameter.name,
-            "in": "query",
+            "in": parameter.place,
             "required": parameter.required and not operation.body,
             "description": parameter.description,
             "schema": parameter.schema,
@@ -180,7 +203,10 @@ def _operation(operation: Operation) -> dict[str, Any]:
     if operation.body == "any":
         described["requestBody"] = {"content": {"*/*": {"schema": {}}}}
     elif operation.body == "json":
-        properties = {p.name: {**(p.in_json or p.schema), "description": p.description} for p in operation.parameters}
+        properties = {
+            p.name: {**(p.schema if p.in_json is None else p.in_json), "description": p.description}
+            for p in operation.parameters
+        }
         described["requestBody"] = {
             "content": {"application/json": {"schema": {"type": "object", "properties": properties}}}
         }

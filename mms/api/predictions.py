@@ -21,6 +21,7 @@ from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion, VersionState
 from mms.payload import parse_query
 from mms.wire import RequestFacts
+from mms.workers.job import Terms
 
 MAX_ROUTES = 4096
 _NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
@@ -42,6 +43,7 @@ class Meaning(msgspec.Struct, eq=False):
     generation: int
     version: ModelVersion
     facts: RequestFacts
+    terms: Terms | None
 
 
 class InferenceApi:
@@ -75,22 +77,24 @@ class InferenceApi:
             exchange.size,
             exchange,
             exchange.arrived,
+            meaning.terms,
         )
 
     def objection(self, head: Head, size: int) -> MMSError | None:
         meaning: Meaning | None = head.meaning
         if meaning is not None and meaning.generation == self._registry.generation:
-            version = meaning.version
+            version, terms = meaning.version, meaning.terms
         else:
             path, query = _split(head.target)
             if path in self._own:
                 return None
             try:
                 version = self._route(head, path, query).version
+                terms = version.scheduling.terms(head.timeout, head.priority)
             except MMSError as error:
                 self.refused(error)
                 return error
-        refusal = version.refusal(size)
+        refusal = version.refusal(size, terms)
         if refusal is not None:
             version.count(refusal)
         return refusal
@@ -118,7 +122,12 @@ class InferenceApi:
             self.refused(busy)
             raise busy
         facts = RequestFacts(head.content_type, head.encoding, route.query, route.query_is_input, head.headers)
-        head.meaning = Meaning(generation, route.version, facts)
+        try:
+            terms = route.version.scheduling.terms(head.timeout, head.priority)
+        except MMSError as error:
+            route.version.count(error)
+            raise
+        head.meaning = Meaning(generation, route.version, facts, terms)
         return cast(Meaning, head.meaning)
 
     def _find(self, exchange: Exchange) -> Route | None:

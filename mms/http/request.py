@@ -81,9 +81,11 @@ class Head:
         "meaning",
         "method",
         "plain",
+        "priority",
         "request_id",
         "size",
         "target",
+        "timeout",
         "transfer_encoding",
         "upgrade",
         "version",
@@ -101,6 +103,8 @@ class Head:
         self.length = 0
         self.transfer_encoding = b""
         self.request_id = b""
+        self.timeout = b""  # how long the client waits for the answer, as it says so
+        self.priority = b""
         self.method = b""
         self.version = ""
         self.keep_alive = True
@@ -142,6 +146,12 @@ class Head:
     def note_request_id(self, value: bytes) -> None:
         self.request_id = value if valid_id(value) else b""
 
+    def note_timeout(self, value: bytes) -> None:
+        self.timeout = value
+
+    def note_priority(self, value: bytes) -> None:
+        self.priority = value
+
 
 _NOTES = {
     b"host": Head.note_host,
@@ -151,6 +161,8 @@ _NOTES = {
     b"content-length": Head.note_length,
     b"transfer-encoding": Head.note_transfer_encoding,
     b"x-request-id": Head.note_request_id,
+    b"x-request-timeout-ms": Head.note_timeout,
+    b"x-request-priority": Head.note_priority,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from mms.errors import MethodNotAllowedError, MMSError, OverloadError
+from mms.errors import MethodNotAllowedError, MMSError, OverloadError, SubstituteError
 
 JSON = b"content-type: application/json\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -53,6 +53,8 @@ def json_body(value: Any) -> bytes:
 
 def error_response(error: MMSError) -> tuple[int, bytes, bytes]:
     """Status, header block and JSON body of an error, in the native form."""
+    if isinstance(error, SubstituteError):
+        return error.status, error.head, error.body
     body = json_body({"code": error.status, "type": error.type, "message": error.message})
     head = JSON
     if isinstance(error, OverloadError):

@@ -16,8 +16,9 @@ from mms.config import ModelSettings
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
 from mms.workers.batching import BatchQueue
-from mms.workers.job import Job
+from mms.workers.job import Job, Terms
 from mms.workers.pool import WorkerPool, failed_to_load
+from mms.workers.scheduling import Scheduling, largest_batch
 from mms.workers.worker import describe_worker
 
 
@@ -43,14 +44,16 @@ class ModelVersion:
         self.directory: Path | None = None  # a folder of ours with the extracted archive, removed at the end
         self.sandbox: dict[str, Any] = {}  # what its workers give up, as it is described
         self.metrics = VersionMetrics()
+        self.scheduling = Scheduling.of(settings)
         self.queue = BatchQueue(
-            batch_size=settings.batch_size,
+            batch_size=largest_batch(settings),
             max_batch_delay=settings.max_batch_delay,
             capacity=settings.queue_size,
             timeout=settings.queue_timeout,
             retry=settings.retry,
             max_bytes=settings.queue_bytes,
             fifo=settings.queue_order == "fifo",
+            scheduling=self.scheduling,
         )
         self.pool: WorkerPool | None = None
         self._leaving = VersionState.READY
@@ -78,20 +81,21 @@ class ModelVersion:
                 raise self._unavailable()
             pool.submit(job)
         except MMSError as error:
-            self.count(error)
-            raise
+            outcome = self.scheduling.outcome(error)
+            self.count(outcome)
+            raise outcome from None
 
-    def refusal(self, size: int) -> MMSError | None:
+    def refusal(self, size: int, terms: Terms | None) -> MMSError | None:
         """Why a request with a body of `size` bytes would be refused now, before the body is read."""
         pool = self.pool
         if pool is None or not (pool.ready_workers or self._can_wait()):
             return self._unavailable()
-        return self.queue.refusal(size)
+        refusal = self.queue.refusal(size, terms)
+        return refusal if refusal is None else self.scheduling.outcome(refusal)
 
     def count(self, error: MMSError) -> None:
         """A request to this version was refused."""
-        self.metrics.requests[error.status] += 1
-        self.metrics.errors[error.type] += 1
+        self.metrics.count(error)
 
     @property
     def held(self) -> int:
@@ -101,7 +105,7 @@ class ModelVersion:
     def apply(self, settings: ModelSettings) -> None:
         """Take over what can change while the version is served: batching and queue limits."""
         self.settings = settings
-        self.queue.batch_size = settings.batch_size
+        self.queue.set_batches(largest_batch(settings), settings.preferred_batch_sizes)
         self.queue.max_batch_delay = settings.max_batch_delay
         self.queue.apply(
             capacity=settings.queue_size,
@@ -146,6 +150,7 @@ class ModelVersion:
             "queueBytes": settings.queue_bytes,
             "queueTimeout": settings.queue_timeout,
             "queueOrder": settings.queue_order,
+            **self._scheduling_described(),
             **({"cpuThreads": pool.cpu_threads} if pool is not None else {}),
             **({"maxRequests": settings.max_requests} if settings.max_requests else {}),
             **({"maxRss": settings.max_rss} if settings.max_rss else {}),
@@ -160,6 +165,27 @@ class ModelVersion:
             **self._troubles(),
             **({"failure": {"message": failure.message, "traceback": failure.traceback}} if failure else {}),
         }
+
+    def _scheduling_described(self) -> dict[str, Any]:
+        """The settings of scheduling that differ from the plain queue's."""
+        settings, scheduling, objective = self.settings, self.scheduling, self.queue.objective
+        described: dict[str, Any] = {}
+        if settings.preferred_batch_sizes:
+            described["preferredBatchSizes"] = settings.preferred_batch_sizes
+        if settings.request_timeout:
+            described["requestTimeout"] = settings.request_timeout
+        if scheduling.levels > 1:
+            described["priorityLevels"] = scheduling.levels
+            described["defaultPriority"] = scheduling.default_level + 1
+            if scheduling.level_sizes:
+                described["priorityQueueSizes"] = scheduling.level_sizes
+        if objective is not None:
+            described["latencyObjective"] = {
+                "objectiveMs": settings.latency_objective_ms,
+                "attainable": objective.attainable,
+                "defaultOnMiss": settings.default_on_miss,
+            }
+        return described
 
     def _troubles(self) -> dict[str, Any]:
         """The latest death or failed start, and when missing workers are started; nothing while all was well."""
@@ -197,7 +223,13 @@ class ModelVersion:
             retries=self.queue.retries,
             in_flight=pool.in_flight if pool else 0,
             workers=[
-                WorkerFacts(worker.slot, str(worker.state), _cpu(worker.pid), _memory(worker.pid))
+                WorkerFacts(
+                    worker.slot,
+                    str(worker.state),
+                    _cpu(worker.pid),
+                    _memory(worker.pid),
+                    limit.limit if (limit := worker.in_flight.batch_limit) is not None else None,
+                )
                 for worker in (pool.workers if pool else ())
             ],
             failed_workers=pool.missing if pool else 0,

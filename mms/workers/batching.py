@@ -7,36 +7,18 @@ in, no I/O. A job is owned by exactly one of the queue, a worker's InFlight or n
 from __future__ import annotations
 
 import itertools
-import math
 from collections import deque
 
-from mms.errors import (
-    DeadlineError,
-    DrainingError,
-    MMSError,
-    QueueBytesError,
-    QueueFullError,
-    QueueWaitError,
-    WorkerDiedError,
-)
+from mms.errors import DeadlineError, DrainingError, MMSError, QueueBytesError
+from mms.workers import refusals
+from mms.workers.deadlines import Deadlines
 from mms.workers.inflight import MAX_FRAME_JOBS, InFlight
-from mms.workers.job import Job
-
-MAX_FRAME_BYTES = 1 << 20  # beyond the first batch
-RETRY_SHARE = 0.1
-RETRY_MINIMUM = 3
-RETRY_WINDOW = 10.0
-POISON_MEMORY = 10.0  # seconds for which the like of a request that has crashed two workers is not run
-MAX_POISONS = 64
-MAX_POISON_BYTES = 1 << 20  # a larger one is not remembered: to compare with it would hold up the event loop
-_FROM_OUTSIDE = ("signal 9 ", "signal 15 ")  # these deaths say nothing about the request
-STANDING_WAIT = 0.005  # the oldest job has waited longer than this, and than two batches take ...
-STANDING_SECONDS = 0.1  # ... for so long: the queue does not empty any more, and the newest jobs are served first
-FEWEST_WAITING = 20  # that many may wait even while overloaded: fewer would refuse some in normal times
-RATE_SECONDS = 2.0  # the drain rate is measured over so long ...
-RATE_BATCHES = 4  # ... and at least so many batches
-MAX_RETRY_AFTER = 60
-GOLDEN = 0.618033988749895  # its multiples spread evenly over 0 to 1 without any state but a counter
+from mms.workers.job import Job, Terms
+from mms.workers.objective import BatchLimit, Objective
+from mms.workers.overload import Overload
+from mms.workers.poison import Poisons, RetryBudget
+from mms.workers.scheduling import PLAIN, Scheduling
+from mms.workers.waiting import MAX_FRAME_BYTES, Levels, Line, Waiting
 
 
 class BatchQueue:
@@ -52,77 +34,108 @@ class BatchQueue:
         retry: int,
         max_bytes: int = 512 << 20,
         fifo: bool = False,
+        scheduling: Scheduling = PLAIN,
     ) -> None:
-        self.batch_size = batch_size
         self.max_batch_delay = max_batch_delay
         self.capacity = capacity
         self.timeout = timeout
         self.retry = retry
         self.max_bytes = max_bytes
-        self.fifo = fifo  # oldest first even while overloaded
+        self.scheduling = scheduling
+        self.objective = Objective(scheduling.objective) if scheduling.objective else None
+        self.fifo = fifo or scheduling.levels > 1 or self.objective is not None  # oldest first even while overloaded
         self.room = capacity  # jobs that may wait: by number, and by the time they would wait
-        self.rate = 0.0  # jobs per second that leave while others wait; 0 while that was not measured
         self.closed = ""  # why nothing is taken any more; empty while open
         self.depth = 0  # waiting jobs that somebody still waits for
         self.bytes = 0  # of their bodies
         self.submitted = 0
         self.retries = 0
         self.cancelled = 0
-        self._waiting: deque[Job] = deque()
+        self.deadlines = Deadlines()
+        self._longest_wait = timeout
+        self._waiting: Waiting = (
+            Levels(scheduling.levels, scheduling.default_level) if scheduling.levels > 1 else Line()
+        )
         self._alone: deque[Job] = deque()  # retries: each runs in a frame of its own, before anything else
-        self._retried: deque[float] = deque()
-        self._window: deque[tuple[float, int]] = deque()
-        self._poisons: dict[tuple[int, int], float] = {}  # size and content -> until when it is not run
+        self._gave_way: list[Job] = []  # to others of higher priority; not told yet
+        self._budget = RetryBudget()
+        self._poisons = Poisons()
+        self._known_poisons = self._poisons.known
+        self._overload = Overload()
         self._handed = 0  # jobs that workers were given
-        self._drain: deque[tuple[float, int]] = deque()  # when how many were handed out, while others waited
-        self._emptied = True  # nobody waited at some time since the last look
-        self._standing_since: float | None = None
-        self._refused = 0
-        self._offered = (0, 0)  # jobs that came, and that were handed out, up to the last tick
-        self._overloaded = False  # the queue is standing, and more came than left
-        self.newest_first = False  # in force since the last look
+        self.set_batches(batch_size, scheduling.preferred)
+
+    @property
+    def rate(self) -> float:
+        """Jobs per second that leave while others wait; 0 while that was not measured."""
+        return self._overload.rate
+
+    @property
+    def newest_first(self) -> bool:
+        return self._overload.newest_first
+
+    def set_batches(self, batch_size: int, preferred: tuple[int, ...] = ()) -> None:
+        """At most so many jobs in a batch, and of these sizes those that are better than others."""
+        self.batch_size = batch_size
+        self._preferred = tuple(sorted(preferred, reverse=True))
+        self._plain = not preferred and self.objective is None
+        for limit in self.objective.limits if self.objective is not None else ():
+            limit.most = batch_size
+            limit.limit = min(limit.limit, batch_size)
+
+    def new_worker(self) -> InFlight:
+        """The account of a worker that starts."""
+        worker = InFlight()
+        if self.objective is not None:
+            worker.batch_limit = BatchLimit(self.objective.seconds, self.batch_size)
+            self.objective.limits.append(worker.batch_limit)
+        return worker
+
+    def forget_worker(self, worker: InFlight) -> None:
+        """It has ended."""
+        if self.objective is not None and worker.batch_limit in self.objective.limits:
+            self.objective.limits.remove(worker.batch_limit)
 
     def submit(self, job: Job) -> None:
         """Take the job in. Raises OverloadError, DrainingError while closed, or WorkerDiedError for one whose like has
         just crashed two workers.
         """
-        if self._poisons:
-            self._refuse_poison(job)
+        if self._known_poisons:
+            self._poisons.refuse(job)
         held = self.bytes + job.size
-        if self.depth >= self.room or held > self.max_bytes:
-            refusal = self.refusal(job.size)
+        if self.depth >= self.room or held > self.max_bytes or job.terms is not None:
+            refusal = self.refusal(job.size, job.terms)
             if refusal is not None:
                 raise refusal
+            if job.terms is not None:
+                self._accept_terms(job, job.terms)
+                held = self.bytes + job.size
         self.submitted += 1
         self.depth += 1
         self.bytes = held
         job.queue = self
         self._waiting.append(job)
 
-    def refusal(self, size: int) -> MMSError | None:
-        """What speaks against a job with a body of `size` bytes now. An empty queue takes a body of any size."""
+    def refusal(self, size: int, terms: Terms | None = None) -> MMSError | None:
+        """What speaks against a job with a body of `size` bytes now. An empty queue takes a body of any size, and jobs
+        of lower priority give way.
+        """
         if self.closed:
             return DrainingError(self.closed)
-        if self.depth >= self.capacity:
-            return QueueFullError(
-                f"the queue is full: {self.depth} requests wait; try again later", retry_after=self._retry_after()
-            )
-        if self.depth >= self.room and self._overloaded:
-            return QueueFullError(
-                f"{self.depth} requests wait, and more come than can be served; try again later",
-                retry_after=self._retry_after(),
-            )
-        if self.depth >= self.room:
-            return QueueWaitError(
-                f"{self.depth} requests wait, another one would wait longer than queue_timeout ({self.timeout:g} s)",
-                retry_after=self._retry_after(),
-            )
+        if terms is not None and self.scheduling.level_sizes:
+            most = self.scheduling.level_sizes[terms.level]
+            if most and self._waiting.waiting_at(terms.level) >= most:
+                return refusals.level_full(terms.level, most, self._retry_after())
+        if self.depth >= self.room and (terms is None or next(self._waiting.below(terms.level), None) is None):
+            return refusals.no_room(self.depth, self.capacity, self.timeout, self.objective, self._overload)
         if self.depth and self.bytes + size > self.max_bytes:
-            return QueueBytesError(
-                f"the queue is full: the requests that wait have {self.bytes} bytes, and queue_bytes is "
-                f"{self.max_bytes}; try again later",
-                retry_after=self._retry_after(),
-            )
+            lower = [] if terms is None else [job.size for job in self._waiting.below(terms.level)]
+            if len(lower) < self.depth and self.bytes - sum(lower) + size > self.max_bytes:
+                return QueueBytesError(
+                    f"the queue is full: the requests that wait have {self.bytes} bytes, and queue_bytes is "
+                    f"{self.max_bytes}; try again later",
+                    retry_after=self._retry_after(),
+                )
         return None
 
     def apply(self, *, capacity: int, max_bytes: int, timeout: float, fifo: bool) -> None:
@@ -130,18 +143,17 @@ class BatchQueue:
         self.capacity = capacity
         self.max_bytes = max_bytes
         self.timeout = timeout
-        self.fifo = fifo
+        self.fifo = fifo or self.scheduling.levels > 1 or self.objective is not None
         self.forget_poison()
         self._make_room()
 
     def forget_poison(self) -> None:
         """What crashed workers may be well by now: somebody has changed something, or asks for another try."""
-        self._poisons.clear()
+        self._known_poisons.clear()
 
     def forget_rate(self) -> None:
         """There are other workers than those whose rate was measured."""
-        self.rate = 0.0
-        self._drain.clear()
+        self._overload.forget_rate()
         self._make_room()
 
     def take(self, worker: InFlight, now: float) -> tuple[int, list[Job]] | None:
@@ -157,27 +169,54 @@ class BatchQueue:
                 worker.exclusive = True
                 job.taken = now
                 return self._hand_over(worker, [job], 1)
-        limit = self._limit(worker, now) if self.depth else 0
+        if not self.depth:
+            return None
+        batch_size = self.batch_size if self._plain else self.batch_size_of(worker)
+        limit = self._limit(worker, batch_size, now)
         if not limit:
             return None
-        waiting, batch_size = self._waiting, self.batch_size
+        waiting = self._waiting
         if len(waiting) <= limit and self.bytes <= MAX_FRAME_BYTES:
             jobs = [job for job in waiting if not job.settled]
             waiting.clear()
-            self._emptied = True
+            self._overload.emptied = True
         else:
-            jobs = self._some(limit, self._newest_first(worker, now))
+            jobs = waiting.some(limit, batch_size, self._newest_first(worker, now))
+            if not waiting:
+                self._overload.emptied = True
         for job in jobs:
             job.taken = now
         self.depth -= len(jobs)
         self.bytes -= sum([job.size for job in jobs])
         return self._hand_over(worker, jobs, batch_size)
 
+    def batch_size_of(self, worker: InFlight) -> int:
+        """How large a batch may be that the worker gets now: a preferred size if enough wait for one."""
+        limit = worker.batch_limit
+        size = limit.limit if limit is not None else self.batch_size
+        for preferred in self._preferred:
+            if preferred <= size and preferred <= self.depth:
+                return preferred
+        return size
+
+    def learn(self, worker: InFlight, largest: int, seconds: float) -> bool:
+        """A frame, in which the largest batch had so many jobs, was answered after so long. Only with an objective.
+
+        Returns whether the objective has just turned out to be out of reach.
+        """
+        limit = worker.batch_limit
+        if limit is None:
+            return False
+        hopeless = limit.observe(largest, seconds)
+        self._make_room()
+        return hopeless
+
     def wake_at(self) -> float | None:
         """When an idle worker should look again, if it waits for a fuller batch."""
         if not self.max_batch_delay or not self.depth or self.depth >= self.batch_size:
             return None
-        return self._oldest().arrived + self.max_batch_delay
+        oldest = self._oldest()
+        return None if oldest is None else oldest.arrived + self.max_batch_delay
 
     def lose(
         self, worker: InFlight, started: int, cause: str, now: float, *, done: int | None = None
@@ -189,21 +228,21 @@ class BatchQueue:
         """
         lost = self._part(worker, started, done)
         retryable = [job for job in lost if job.attempts < self.retry]
-        affordable = bool(retryable) and not self.closed and self._spend_retry(now)
+        affordable = bool(retryable) and not self.closed and self._budget.spend(now, self.submitted)
         failed: list[tuple[Job, MMSError]] = []
         for job in lost:
             job.attempts += 1
             if not affordable or job.attempts > self.retry:
-                if job.attempts > 1 and _is_crash(cause):
-                    self._remember_poison(job, now)
-                failed.append((job, self._death(job, cause)))
+                if job.attempts > 1:
+                    self._poisons.remember(job, cause, now)
+                failed.append((job, refusals.death(job, cause, closed=self.closed, retry=self.retry)))
             else:
                 self.retries += 1
                 job.taken = 0.0
                 self._alone.append(job)
                 self.depth += 1
                 self.bytes += job.size
-        self._alone = _by_arrival(self._alone)
+        self._alone = _by_arrival([*self._alone])
         return failed
 
     def timed_out(
@@ -214,18 +253,31 @@ class BatchQueue:
         return [(job, DeadlineError(error)) for job in self._part(worker, started, done)]
 
     def expire(self, now: float) -> list[tuple[Job, MMSError]]:
-        """The jobs that have waited longer than the queue's timeout."""
+        """The jobs that are not waited for any longer, at workers, too: too late, or given up for higher priorities."""
         expired: list[tuple[Job, MMSError]] = []
-        for queue in (self._alone, self._waiting):
-            while queue and (queue[0].settled or queue[0].arrived + self.timeout <= now):
-                job = queue.popleft()
-                if not job.settled:
-                    self.depth -= 1
-                    self.bytes -= job.size
-                    expired.append(
-                        (job, DeadlineError(f"no worker was free within queue_timeout ({self.timeout:g} s)"))
-                    )
+        if self._gave_way:
+            expired = [(job, refusals.gave_way(self._retry_after())) for job in self._gave_way if not job.settled]
+            self._gave_way.clear()
+        alone = self._alone
+        while alone and (alone[0].settled or alone[0].arrived + self.timeout <= now):
+            job = alone.popleft()
+            if not job.settled:
+                self._left(job)
+                job.queue = None
+                expired.append((job, refusals.too_late(self.timeout, None)))
+        for job in self._waiting.late(now, self._longest_wait):
+            self._left(job)
+            job.queue = None
+            expired.append((job, self._too_late()))
+        if self.deadlines.heap:
+            expired += self._due(now)
         return expired
+
+    def drop(self, job: Job) -> None:
+        """It waits no more."""
+        self._left(job)
+        if not job.attempts:
+            self._waiting.drop(job)
 
     def close(self, reason: str) -> None:
         """Refuse new jobs with `reason`; those that wait are still served."""
@@ -234,11 +286,51 @@ class BatchQueue:
 
     def abandon(self, error: MMSError) -> list[tuple[Job, MMSError]]:
         """Every waiting job, to be failed with `error`."""
-        jobs = [job for job in itertools.chain(self._alone, self._waiting) if not job.settled]
+        jobs = [job for job in itertools.chain(self._alone, self._waiting, self._gave_way) if not job.settled]
         self._alone.clear()
         self._waiting.clear()
+        self._gave_way.clear()
         self.depth = self.bytes = 0
         return [(job, error) for job in jobs]
+
+    def tick(self, now: float) -> None:
+        """Called a few times a second: remembers how many requests there were, and how fast they left."""
+        self._budget.tick(now, self.submitted)
+        self._waiting.tidy(self.depth)
+        if self._overload.measure(now, self.submitted, self._handed, self.depth, self.batch_size):
+            self._make_room()
+
+    def _accept_terms(self, job: Job, terms: Terms) -> None:
+        """Note its deadlines, and make room: others of lower priority give way."""
+        if self.depth >= self.room:
+            self._give_way(next(self._waiting.below(terms.level)))
+        while self.depth and self.bytes + job.size > self.max_bytes:
+            self._give_way(next(self._waiting.below(terms.level)))
+        if terms.timeout:
+            self.deadlines.add(job.arrived + terms.timeout, job, False)
+        if self.objective is not None:
+            self.deadlines.add(job.arrived + self.objective.seconds, job, True)
+
+    def _give_way(self, job: Job) -> None:
+        self.drop(job)
+        job.queue = None
+        self._gave_way.append(job)
+
+    def _due(self, now: float) -> list[tuple[Job, MMSError]]:
+        """The jobs whose deadlines have come, waiting or at a worker. Of the latter, one that only misses the model's
+        objective is answered late, unless there is an answer to be given instead.
+        """
+        late: list[tuple[Job, MMSError]] = []
+        for job, objective in self.deadlines.due(now):
+            if job.queue is None:
+                continue  # it is in `expired` already
+            if job.taken and objective and self.scheduling.default_output is None:
+                continue
+            if not job.taken:
+                self.drop(job)
+            job.queue = None
+            late.append((job, self._too_late() if objective else refusals.own_deadline(job)))
+        return late
 
     def _part(self, worker: InFlight, started: int, done: int | None) -> list[Job]:
         """Take everything from a worker; returns the batch in hand, all else goes back to the queue's front.
@@ -253,26 +345,30 @@ class BatchQueue:
                 (begun if finished <= place < started else back).append(job)
         for job in back:
             job.taken = 0.0
-            (self._alone if job.attempts else self._waiting).append(job)
         if back:
-            self._waiting = _by_arrival(self._waiting)
-            self._alone = _by_arrival(self._alone)
+            self._waiting.put_back([job for job in back if not job.attempts])
+            self._alone = _by_arrival([*self._alone, *(job for job in back if job.attempts)])
         self.depth += len(back)
         self.bytes += sum([job.size for job in back])
         return begun
 
-    def _limit(self, worker: InFlight, now: float) -> int:
+    def _limit(self, worker: InFlight, batch_size: int, now: float) -> int:
         """How many jobs may go to `worker` now: whole batches, more than one only if they are short."""
-        batch_size = self.batch_size
         ahead = worker.batches_ahead()
         if not worker.jobs:
-            if self.max_batch_delay and self.depth < batch_size and self._oldest().arrived + self.max_batch_delay > now:
-                return 0
-            return min(max(1, ahead) * batch_size, max(MAX_FRAME_JOBS, batch_size))
-        if len(worker.frames) > 1 or self.depth < batch_size:
+            if self.max_batch_delay and self.depth < batch_size:
+                oldest = self._oldest()
+                if oldest is not None and oldest.arrived + self.max_batch_delay > now:
+                    return 0
+            limit = min(max(1, ahead) * batch_size, max(MAX_FRAME_JOBS, batch_size))
+        elif len(worker.frames) > 1 or self.depth < batch_size:
             return 0
-        room = ahead * batch_size - len(worker.jobs)
-        return min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
+        else:
+            room = ahead * batch_size - len(worker.jobs)
+            limit = min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
+        if self._preferred and limit > batch_size:
+            limit = min(limit, max(1, self.depth // batch_size) * batch_size)
+        return limit
 
     def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int) -> tuple[int, list[Job]]:
         worker.add(jobs)
@@ -283,143 +379,40 @@ class BatchQueue:
         while self._alone:
             job = self._alone.popleft()
             if not job.settled:
-                self.depth -= 1
-                self.bytes -= job.size
+                self._left(job)
                 return job
         return None
 
+    def _left(self, job: Job) -> None:
+        self.depth -= 1
+        self.bytes -= job.size
+
     def _newest_first(self, worker: InFlight, now: float) -> bool:
-        """Whether the queue has been standing: its oldest job waited too long for too long, and it was never empty."""
         if self.fifo:
-            self.newest_first = False
             return False
-        self._look_whether_emptied()
-        waiting = self._waiting
-        while waiting[0].settled:
-            waiting.popleft()
-        if now - waiting[0].arrived <= max(STANDING_WAIT, 2 * (worker.batch_seconds or 0.0)):
-            self._standing_since = None
-        elif self._standing_since is None:
-            self._standing_since = now
-        self.newest_first = self._standing_since is not None and now - self._standing_since >= STANDING_SECONDS
-        return self.newest_first
+        oldest = self._waiting.oldest()
+        waited = now - oldest.arrived if oldest is not None else 0.0
+        return self._overload.is_standing(waited, worker.batch_seconds or 0.0, now)
 
-    def _look_whether_emptied(self) -> None:
-        if self._emptied:
-            self._emptied = self.newest_first = False
-            self._standing_since = None
-            self._drain.clear()
-
-    def _some(self, limit: int, newest_first: bool) -> list[Job]:
-        """Up to `limit` waiting jobs, fewer (but a batch) when their bodies are large."""
-        jobs: list[Job] = []
-        size, waiting = 0, self._waiting
-        pop = waiting.pop if newest_first else waiting.popleft
-        while waiting and len(jobs) < limit:
-            if size > MAX_FRAME_BYTES and len(jobs) >= self.batch_size:
-                break
-            job = pop()
-            if not job.settled:
-                jobs.append(job)
-                size += job.size
-        self._emptied = self._emptied or not waiting
-        return jobs
-
-    def _oldest(self) -> Job:
-        """The longest waiting job; only while `depth` is positive."""
-        return next(job for job in itertools.chain(self._alone, self._waiting) if not job.settled)
-
-    def _remember_poison(self, job: Job, now: float) -> None:
-        if job.size <= MAX_POISON_BYTES and len(self._poisons) < MAX_POISONS:
-            self._poisons[job.size, _content(job)] = now + POISON_MEMORY
-
-    def _refuse_poison(self, job: Job) -> None:
-        """Raises WorkerDiedError for a known one. That renews nothing: later, one is run again, and may be well."""
-        now = job.arrived
-        for known in [known for known, until in self._poisons.items() if until < now]:
-            del self._poisons[known]
-        if any(size == job.size for size, _ in self._poisons) and (job.size, _content(job)) in self._poisons:
-            raise WorkerDiedError("the same request has just crashed two worker processes; it is not run again",
-                                  status=500)  # fmt: skip
-
-    def _death(self, job: Job, cause: str) -> WorkerDiedError:
-        if job.attempts > 1:
-            return WorkerDiedError(f"the worker process died twice running this request ({cause})", status=500)
-        why = "too many requests were retried lately"
-        if self.closed or not self.retry:
-            why = self.closed or "retry is off for this model"
-        return WorkerDiedError(f"the worker process died running this request ({cause}); {why}")
-
-    def _spend_retry(self, now: float) -> bool:
-        """Whether one more lost batch may be run again: at most RETRY_SHARE of the last RETRY_WINDOW's requests."""
-        for record in (self._retried, self._window):
-            _drop_before(record, now - RETRY_WINDOW)
-        recent = self.submitted - (self._window[0][1] if self._window else 0)
-        if len(self._retried) >= max(RETRY_MINIMUM, RETRY_SHARE * recent):
-            return False
-        self._retried.append(now)
-        return True
-
-    def tick(self, now: float) -> None:
-        """Called a few times a second: remembers how many requests there were, and how fast they left."""
-        self._window.append((now, self.submitted))
-        _drop_before(self._window, now - RETRY_WINDOW)
-        self._measure(now)
-
-    def _measure(self, now: float) -> None:
-        """The rate at which jobs leave while others wait: an idle queue tells nothing of how fast its workers are."""
-        if len(self._waiting) > 2 * self.depth + MAX_FRAME_JOBS:  # cancelled, below others that nobody takes
-            self._waiting = deque([job for job in self._waiting if not job.settled])
-        self._emptied = self._emptied or not self.depth
-        self._look_whether_emptied()
-        came, left = self._offered
-        self._offered = self.submitted + self._refused, self._handed
-        overloaded = self.newest_first and self._offered[0] - came > self._handed - left
-        if overloaded is not self._overloaded:
-            self._overloaded = overloaded
-            self._make_room()
-        if not self.depth:
-            return
-        drain = self._drain
-        drain.append((now, self._handed))
-        enough = RATE_BATCHES * self.batch_size
-        while len(drain) > 2 and now - drain[1][0] >= RATE_SECONDS and self._handed - drain[1][1] >= enough:
-            drain.popleft()
-        since, handed = drain[0]
-        if self._handed - handed >= enough:
-            self.rate = (self._handed - handed) / (now - since)
-            self._make_room()
+    def _oldest(self) -> Job | None:
+        """The longest waiting job; retries are older than others."""
+        return next((job for job in self._alone if not job.settled), None) or self._waiting.oldest()
 
     def _make_room(self) -> None:
-        room = self.capacity
-        if self.rate:
-            room = min(room, max(self.batch_size, int(self.rate * self.timeout)))
-            if self._overloaded:  # who waits below the newest waits for long: let there be few of them
-                room = min(room, max(FEWEST_WAITING, 4 * self.batch_size, int(self.rate * STANDING_SECONDS)))
-        self.room = 0 if self.closed else room
+        wait, room = self.timeout, self.capacity
+        if self.objective is not None:
+            wait = min(wait, self.objective.longest_wait())
+            room = min(room, self.objective.room() or room)
+        self._longest_wait = wait
+        self.room = 0 if self.closed else self._overload.room(room, self.batch_size, self.timeout)
+
+    def _too_late(self) -> DeadlineError:
+        return refusals.too_late(self.timeout, self.objective)
 
     def _retry_after(self) -> int:
-        """Whole seconds until those that wait now are gone, spread so that not all who were refused return at once."""
-        self._refused += 1
-        wait = self.depth / self.rate if self.rate else 0.0
-        return min(MAX_RETRY_AFTER, max(1, math.ceil(wait * (1 + self._refused * GOLDEN % 0.5))))
+        return self._overload.retry_after(self.depth)
 
 
-def _is_crash(cause: str) -> bool:
-    return cause.startswith(("signal ", "exit code ")) and not cause.startswith(_FROM_OUTSIDE)
-
-
-def _content(job: Job) -> int:
-    """All that a handler can see of a request: what differs in a header alone need not crash it."""
-    facts = job.facts
-    return hash((facts.query, facts.query_is_input, *facts.headers, b"".join(job.parts)))
-
-
-def _by_arrival(jobs: deque[Job]) -> deque[Job]:
+def _by_arrival(jobs: list[Job]) -> deque[Job]:
     """Oldest first again after jobs came back, so that the front is what expires next."""
     return deque(sorted(jobs, key=lambda job: (job.arrived, job.id)))
-
-
-def _drop_before(record: deque[float] | deque[tuple[float, int]], limit: float) -> None:
-    while record and (record[0] if isinstance(record[0], float) else record[0][0]) < limit:
-        record.popleft()

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from mms.workers.job import Job
+from mms.workers.objective import BatchLimit
 
 AHEAD_SECONDS = 0.002  # work that may lie at a worker beyond what it needs now: bounds how long one job can hold others
 MAX_FRAME_JOBS = 256
@@ -25,7 +26,7 @@ class Frame:
 class InFlight:
     """The jobs at one worker, by id, in the order in which they were sent, and what it may be sent ahead."""
 
-    __slots__ = ("batch_seconds", "exclusive", "finished", "frames", "jobs", "sent")
+    __slots__ = ("batch_limit", "batch_seconds", "exclusive", "finished", "frames", "jobs", "sent")
 
     def __init__(self) -> None:
         self.jobs: dict[int, Job] = {}
@@ -34,6 +35,7 @@ class InFlight:
         self.frames: deque[Frame] = deque()  # those that are not answered as a whole
         self.exclusive = False  # the one job in hand is a retry: nothing else may share its fate
         self.batch_seconds: float | None = None  # time of a batch: follows rises at once, falls slowly
+        self.batch_limit: BatchLimit | None = None  # its batch size, where that follows a latency objective
 
     def add(self, jobs: list[Job]) -> None:
         """They are sent in one frame."""

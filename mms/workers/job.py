@@ -22,6 +22,16 @@ class Caller(Protocol):
     def fail(self, error: MMSError) -> None: ...
 
 
+class Terms(msgspec.Struct, frozen=True):
+    """On which terms a request waits; those without any wait in the plain way. One object for all that say the same.
+
+    `level` counts from 0, the highest priority; `timeout` is in seconds from the request's arrival, 0 for none.
+    """
+
+    level: int = 0
+    timeout: float = 0.0
+
+
 class Job(msgspec.Struct, eq=False):
     """One request on its way through the queue and a worker; `parts` are the pieces in which its body arrived.
 
@@ -35,6 +45,7 @@ class Job(msgspec.Struct, eq=False):
     size: int
     caller: Caller
     arrived: float
+    terms: Terms | None = None
     queue: BatchQueue | None = None
     taken: float = 0.0
     frame: Frame | None = None
@@ -49,8 +60,7 @@ class Job(msgspec.Struct, eq=False):
             if queue is not None:
                 queue.cancelled += 1
                 if not self.taken:
-                    queue.depth -= 1
-                    queue.bytes -= self.size
+                    queue.drop(self)
                     self.parts.clear()
 
     def fail(self, error: MMSError) -> None:

@@ -30,7 +30,7 @@ class Lateness:
         done, started, begun_at = worker.process.progress()
         if not begun_at:  # stopped or stuck between two batches: it owes the next one
             begun_at = max(next(iter(worker.in_flight.jobs.values())).taken, self._standing_since(worker, done, now))
-            started = max(started, done + self._queue.batch_size)
+            started = max(started, done + self._queue.batch_size_of(worker.in_flight))
         limit = self._settings.response_timeout
         if now - begun_at <= limit or worker.cause:
             return None

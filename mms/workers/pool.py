@@ -30,6 +30,7 @@ from mms.workers.worker import Worker, WorkerState
 log = logging.getLogger("mms.pool")
 
 TICK = 0.25
+TIMER = 0.001  # the loop's timers are no finer
 ASLEEP = 1.0  # a tick this late means that this process itself stood still
 
 
@@ -66,6 +67,8 @@ class WorkerPool:
         self._wake: asyncio.Handle | None = None
         self._delay: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._alarm: asyncio.TimerHandle | None = None  # at the earliest deadline of a request
+        self._alarm_at = 0.0
         self._last_tick = 0.0
         self._changed = asyncio.Event()
         self._draining = False
@@ -127,12 +130,9 @@ class WorkerPool:
     def fail(self, job: Job, error: MMSError) -> None:
         """The job's outcome is `error`; counted."""
         if not job.settled:
-            self.count_failure(error)
-            job.fail(error)
-
-    def count_failure(self, error: MMSError) -> None:
-        self._metrics.requests[error.status] += 1
-        self._metrics.errors[error.type] += 1
+            outcome = self._queue.scheduling.outcome(error)
+            self._metrics.count(outcome)
+            job.fail(outcome)
 
     def _wake_soon(self) -> None:
         """Hand out jobs at the end of this turn of the event loop: what else arrives in it goes along."""
@@ -145,8 +145,7 @@ class WorkerPool:
         if not queue.depth:
             return
         now = time.monotonic()
-        for job, error in queue.expire(now):
-            self.fail(job, error)
+        self._expire(now)
         if len(self.ready_workers) == 1:
             self._feed(self.ready_workers[0], now)
         else:
@@ -158,6 +157,8 @@ class WorkerPool:
                     self._feed(worker, now)
         if queue.depth and queue.max_batch_delay:
             self._wake_later(now)
+        if queue.deadlines.heap:
+            self._watch_deadlines()
 
     def _feed(self, worker: Worker, now: float) -> None:
         frame = self._queue.take(worker.in_flight, now)
@@ -166,12 +167,33 @@ class WorkerPool:
 
     def _wake_later(self, now: float) -> None:
         wake_at = self._queue.wake_at()
-        if wake_at is not None and self._delay is None:
+        if wake_at is not None and wake_at > now and self._delay is None:  # else a worker that is free looks anyway
             self._delay = self._loop.call_later(max(wake_at - now, 0.0), self._look_again)
 
     def _look_again(self) -> None:
         self._delay = None
         self._dispatch()
+
+    def _watch_deadlines(self) -> None:
+        """Wake up at the earliest deadline of a request that waits or is at a worker."""
+        at = self._queue.deadlines.next()
+        if self._alarm is not None:
+            if at is not None and self._alarm_at <= at:
+                return  # early enough: it looks again
+            self._alarm.cancel()
+            self._alarm = None
+        if at is not None:
+            self._alarm_at = at
+            self._alarm = self._loop.call_later(max(at - time.monotonic(), 0.0) + TIMER, self._deadline)
+
+    def _deadline(self) -> None:
+        self._alarm = None
+        self._expire(time.monotonic())
+        self._watch_deadlines()
+
+    def _expire(self, now: float) -> None:
+        for job, error in self._queue.expire(now):
+            self.fail(job, error)
 
     def wake(self) -> None:
         """What the queue hands out, or when, has changed: look again."""
@@ -217,7 +239,7 @@ class WorkerPool:
             for task in self._tasks:
                 task.cancel()
             await self._change(TICK)
-        for handle in (self._wake, self._delay, self._timer):
+        for handle in (self._wake, self._delay, self._timer, self._alarm):
             if handle is not None:
                 handle.cancel()
 
@@ -380,6 +402,7 @@ class WorkerPool:
             self.ready_workers.remove(worker)
         self._lateness.forget(worker)
         self._recycling.forget(worker)
+        self._queue.forget_worker(worker.in_flight)
         self._changed.set()
 
     def _take_back(self, worker: Worker) -> None:
@@ -448,8 +471,7 @@ class WorkerPool:
         asleep = now - self._last_tick > TICK + ASLEEP
         self._last_tick = now
         self._queue.tick(now)
-        for job, error in self._queue.expire(now):
-            self.fail(job, error)
+        self._expire(now)
         self._restarts.memory_kills.look(now)
         if self._recycling.wanted:
             self._recycle()

@@ -13,7 +13,6 @@ from mms import wire
 from mms.errors import FrameError, HandlerError
 from mms.metrics import VersionMetrics
 from mms.workers.batching import BatchQueue
-from mms.workers.inflight import InFlight
 from mms.workers.job import Job
 from mms.workers.output import OutputReader
 from mms.workers.process import WorkerProcess
@@ -51,7 +50,7 @@ class Worker(asyncio.Protocol):
         self.slot = slot
         self.gpu = gpu
         self.state = WorkerState.STARTING
-        self.in_flight = InFlight()
+        self.in_flight = queue.new_worker()
         self.started_at = time.time()
         self.launched = time.monotonic()
         self.failure: wire.Failed | None = None
@@ -183,6 +182,8 @@ class Worker(asyncio.Protocol):
                 metrics.inference.observe(batch.inference)
                 metrics.postprocess.observe(batch.postprocess)
         self.in_flight.observe(len(batches), seconds)
+        if self.in_flight.batch_limit is not None:
+            self._learn(batches, now - min([job.taken for job in jobs]))
         if any([job.settled for job in jobs]):
             kept = [place for place, job in enumerate(jobs) if not job.settled]
             jobs, outcomes = [jobs[place] for place in kept], [outcomes[place] for place in kept]
@@ -199,6 +200,12 @@ class Worker(asyncio.Protocol):
             metrics.requests[outcome.status] += 1
             if outcome.error:
                 metrics.errors[outcome.error] += 1
+
+    def _learn(self, batches: list[wire.BatchTimes], seconds: float) -> None:
+        """Let the batch size follow the latency objective."""
+        if self._queue.learn(self.in_flight, max([batch.jobs for batch in batches]), seconds):
+            log.warning("worker %s: one request alone takes %.0f ms, longer than latency_objective_ms: the objective "
+                        "cannot be kept", self.pid, seconds * 1000)  # fmt: skip
 
     def _process_ended(self) -> None:
         exit_status = self.process.reap()
@@ -244,4 +251,5 @@ def describe_worker(worker: Worker, memory: int) -> dict[str, Any]:
         **({"gpuId": worker.gpu} if worker.gpu is not None else {}),
         "memoryUsage": memory,
         "pid": worker.pid,
+        **({"batchLimit": limit.limit} if (limit := worker.in_flight.batch_limit) is not None else {}),
     }

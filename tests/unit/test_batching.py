@@ -18,18 +18,12 @@ from mms.errors import (
     WorkerDiedError,
 )
 from mms.wire import RequestFacts
-from mms.workers.batching import (
-    FEWEST_WAITING,
-    MAX_FRAME_BYTES,
-    MAX_POISON_BYTES,
-    MAX_RETRY_AFTER,
-    RETRY_MINIMUM,
-    RETRY_WINDOW,
-    STANDING_SECONDS,
-    BatchQueue,
-)
+from mms.workers.batching import BatchQueue
 from mms.workers.inflight import MAX_FRAME_JOBS, InFlight
 from mms.workers.job import Job
+from mms.workers.overload import FEWEST_WAITING, MAX_RETRY_AFTER, STANDING_SECONDS
+from mms.workers.poison import MAX_POISON_BYTES, RETRY_MINIMUM, RETRY_WINDOW
+from mms.workers.waiting import MAX_FRAME_BYTES
 
 NOW = 1000.0
 QUICK = 1e-5  # seconds a batch takes: many fit into the time that may be sent ahead
@@ -293,7 +287,7 @@ def test_retry_after_is_the_time_until_the_queue_is_empty_and_some_chance() -> N
     refusals = [queue.refusal(10) for _ in range(20)]
     seconds = {refusal.retry_after for refusal in refusals if isinstance(refusal, QueueFullError)}
     assert seconds <= {5, 6, 7, 8} and len(seconds) > 1
-    queue.rate = 0.01
+    queue._overload.rate = 0.01
     assert isinstance(refusal := queue.refusal(10), QueueFullError) and refusal.retry_after == MAX_RETRY_AFTER
 
 

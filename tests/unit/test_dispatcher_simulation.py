@@ -8,6 +8,7 @@ and its last events.
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import random
@@ -18,11 +19,22 @@ from typing import TypeVar
 
 import pytest
 
-from mms.errors import DeadlineError, MMSError, OverloadError, ServiceUnavailableError, WorkerDiedError
+from mms.errors import (
+    DeadlineError,
+    MMSError,
+    ObjectiveError,
+    OverloadError,
+    QueueFullError,
+    ServiceUnavailableError,
+    WorkerDiedError,
+)
 from mms.wire import RequestFacts
-from mms.workers.batching import MAX_RETRY_AFTER, STANDING_SECONDS, BatchQueue
-from mms.workers.inflight import InFlight
-from mms.workers.job import Job
+from mms.workers.batching import BatchQueue
+from mms.workers.job import Job, Terms
+from mms.workers.objective import LEAST_WAIT
+from mms.workers.overload import MAX_RETRY_AFTER, STANDING_SECONDS
+from mms.workers.scheduling import PLAIN, Scheduling
+from mms.workers.waiting import FAIR_TURN
 
 SEEDS = int(os.environ.get("SEEDS", "10000"))
 SEED = int(os.environ["SEED"]) if "SEED" in os.environ else None
@@ -57,8 +69,8 @@ class Client:
 class Process:
     """A worker process: begins batches in order, answers in order, may end between any two steps."""
 
-    def __init__(self, batch_seconds: float) -> None:
-        self.in_flight = InFlight()
+    def __init__(self, batch_seconds: float, queue: BatchQueue) -> None:
+        self.in_flight = queue.new_worker()
         self.batch_seconds = batch_seconds
         self.frames: deque[tuple[int, deque[Job]]] = deque()
         self.batch: list[Job] = []
@@ -86,15 +98,17 @@ class Simulation:
             retry=self.retry,
             max_bytes=self.pick((1 << 30, 1_000_000)),
             fifo=chance() < 0.3,
+            scheduling=self.scheduling(),
         )
         self.speed = self.pick((1e-7, 1e-5, 1e-3, 0.1))
-        self.workers = [Process(self.speed) for _ in range(self.pick((1, 1, 2, 3)))]
+        self.workers = [Process(self.speed, self.queue) for _ in range(self.pick((1, 1, 2, 3)))]
         self.poison_share = self.pick((0.0, 0.0, 0.1, 0.5))
         self.hang_share = self.pick((0.0, 0.0, 0.1))
         self.clients: dict[int, Client] = {}
         self.live: set[int] = set()
         self.cancelled: set[int] = set()
-        self.newest_first = 0  # times that the order was turned round
+        self.seen: Counter[str] = Counter()  # how often the rarer things came to pass
+        self.passed: dict[int, int] = {}  # how many frames left a job where it was that was next of the lower ones
         self.mix = (
             (self.submit, self.pick((2, 8))),
             (self.dispatch, 4),
@@ -106,6 +120,26 @@ class Simulation:
             (self.stop_late, 1),
             (self.resize, self.pick((0, 0, 1))),
         )
+
+    def scheduling(self) -> Scheduling:
+        if self.chance() < 0.6:
+            return PLAIN
+        levels = self.pick((1, 2, 3))
+        return Scheduling(
+            preferred=self.pick(((), (2, 4))),
+            levels=levels,
+            default_level=levels // 2,
+            level_sizes=self.pick(((), (0, 5, 2)[:levels])),
+            objective=self.pick((0.0, 0.0, 0.5, 2.0)),
+            default_output=self.pick((None, (b"text/plain", b"nothing"))),
+        )
+
+    def terms(self) -> Terms | None:
+        """As the API makes them: none on a plain queue, unless the client sends a timeout."""
+        queue = self.queue
+        if queue.scheduling is PLAIN and self.chance() < 0.9:
+            return None
+        return Terms(int(self.chance() * queue.scheduling.levels), self.pick((0.0, 0.0, 0.2, 1.0, 20.0)))
 
     def run(self) -> None:
         actions = [action for action, weight in self.mix for _ in range(weight)]
@@ -134,9 +168,12 @@ class Simulation:
         client.hangs = self.chance() < self.hang_share
         size = self.pick((10, 10, 10, 10, 700_000))
         body = b"poison" if client.poison else b"%d" % number
-        client.job = Job(number, FACTS, b"", [body], size, client, self.now)
-        queue = self.queue
+        client.job = Job(number, FACTS, b"", [body], size, client, self.now, self.terms())
+        queue, terms = self.queue, client.job.terms
         full = queue.depth >= queue.room or bool(queue.depth and queue.bytes + size > queue.max_bytes)
+        if terms is not None:
+            full = self.is_full(terms, size)
+            self.events.append(("terms", terms))
         self.events.append(("submit", number, "poison" * client.poison, "hangs" * client.hangs))
         try:
             self.queue.submit(client.job)
@@ -151,6 +188,20 @@ class Simulation:
             self.clients[number] = client
             self.live.add(number)
 
+    def is_full(self, terms: Terms, size: int) -> bool:
+        """Whether a request on these terms finds no room, even if all that is less important gives way."""
+        queue = self.queue
+        waiting = [job for job in queue._waiting if not job.settled]
+        level_sizes = queue.scheduling.level_sizes
+        if level_sizes and level_sizes[terms.level]:
+            same = sum(job.terms is not None and job.terms.level == terms.level for job in waiting)
+            if same >= level_sizes[terms.level]:
+                return True
+        lower = [job.size for job in waiting if job.terms is not None and job.terms.level > terms.level]
+        if queue.depth >= queue.room and not lower:
+            return True
+        return queue.depth > len(lower) and queue.bytes - sum(lower) + size > queue.max_bytes
+
     def dispatch(self) -> None:
         """Offer work to every worker, in any order; as the pool does, after what is too late was taken out."""
         self.expire()
@@ -162,7 +213,8 @@ class Simulation:
 
     def feed(self, worker: Process) -> None:
         held = worker.in_flight
-        was_idle, was_exclusive, standing = not held.jobs, held.exclusive, self.queue._standing_since
+        was_idle, was_exclusive, standing = not held.jobs, held.exclusive, self.queue._overload.standing_since
+        below = self.next_below()
         frame = self.queue.take(held, self.now)
         if frame is None:
             wake_at = self.queue.wake_at()
@@ -180,10 +232,34 @@ class Simulation:
         for job in jobs:
             assert not job.settled, "a job that nobody waits for is sent"
             assert job.arrived + TIMEOUT > self.now, "a job that is too late is sent"
-        if not jobs[0].attempts and self.queue._waiting:
-            self.check_order(jobs, standing)
+            assert not 0 < self.deadline(job) <= self.now, "a job is sent after its deadline"
+        if not jobs[0].attempts:
+            if len(self.queue._waiting) and self.queue.scheduling.levels == 1:
+                self.check_order(jobs, standing)
+            self.check_fairness(below)
         worker.frames.append((batch_size, deque(jobs)))
         worker.sent += len(jobs)
+
+    def deadline(self, job: Job) -> float:
+        return job.arrived + job.terms.timeout if job.terms is not None and job.terms.timeout else 0.0
+
+    def next_below(self) -> Job | None:
+        """Of the levels below the highest that waits, the longest waiting job."""
+        if self.queue.scheduling.levels == 1:
+            return None
+        jobs = [job for job in self.queue._waiting if job.terms is not None]
+        highest = min([job.terms.level for job in jobs if job.terms], default=0)
+        below = [job for job in jobs if job.terms and job.terms.level > highest]
+        return min(below, key=lambda job: (job.arrived, job.id), default=None)
+
+    def check_fairness(self, below: Job | None) -> None:
+        """Whoever waits longest of the lower levels is served at the latest with the tenth frame since then."""
+        if below is None or below.taken:
+            self.passed.clear()
+            return
+        self.passed = {below.id: self.passed.get(below.id, 0) + 1}
+        self.seen["passed over"] += 1
+        assert self.passed[below.id] < FAIR_TURN, "a job of low priority starves"
 
     def check_order(self, jobs: list[Job], standing: float | None) -> None:
         """What was sent is the oldest of what waited; or the newest, if the queue stood already at an earlier look."""
@@ -192,7 +268,7 @@ class Simulation:
         if not rest:
             return
         if self.queue.newest_first:
-            self.newest_first += 1
+            self.seen["newest first"] += 1
             assert not self.queue.fifo and standing is not None and self.now - standing >= STANDING_SECONDS
             assert min(sent) >= max(rest), "not the newest"
         else:
@@ -253,6 +329,8 @@ class Simulation:
     def read(self, worker: Process, count: int) -> None:
         if count and worker.batches:
             worker.in_flight.observe(worker.batches, worker.batches * worker.batch_seconds)
+            taken = [job.taken for job in itertools.islice(worker.written, count)]
+            self.queue.learn(worker.in_flight, self.pick((1, 2, 3)), self.now - min(taken))
             worker.batches = 0
         answered = [worker.written.popleft() for _ in range(count)]
         jobs = worker.in_flight.finish([job.id for job in answered])
@@ -298,7 +376,8 @@ class Simulation:
                 self.replace(worker)
 
     def replace(self, worker: Process) -> None:
-        self.workers[self.workers.index(worker)] = Process(self.speed)
+        self.queue.forget_worker(worker.in_flight)
+        self.workers[self.workers.index(worker)] = Process(self.speed, self.queue)
 
     def pass_time(self) -> None:
         self.now += self.pick((0.01, 0.3, 1.5))
@@ -308,20 +387,37 @@ class Simulation:
 
     def expire(self) -> None:
         expired = self.queue.expire(self.now)
-        assert all(job.arrived + TIMEOUT <= self.now for job, _ in expired)
+        for job, error in expired:
+            self.check_reason(job, error)
         self.fail(expired)
+        overdue = [n for n in self.live if 0 < self.deadline(self.clients[n].job) <= self.now]
+        assert not overdue, f"not answered by their deadline: {overdue}"
         latest, clients = self.now - TIMEOUT, self.clients
         late = [n for n in self.live if clients[n].job.arrived <= latest and not clients[n].job.taken]
         assert not late, f"waits longer than the queue's timeout: {late}"
 
+    def check_reason(self, job: Job, error: MMSError) -> None:
+        """Why a job is given up, waiting or at a worker."""
+        queue, waited = self.queue, self.now - job.arrived
+        self.seen[type(error).__name__] += 1
+        if isinstance(error, QueueFullError):
+            assert queue.scheduling.levels > 1 and job.terms is not None and job.terms.level > 0 and not job.taken
+        elif isinstance(error, ObjectiveError):
+            assert queue.objective is not None
+            least = queue.objective.seconds * LEAST_WAIT
+            assert waited >= least - 1e-9 and (not job.taken or queue.scheduling.default_output is not None)
+        else:
+            assert isinstance(error, DeadlineError)
+            assert 0 < self.deadline(job) <= self.now or (job.arrived + TIMEOUT <= self.now and not job.taken)
+
     def resize(self) -> None:
         """A live change of the batch settings."""
-        self.queue.batch_size = self.pick((1, 2, 5))
+        self.queue.set_batches(self.pick((1, 2, 5)), self.queue.scheduling.preferred)
         self.events.append(("batch size", self.queue.batch_size))
 
     def fail(self, failed: list[tuple[Job, MMSError]]) -> None:
         for job, error in failed:
-            assert not job.settled
+            assert not job.settled, f"job {job.id} fails twice"
             job.fail(error)
             self.live.discard(job.id)
 
@@ -360,8 +456,9 @@ class Simulation:
     def check(self) -> None:
         queue = self.queue
         waiting = [*queue._alone, *queue._waiting]
+        given_up = [job.id for job in queue._gave_way]
         sizes = [job.size for job in waiting if not job.settled]
-        owned = [job.id for job in waiting]
+        owned = [job.id for job in waiting] + given_up
         assert not any([job.taken for job in waiting]), "a waiting job counts as taken"
         for worker in self.workers:
             held = worker.in_flight
@@ -395,9 +492,9 @@ class Simulation:
         assert outcomes.total() == self.queue.submitted
 
 
-def simulate(seeds: range) -> tuple[int, str]:
-    """How often the newest were served first; and the first failure, with its seed and its last events."""
-    newest_first = 0
+def simulate(seeds: range) -> tuple[Counter[str], str]:
+    """How often the rarer things came to pass; and the first failure, with its seed and its last events."""
+    seen: Counter[str] = Counter()
     for seed in seeds:
         simulation = Simulation(seed)
         try:
@@ -406,9 +503,9 @@ def simulate(seeds: range) -> tuple[int, str]:
             events = "\n".join(" ".join(map(str, event)) for event in simulation.events[-40:])
             where = traceback.extract_tb(error.__traceback__)[-1]
             what = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
-            return newest_first, f"seed {seed}: {what}\nlast events:\n{events}\nagain: make simulate SEED={seed}"
-        newest_first += simulation.newest_first
-    return newest_first, ""
+            return seen, f"seed {seed}: {what}\nlast events:\n{events}\nagain: make simulate SEED={seed}"
+        seen += simulation.seen
+    return seen, ""
 
 
 @pytest.mark.timeout(300)
@@ -420,8 +517,9 @@ def test_every_job_has_one_owner_and_one_outcome() -> None:
     pieces = [range(first, min(first + PIECE, SEEDS)) for first in range(0, SEEDS, PIECE)]
     # frozen, the parent's objects cost the processes no garbage collection
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), gc.freeze) as pool:
-        newest_first = 0
-        for turned, failure in pool.imap(simulate, pieces):
+        seen: Counter[str] = Counter()
+        for some, failure in pool.imap(simulate, pieces):
             assert not failure, failure
-            newest_first += turned
-    assert newest_first > SEEDS // 100, "the simulation hardly ever overloads the queue"
+            seen += some
+    for rarity in ("newest first", "passed over", "DeadlineError", "QueueFullError", "ObjectiveError"):
+        assert seen[rarity] > SEEDS // 100, f"hardly ever happens: {rarity}"
