@@ -47,7 +47,7 @@ _ITEMS = {"tuple[int, ...]": "integer", "tuple[str, ...]": "string"}
 
 @dataclass(frozen=True)
 class Parameter:
-    """A query parameter or header; path parameters follow from the path. `in_json`: its schema in a body, if another."""
+    """A query parameter or header, those in the path follow from it. `in_json`: its schema in a body, if another."""
 
     name: str
     schema: Mapping[str, Any]

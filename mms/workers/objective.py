@@ -8,7 +8,7 @@ longer. Part of the dispatcher: pure, no I/O. Front end's process.
 
 from __future__ import annotations
 
-BATCH_SHARE = 0.475  # of the objective that a batch may take: half, less a little for the way there and back
+BATCH_SHARE = 0.49  # of the objective that a batch may take: half, less a little for the way there and back
 LEAST_WAIT = 0.25  # of the objective: that long a request may wait, however slow the workers are
 DECREASE = 0.9
 PATIENCE = 16  # full batches in time before the limit grows by one, once it has been too high
@@ -44,7 +44,7 @@ class BatchLimit:
         self.seconds = seconds if seconds > self.seconds else 0.8 * self.seconds + 0.2 * seconds
         if seconds > BATCH_SHARE * self._objective:
             if self._since_late < ALLOWED:
-                self.limit = max(1, int(self.limit * DECREASE))
+                self.limit = max(1, min(self.limit - 1, round(self.limit * DECREASE)))
                 self._climbing = False
                 self._since_late = ALLOWED
             else:
