@@ -328,6 +328,7 @@ class BatchQueue:
                 continue
             if not job.taken:
                 self.drop(job)
+                job.parts.clear()
             job.queue = None
             late.append((job, self._too_late() if objective else refusals.own_deadline(job)))
         return late

@@ -17,6 +17,7 @@ from mms import wire
 from mms.errors import MMSError, ModelLoadError, ServiceUnavailableError
 from mms.metrics import VersionMetrics
 from mms.workers import environment
+from mms.workers.alarm import Alarm
 from mms.workers.batching import BatchQueue
 from mms.workers.forkserver import ForkServers
 from mms.workers.job import Job
@@ -30,7 +31,6 @@ from mms.workers.worker import Worker, WorkerState
 log = logging.getLogger("mms.pool")
 
 TICK = 0.25
-TIMER = 0.001  # the loop's timers are no finer
 ASLEEP = 1.0  # a tick this late means that this process itself stood still
 
 
@@ -65,14 +65,13 @@ class WorkerPool:
         self._recycling = Recycling(settings)
         self._lateness = Lateness(settings, queue)
         self._wake: asyncio.Handle | None = None
-        self._delay: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._alarm: asyncio.TimerHandle | None = None  # at the earliest deadline of a request
-        self._alarm_at = 0.0
         self._last_tick = 0.0
         self._changed = asyncio.Event()
         self._draining = False
         self._loop = asyncio.get_running_loop()
+        self._delay = Alarm(self._loop, self._dispatch)  # a batch has waited for max_batch_delay
+        self._alarm = Alarm(self._loop, self._deadline)  # at the earliest deadline of a request
 
     @property
     def ready(self) -> int:
@@ -158,7 +157,7 @@ class WorkerPool:
         if queue.depth and queue.max_batch_delay:
             self._wake_later(now)
         if queue.deadlines.heap:
-            self._watch_deadlines()
+            self._watch_deadlines(now)
 
     def _feed(self, worker: Worker, now: float) -> None:
         frame = self._queue.take(worker.in_flight, now)
@@ -167,29 +166,19 @@ class WorkerPool:
 
     def _wake_later(self, now: float) -> None:
         wake_at = self._queue.wake_at()
-        if wake_at is not None and wake_at > now and self._delay is None:  # else a worker that is free looks anyway
-            self._delay = self._loop.call_later(max(wake_at - now, 0.0), self._look_again)
+        if wake_at is not None and wake_at > now:  # else a worker that becomes free looks anyway
+            self._delay.set(wake_at, now)
 
-    def _look_again(self) -> None:
-        self._delay = None
-        self._dispatch()
-
-    def _watch_deadlines(self) -> None:
-        """Wake up at the earliest deadline of a request that waits or is at a worker."""
+    def _watch_deadlines(self, now: float) -> None:
         at = self._queue.deadlines.next()
-        if self._alarm is not None:
-            if at is not None and self._alarm_at <= at:
-                return  # early enough: it looks again
-            self._alarm.cancel()
-            self._alarm = None
         if at is not None:
-            self._alarm_at = at
-            self._alarm = self._loop.call_later(max(at - time.monotonic(), 0.0) + TIMER, self._deadline)
+            self._alarm.set(at, now)
 
     def _deadline(self) -> None:
-        self._alarm = None
-        self._expire(time.monotonic())
-        self._watch_deadlines()
+        """A request, waiting or at a worker, is not to be answered any more."""
+        now = time.monotonic()
+        self._expire(now)
+        self._watch_deadlines(now)
 
     def _expire(self, now: float) -> None:
         for job, error in self._queue.expire(now):
@@ -197,9 +186,6 @@ class WorkerPool:
 
     def wake(self) -> None:
         """What the queue hands out, or when, has changed: look again."""
-        if self._delay is not None:
-            self._delay.cancel()
-            self._delay = None
         self._wake_soon()
 
     # desired state
@@ -374,6 +360,10 @@ class WorkerPool:
             self._stop_when_idle(worker)
         if self._draining:
             self._changed.set()
+
+    def objective_missed(self, worker: Worker, seconds: float) -> None:
+        log.warning("%s: one request alone takes %.0f ms, longer than latency_objective_ms: the objective cannot be "
+                    "kept, and batches are of one request", self._settings.label, seconds * 1000)  # fmt: skip
 
     def worker_lost(self, worker: Worker) -> None:
         """Its channel has ended: it gets no more jobs."""

@@ -38,6 +38,10 @@ class Owner(Protocol):
 
     def worker_free(self, worker: Worker) -> None: ...
 
+    def objective_missed(self, worker: Worker, seconds: float) -> None:
+        """One request alone has just turned out to take longer than the latency objective."""
+        ...
+
     def worker_lost(self, worker: Worker) -> None: ...
 
     def worker_gone(self, worker: Worker) -> None: ...
@@ -204,8 +208,7 @@ class Worker(asyncio.Protocol):
     def _learn(self, batches: list[wire.BatchTimes], seconds: float) -> None:
         """Let the batch size follow the latency objective."""
         if self._queue.learn(self.in_flight, max([batch.jobs for batch in batches]), seconds):
-            log.warning("worker %s: one request alone takes %.0f ms, longer than latency_objective_ms: the objective "
-                        "cannot be kept", self.pid, seconds * 1000)  # fmt: skip
+            self._owner.objective_missed(self, seconds)
 
     def _process_ended(self) -> None:
         exit_status = self.process.reap()
