@@ -33,7 +33,7 @@ PORTS = {"8080": "INFERENCE", "8081": "MANAGEMENT", "8082": "METRICS"}
 
 # Pages whose commands need the archive and the running server of this page.
 FIRST_PAGE = "getting-started.md"
-AFTER_FIRST_PAGE = ("inference-api.md", "management-api.md", "metrics.md", "errors.md")
+AFTER_FIRST_PAGE = ("inference-api.md", "management-api.md", "metrics.md", "errors.md", "scheduling.md")
 
 # Commands that are shown but not run here, each with its reason; they stand in `sh` blocks, the others in `console`.
 NOT_RUN = {
@@ -233,7 +233,7 @@ def tree(error: type[MMSError]) -> Iterator[type[MMSError]]:
 
 
 def test_every_error_type_is_documented() -> None:
-    expected = {(f"`{error.type}`", str(error.status)) for error in tree(MMSError) if error.__module__ == "mms.errors"}
+    expected = {(f"`{error.type}`", str(error.status)) for error in tree(MMSError) if error.__module__ == "mms.errors" and error.type}
     assert {(row[0], row[1]) for row in rows("errors.md", "Types")} == expected | {("`PredictionException`", "400")}
 
 

@@ -24,8 +24,10 @@ VALUES = {
     "synchronous": "true", "batch_size": "2", "max_batch_delay": "5", "min_workers": "0", "max_workers": "1",
     "response_timeout": "9", "startup_timeout": "9", "queue_size": "9", "queue_timeout": "9", "retry": "0",
     "queue_bytes": "1MiB", "queue_order": "fifo",
-    "isolate_errors": "true", "device": "cpu", "gpus": "", "threads": "1", "preload": "", "limit": "5",
+    "isolate_errors": "true", "device": "cpu", "gpus": "", "cpu_threads": "1", "preload": "", "limit": "5",
     "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1", "max_requests": "0", "max_rss": "0",
+    "preferred_batch_sizes": "1,2", "request_timeout": "5", "priority_levels": "2", "default_priority": "1",
+    "priority_queue_sizes": "5,5", "latency_objective_ms": "50", "default_output": "none", "default_on_miss": "true",
     "worker_fs": "open", "worker_network": "open", "worker_memory": "0",
 }  # fmt: skip
 METHODS = ("get", "put", "post", "delete", "patch", "options")
