@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mms import payload, wire
+from mms.handler_metrics import Metrics
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -163,6 +164,7 @@ class Context:
             "server_name": "MMS",
             "server_version": load.manifest.get("modelServerVersion", ""),
         }
+        self.metrics = Metrics()
         self.requests: Sequence[Request] = ()
         self.responses: dict[int, ResponseHead] = {}  # what the handler has set, by index in the batch
 

@@ -22,7 +22,7 @@ MAX_HEAD = 64 << 20
 MAX_PAYLOAD = 16 << 30
 
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
-READY, FAILED, RESULT = 16, 17, 18  # worker -> server
+READY, FAILED, RESULT, MEASURED = 16, 17, 18, 19  # worker -> server
 
 # What a worker tells of its progress in the memory page that it shares with the server: how many jobs it has finished
 # and how many it has begun since its start, and when it began the batch in hand (time.monotonic(); 0 while idle).
@@ -131,6 +131,25 @@ class Result(msgspec.Struct, array_like=True):
     batches: list[BatchTimes]
 
 
+class Series(msgspec.Struct, array_like=True, gc=False):
+    """What was added to one metric of a handler with one set of labels: [name, value, name, value, ...].
+
+    `value` is the sum of what was added, for a gauge the latest value; `counts` are those of a histogram's buckets.
+    """
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    value: float
+    counts: list[int]
+
+
+class Measured(msgspec.Struct, array_like=True):
+    """What the handler has counted and measured since the last frame of this kind; not sent when that is nothing."""
+
+    series: list[Series]
+
+
 class Ready(msgspec.Struct, array_like=True):
     """The handler is loaded; `style` is 'batch' or 'request'."""
 
@@ -198,7 +217,7 @@ class ForkReply(msgspec.Struct, array_like=True):
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Load, PredictView, Result, Ready, Failed, Preloaded, ForkRequest, ForkReply)
+    for kind in (Load, PredictView, Result, Measured, Ready, Failed, Preloaded, ForkRequest, ForkReply)
 }
 EMPTY_HEADERS = msgspec.Raw(_encoder.encode([]))
 decode_headers = msgspec.msgpack.Decoder(list[bytes]).decode

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mms.backend import oldnames
 from mms.backend.stages import BatchStages, RequestStages, Stages
 from mms.errors import ModelLoadError
 from mms.handler import Context, Handler
@@ -22,6 +23,7 @@ def load_handler(load: Load) -> Stages:
     """Import the archive's handler and initialize it. Whatever the handler raises passes through."""
     sys.path.insert(0, load.directory)
     limit_threads(load.threads)
+    oldnames.provide()
     context = Context(load, f"cuda:{load.gpu}" if load.gpu is not None else "cpu")
     entry = find_entry(load.handler, Path(load.directory))
     isolate = load.isolate_errors

@@ -18,6 +18,7 @@ from mms.backend.loader import load_handler
 from mms.backend.stages import Stages
 from mms.errors import FrameError, ModelLoadError
 from mms.handler import Request
+from mms.handler_metrics import Metrics
 
 READ_SIZE = 256 << 10
 ANSWER_WITHIN = 0.0005  # seconds that a finished answer may wait for the next batches of its frame
@@ -114,8 +115,9 @@ class Channel:
 class Replies:
     """Finished jobs of one frame on their way back: gathered into one frame while the next batches are quick."""
 
-    def __init__(self, channel: Channel, ids: list[int]) -> None:
+    def __init__(self, channel: Channel, ids: list[int], metrics: Metrics) -> None:
         self._channel = channel
+        self._metrics = metrics
         self._ids = ids
         self._sent = 0
         self._answers: list[Answer] = []
@@ -133,9 +135,16 @@ class Replies:
             sizes = list(map(len, payloads))
             outcomes = wire.share([outcome for outcome, _ in answers])
             result = wire.Result(ids, sizes, *outcomes, self._batches)
+            send_metrics(self._channel, self._metrics)  # before the answers: who has one finds its numbers in /metrics
             self._channel.write(wire.RESULT, result, payloads, sum(sizes))
             self._sent += len(answers)
             self._answers, self._batches = [], []
+
+
+def send_metrics(channel: Channel, metrics: Metrics) -> None:
+    """What the handler has counted and measured since the last time, if there is anything."""
+    if metrics.changed:
+        channel.write(wire.MEASURED, metrics.take(), [], 0)
 
 
 class Loop:
@@ -153,6 +162,7 @@ class Loop:
         while (frame := self._channel.read()) is not None:
             kind, head, payload, at = frame
             if kind == wire.STOP:
+                send_metrics(self._channel, self._stages.metrics)
                 return
             if kind != wire.PREDICT:
                 raise FrameError(f"unexpected frame of kind {kind}")
@@ -162,8 +172,8 @@ class Loop:
         """Run the frame's jobs; their bodies lie back to back in `payload`, from `at` on."""
         received = flushed = begun = _monotonic()
         size = frame.batch_size
-        replies = Replies(self._channel, frame.ids)
         stages, progress = self._stages, self._progress
+        replies = Replies(self._channel, frame.ids, stages.metrics)
         requests = self._requests(frame, payload, at)
         for first in range(0, len(requests), size):
             batch = requests[first : first + size]
@@ -208,6 +218,7 @@ def serve(sock: socket.socket, progress: mmap.mmap) -> int:
         return 1
     gc.collect()
     gc.freeze()
+    send_metrics(channel, stages.metrics)
     channel.write(wire.READY, wire.Ready(stages.style, _perf_counter() - begun), [], 0)
     Loop(channel, stages, progress, load.max_request_size).run()
     return 0

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from mms.backend.answers import PLAIN_BYTES, Answer, answer, failure, is_error_status
 from mms.errors import HandlerError, MMSError
 from mms.handler import Context, Handler, PredictionError, Request
+from mms.handler_metrics import Metrics
 
 _now = time.perf_counter
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -21,6 +22,7 @@ class Stages(Protocol):
     """One loaded handler."""
 
     style: str
+    metrics: Metrics  # the handler's own
 
     def run(self, requests: list[Request]) -> list[Answer]:
         """One outcome per request, in order. Never raises."""
@@ -39,6 +41,7 @@ class BatchStages:
     def __init__(self, handle: Callable[[Any, Context], Any], context: Context, *, isolate: bool, limit: int) -> None:
         self._handle = handle
         self._context = context
+        self.metrics = context.metrics
         self._isolate = isolate
         self._limit = limit
 
@@ -105,6 +108,7 @@ class RequestStages:
     def __init__(self, handler: Handler, context: Context, *, isolate: bool, limit: int) -> None:
         self._handler = handler
         self._context = context
+        self.metrics = context.metrics
         self._isolate = isolate
         self._limit = limit
         self._times = [0.0, 0.0, 0.0]

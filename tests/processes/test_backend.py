@@ -48,7 +48,12 @@ class Backend:
         """The next frame: kind, head, payloads."""
         kind, head_size, size = wire.parse_header(self._exactly(wire.HEADER.size))
         head = self._exactly(head_size)
-        kinds = {wire.READY: wire.Ready, wire.FAILED: wire.Failed, wire.RESULT: wire.Result}
+        kinds = {
+            wire.READY: wire.Ready,
+            wire.FAILED: wire.Failed,
+            wire.RESULT: wire.Result,
+            wire.MEASURED: wire.Measured,
+        }
         return kind, wire.decode(kinds[kind], head), self._exactly(size)
 
     def ready(self) -> wire.Ready:
@@ -362,3 +367,24 @@ def test_the_facts_of_a_job_read_as_they_were_written() -> None:
     view = wire.decode(wire.PredictView, wire.encode(wire.Predict(1, [1], [0], [b"a"], [facts], []))).facts[0]
     assert wire.decode_headers(view.headers) == HEADERS
     assert isinstance(view.headers, msgspec.Raw)
+
+
+def test_what_the_handler_measures_goes_before_the_answers_once_per_frame_and_only_then(start: Start) -> None:
+    backend = start("measures")
+    kind, head, _ = backend.frame()
+    assert (kind, [series.name for series in head.series]) == (wire.MEASURED, ["ModelSize_bytes"])
+    backend.ready()
+    backend.send(b"cat", b"dog", b"cat", batch_size=3)
+    kind, head, _ = backend.frame()
+    assert kind == wire.MEASURED
+    assert {(series.name, series.labels): series.value for series in head.series} == {
+        ("Seen", ("Animal", "cat")): 2,
+        ("Seen", ("Animal", "dog")): 1,
+        ("Look_seconds", ()): pytest.approx(0.012),
+        ("Length_bytes", ("Field", "body")): 9,
+    }
+    assert len(backend.results(3)) == 3
+    quiet = start("rows")
+    quiet.ready()
+    quiet.send(b"x")
+    assert quiet.frame()[0] == wire.RESULT
