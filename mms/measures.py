@@ -83,8 +83,10 @@ def metric_name(text: str, unit: str) -> str:
     name = _allowed(text)
     if unit and not name.endswith(f"_{unit}"):
         name = f"{name}_{unit}"
-    if not is_name(name) or is_ours(name):
-        raise ValueError(f"a metric cannot be called {text[:MAX_LABEL_VALUE]!r}: that is no name, or one of the server")
+    if is_ours(name):
+        raise ValueError(f"metric {name[:MAX_LABEL_VALUE]}: names that begin with {', '.join(_OURS)} are the server's")
+    if not is_name(name):
+        raise ValueError(f"a metric cannot be called {text[:MAX_LABEL_VALUE]!r}")
     return name
 
 

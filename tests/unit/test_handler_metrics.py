@@ -86,7 +86,7 @@ def test_dimensions_are_labels_and_those_of_the_server_are_set_apart(dimensions:
         (lambda metrics: metrics.add_counter("x", None), TypeError, "a value of type NoneType is no number"),
         (lambda metrics: metrics.add_counter(7, 1), TypeError, "name and unit are strings"),
         (lambda metrics: metrics.add_counter("", 1), ValueError, "cannot be called ''"),
-        (lambda metrics: metrics.add_counter("mms_requests", 1), ValueError, "or one of the server"),
+        (lambda metrics: metrics.add_counter("mms_requests", 1), ValueError, "begin with mms_, process_, python_ are"),
         (lambda metrics: metrics.add_metric("x", 1, unit="B", metric_type="sum"), ValueError, "the type is counter,"),
         (lambda metrics: metrics.add_counter("x", 1, None, ["Level"]), ValueError, "a list of Dimension, or a dict"),
         (lambda metrics: metrics.add_counter("x", 1, None, {"": 1}), ValueError, "a dimension cannot be called"),
