@@ -250,7 +250,7 @@ class ModelSettings:
         "auto", _one_of("auto", "cpu", "gpu"), "where the workers run (auto: GPUs where there are any)"
     )
     gpus: tuple[int, ...] = _setting((), _integers, "the GPUs to spread the workers over, by number (empty: all)")
-    threads: int = _setting(
+    cpu_threads: int = _setting(
         0, _integer, "CPU threads per worker (0: its share when it starts, cores / workers)", low=0, high=MAX_THREADS
     )
     preload: tuple[str, ...] = _setting(

@@ -402,7 +402,7 @@ class ControlPlane:
             batch_size=settings.batch_size,
             isolate_errors=settings.isolate_errors,
             gpu=0 if settings.gpus else None,
-            threads=settings.threads,
+            cpu_threads=settings.cpu_threads,
             max_request_size=self.config.max_request_size,
             max_response_size=self.config.max_response_size,
         )

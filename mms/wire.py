@@ -41,7 +41,7 @@ class Load(msgspec.Struct, array_like=True):
     batch_size: int
     isolate_errors: str
     gpu: int | None
-    threads: int
+    cpu_threads: int
     max_request_size: int
     max_response_size: int
 

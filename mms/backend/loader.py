@@ -22,7 +22,7 @@ _HINT = "a function handler is called once at load with data=None, as in MMS: re
 def load_handler(load: Load) -> Stages:
     """Import the archive's handler and initialize it. Whatever the handler raises passes through."""
     sys.path.insert(0, load.directory)
-    limit_threads(load.threads)
+    limit_threads(load.cpu_threads)
     oldnames.provide()
     context = Context(load, f"cuda:{load.gpu}" if load.gpu is not None else "cpu")
     entry = find_entry(load.handler, Path(load.directory))

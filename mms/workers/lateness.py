@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mms.errors import MMSError
-from mms.workers.batching import BatchQueue, Job
+from mms.workers.batching import BatchQueue
+from mms.workers.job import Job
 from mms.workers.settings import PoolSettings
 from mms.workers.worker import Worker, WorkerState
 
@@ -28,7 +29,7 @@ class Lateness:
             return None
         done, started, begun_at = worker.process.progress()
         if not begun_at:  # stopped or stuck between two batches: it owes the next one
-            begun_at = max(worker.in_flight.jobs[0].taken, self._standing_since(worker, done, now))
+            begun_at = max(next(iter(worker.in_flight.jobs.values())).taken, self._standing_since(worker, done, now))
             started = max(started, done + self._queue.batch_size)
         limit = self._settings.response_timeout
         if now - begun_at <= limit or worker.cause:

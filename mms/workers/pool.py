@@ -17,8 +17,9 @@ from mms import wire
 from mms.errors import MMSError, ModelLoadError, ServiceUnavailableError
 from mms.metrics import VersionMetrics
 from mms.workers import environment
-from mms.workers.batching import BatchQueue, Job
+from mms.workers.batching import BatchQueue
 from mms.workers.forkserver import ForkServers
+from mms.workers.job import Job
 from mms.workers.lateness import Lateness
 from mms.workers.recycling import Recycling
 from mms.workers.restarts import BackOff, Restarts, last_words, load_error
@@ -91,9 +92,9 @@ class WorkerPool:
         return 0 if self.installing else max(0, self.target - len(self._active()))
 
     @property
-    def threads(self) -> int:
+    def cpu_threads(self) -> int:
         """CPU threads that a worker gets that starts now."""
-        return self._settings.load.threads or max(1, environment.cores() // max(1, self.target))
+        return self._settings.load.cpu_threads or max(1, environment.cores() // max(1, self.target))
 
     @property
     def next_start(self) -> float | None:
@@ -113,7 +114,7 @@ class WorkerPool:
     @property
     def bytes_in_flight(self) -> int:
         """Of the bodies that workers have in hand: they are kept until they are answered, to be run again."""
-        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs)
+        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs.values())
 
     # jobs
 
@@ -222,7 +223,7 @@ class WorkerPool:
 
     def _unfinished(self) -> bool:
         """Whether somebody waits for a job that a worker has or can still take."""
-        in_hand = (job for worker in self.workers for job in worker.in_flight.jobs)
+        in_hand = (job for worker in self.workers for job in worker.in_flight.jobs.values())
         return bool(self._queue.depth and self.ready_workers) or any(not job.settled for job in in_hand)
 
     async def _change(self, within: float) -> None:
@@ -299,7 +300,7 @@ class WorkerPool:
         async with nullcontext() if self.was_ready else self._loads:
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
-                await self._starter.start(worker, self.threads)
+                await self._starter.start(worker, self.cpu_threads)
                 while worker.state is WorkerState.STARTING and worker in self.workers:
                     await self._change(TICK)
         if worker.process is None:

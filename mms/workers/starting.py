@@ -47,7 +47,7 @@ class Starter:
 
     async def start(self, worker: Worker, threads: int) -> None:
         """Launch its process and tell it what to load; if that fails, it has no process, but a cause."""
-        load = msgspec.structs.replace(self._settings.load, threads=threads)
+        load = msgspec.structs.replace(self._settings.load, cpu_threads=threads)
         try:
             process = await launch(self._launch_of(worker, threads), self._forkservers)
         except (ForkServerDied, OSError) as error:

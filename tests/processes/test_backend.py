@@ -39,7 +39,7 @@ class Backend:
         self._ids = 0
         defaults = {
             "model_name": "m", "version": "1.0", "directory": str(folder), "handler": "", "manifest": {},
-            "model_config": {}, "batch_size": 8, "isolate_errors": "auto", "gpu": None, "threads": 1,
+            "model_config": {}, "batch_size": 8, "isolate_errors": "auto", "gpu": None, "cpu_threads": 1,
             "max_request_size": 1 << 20, "max_response_size": 1 << 20,
         }  # fmt: skip
         sock.sendall(wire.pack(wire.LOAD, wire.Load(**{**defaults, **load})))

@@ -28,8 +28,9 @@ from mms.errors import MMSError as Error
 from mms.errors import ModelLoadError, QueueFullError
 from mms.metrics import VersionMetrics
 from mms.workers import environment
-from mms.workers.batching import BatchQueue, Job
+from mms.workers.batching import BatchQueue
 from mms.workers.forkserver import ForkServers
+from mms.workers.job import Job
 from mms.workers.output import KEPT_LINES, MAX_LINE, MAX_PER_SECOND, OutputReader
 from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch, prepare_process
@@ -70,7 +71,7 @@ class Served:
         load = wire.Load(
             model_name="m", version="1", directory=str(folder), handler=handler, manifest={},
             model_config=how.get("model_config", {}), batch_size=1, isolate_errors="auto", gpu=None,
-            threads=how.get("threads", 1), max_request_size=1 << 20, max_response_size=16 << 20,
+            cpu_threads=how.get("cpu_threads", 1), max_request_size=1 << 20, max_response_size=16 << 20,
         )  # fmt: skip
         launch = Launch(
             name="mms-m",
@@ -349,11 +350,11 @@ def test_a_worker_that_starts_gets_its_share_of_the_cores(serve: Serve, monkeypa
     monkeypatch.setattr("mms.workers.environment.cores", lambda: 6)
 
     async def scenario() -> None:
-        async with serve("tells_threads", threads=0) as served:
+        async with serve("tells_threads", cpu_threads=0) as served:
             (first,) = served.pids
             assert await served.submit(b"") == b"6"
             await served.scale(2)
-            assert served.pool.threads == 3
+            assert served.pool.cpu_threads == 3
             assert first in served.pids, "the others go on as they are"
             os.kill(first, signal.SIGKILL)
             await until(lambda: len(served.pids) == 2 and first not in served.pids)
