@@ -24,7 +24,7 @@ def load_handler(load: Load) -> Stages:
     sys.path.insert(0, load.directory)
     limit_threads(load.cpu_threads)
     oldnames.provide()
-    context = Context(load, f"cuda:{load.gpu}" if load.gpu is not None else "cpu")
+    context = Context(load, device_of(load))
     entry = find_entry(load.handler, Path(load.directory))
     isolate = load.isolate_errors
     if inspect.isclass(entry):
@@ -43,6 +43,11 @@ def load_handler(load: Load) -> Stages:
             error.add_note(_HINT)
             raise
     return BatchStages(handle, context, isolate=isolate == "true", limit=load.max_response_size)
+
+
+def device_of(load: Load) -> str:
+    """The worker's device, as torch names it."""
+    return f"cuda:{load.gpu}" if load.gpu is not None else "cpu"
 
 
 def find_entry(handler: str, directory: Path) -> Any:

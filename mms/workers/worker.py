@@ -142,6 +142,7 @@ class Worker(asyncio.Protocol):
     def _ready(self, ready: wire.Ready) -> None:
         if self.state is WorkerState.STARTING:
             self.state = WorkerState.READY
+            self.in_flight = InFlight(ready.threads, ready.preprocess_threads)
             self._owner.worker_ready(self, ready)
 
     def _measured(self, measured: wire.Measured) -> None:
