@@ -28,6 +28,7 @@ from mms.archive import ModelArchive
 from mms.client import describe_models, send
 
 PACKAGE = Path(__file__).parents[1] / "examples" / "image_classification" / "package.py"
+WARM_UP = 3.0
 LAST_DEATH_FORGOTTEN = 11.0  # seconds: a death so soon after another one is followed by a pause
 REPLACED_WITHIN = 30.0
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -61,7 +62,7 @@ class Bench:
 
     def load(self, server: Server, connections: int, *, model: str = "", body: Path | None = None) -> Load:
         url = server.url.rpartition("/")[0] + f"/{model}" if model else server.url
-        put_load(url, body or self.body, connections=connections, seconds=1)
+        put_load(url, body or self.body, connections=connections, seconds=WARM_UP)
         return put_load(url, body or self.body, connections=connections, seconds=self.seconds)
 
     def rates(self, server: Server, other: Server, connections: int) -> tuple[float, float, float]:
