@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
+import socket
+import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,8 +16,10 @@ from rich.console import Console
 
 from tests.chaos import lost
 from tests.conftest import (
+    CLIENT_TIMEOUT,
     Answering,
     MakeArchive,
+    Reply,
     Server,
     ask,
     connect,
@@ -57,22 +63,70 @@ def accepted(running: Server, port: int) -> int:
     return count
 
 
-def test_f61_without_its_socket_file_nginx_answers_in_json_and_open_connections_serve(
-    make_archive: MakeArchive,
-) -> None:
+LISTENERS = ("inference", "management", "metrics")
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """A client of a socket file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=CLIENT_TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(CLIENT_TIMEOUT)
+        self.sock.connect(str(self._path))
+
+
+def listening_below(folder: Path) -> int:
+    """The Unix sockets bound there that take connections: unix(7), the flag of listen(2)."""
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    return sum(int(row[3], 16) & 0x10000 > 0 for row in rows if row[-1].startswith(f"{folder}/"))
+
+
+def at_once(running: Server, count: int = 4) -> list[Reply]:
+    """Answers to more requests at the same time than nginx has connections open to the front end."""
+    answering = Answering()
+    for _ in range(count):
+        answering.send(running, "echo", b"x")
+    return answering.results()
+
+
+def test_f61_a_deleted_socket_file_is_back_within_two_seconds(make_archive: MakeArchive) -> None:
     with server(make_archive("echo"), edge="nginx") as running:
-        assert running.predict("echo", b"x").status == 200
-        path = running.run_dir / "sockets" / "inference.sock"
-        path.unlink()
-        clients = [connect(running.url) for _ in range(4)]
-        for client in clients:  # more at once than nginx keeps connections for
-            client.request("POST", "/predictions/echo", b"x")
-        for client in clients:
-            response = client.getresponse()
-            body = response.read()
+        files = [running.run_dir / "sockets" / f"{name}.sock" for name in LISTENERS]
+        opened = [UnixConnection(file) for file in files]
+        paths = ("/ping", "/ping", "/metrics")
+        assert [ask(client, "GET", path).status for client, path in zip(opened, paths, strict=True)] == [200, 404, 200]
+        for file in files:
+            file.unlink()
+        deleted = time.monotonic()
+        for reply in at_once(running):
+            assert reply.status in (200, 502)
+            assert reply.headers["content-type"] == "application/json"
+        eventually(lambda: all(file.is_socket() for file in files))
+        assert time.monotonic() - deleted < 2
+        assert {reply.status for reply in at_once(running, 20)} == {200}
+        assert running.describe("echo")["state"] == "READY"
+        for client, path in zip(opened, paths, strict=True):  # those of the old sockets go on
+            assert ask(client, "GET", path).status in (200, 404)
             client.close()
-            assert response.status in (200, 502)
-            assert response.getheader("content-type") == "application/json", body
+        eventually(lambda: listening_below(running.run_dir) == len(LISTENERS))  # the old sockets are closed
+        for name in LISTENERS:
+            assert running.output.count(f"the socket file of {name} was deleted; listening anew") == 1
+
+
+def test_f61_a_deleted_public_socket_file_is_back_within_two_seconds(make_archive: MakeArchive) -> None:
+    with scratch() as folder:
+        file = folder / "public.sock"
+        with server(make_archive("echo"), folder=folder, inference_address=f"unix:{file}") as running:
+            file.unlink()
+            eventually(file.is_socket, 2.0)
+            client = UnixConnection(file)
+            assert ask(client, "POST", "/predictions/echo", b"x").status == 200
+            client.close()
+        assert "the socket file of inference was deleted; listening anew" in running.output
 
 
 @pytest.mark.parametrize(
