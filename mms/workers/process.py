@@ -87,9 +87,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # the pid is still ours: nobody has reaped it
         os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        if status.si_code == os.CLD_EXITED:
-            return f"exit code {status.si_status}"
-        return f"signal {status.si_status} ({signal.Signals(status.si_status).name})"
+        return how_it_ended(status.si_status if status.si_code == os.CLD_EXITED else -status.si_status)
 
     def close(self) -> None:
         """Release the descriptors; after the transports that use channel and output are closed."""
@@ -167,6 +165,11 @@ def _spawn(
     pidfd = os.pidfd_open(process.pid)
     process.returncode = 0  # the pidfd is waited for, not this object: keeps its destructor from reaping or warning
     return process.pid, pidfd
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code, or minus the number of a signal, in words."""
+    return f"exit code {code}" if code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
 
 
 def _remove(scratch: Path) -> None:

@@ -130,7 +130,7 @@ def test_f58_a_killed_nginx_is_back_within_two_seconds(make_archive: MakeArchive
         assert time.monotonic() - killed < 2
         assert running.workers("echo") == before
         assert len([process for process in psutil.Process(running.pid).children() if process.name() == "nginx"]) == 1
-        assert "nginx ended (-9); starting it again" in running.output
+        assert "nginx ended: signal 9 (SIGKILL); starting it again" in running.output
 
 
 def test_nginx_that_cannot_be_kept_running_ends_the_server(make_archive: MakeArchive) -> None:

@@ -8,10 +8,12 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from mms_nginx.find import find_nginx
 from rich.console import Console
 
 from tests.chaos import lost
@@ -127,6 +129,58 @@ def test_f61_a_deleted_public_socket_file_is_back_within_two_seconds(make_archiv
             assert ask(client, "POST", "/predictions/echo", b"x").status == 200
             client.close()
         assert "the socket file of inference was deleted; listening anew" in running.output
+
+
+class SlowNginx:
+    """A program that is nginx, but comes up only while nobody holds it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.program = folder / "slow-nginx"
+        self._hold = folder / "hold"
+        script = f"""case "$*" in *" -t") ;; *) while [ -e {self._hold} ]; do sleep 0.02; done ;; esac"""
+        self.program.write_text(f'#!/bin/sh\n{script}\nexec {find_nginx("nginx")} "$@"\n')
+        self.program.chmod(0o755)
+
+    @contextlib.contextmanager
+    def killed(self, running: Server) -> Iterator[None]:
+        """The server is starting it again, and cannot before the end of the block."""
+        self._hold.touch()
+        next(child for child in psutil.Process(running.pid).children() if child.name() == "nginx").kill()
+        eventually(lambda: "starting it again" in running.output)
+        try:
+            yield
+        finally:
+            self._hold.unlink()
+
+
+def test_f58_the_front_end_and_a_reload_do_not_wait_for_a_slow_start_of_nginx(make_archive: MakeArchive) -> None:
+    with scratch() as folder:
+        slow, config = SlowNginx(folder), folder / "server.yaml"
+        config.touch()
+        with server(make_archive("echo"), folder=folder, edge="nginx", nginx=slow.program, config=config) as running:
+            with slow.killed(running):
+                client = UnixConnection(running.run_dir / "sockets" / "inference.sock")
+                for _ in range(20):
+                    begun = time.monotonic()
+                    assert ask(client, "POST", "/predictions/echo", b"x").status == 200
+                    assert time.monotonic() - begun < 0.3
+                client.close()
+                config.write_text("header_timeout: 3\n")
+                running.signal(signal.SIGHUP)  # waits for nginx
+                assert "nginx serves again" not in running.output
+            eventually(lambda: "reloaded; changed: header_timeout" in running.output)
+            assert "nginx serves again" in running.output
+            assert "client_header_timeout 3" in (running.run_dir / "nginx" / "nginx.conf").read_text()
+            assert running.predict("echo", b"x").status == 200
+
+
+def test_f58_a_stop_does_not_wait_for_a_slow_start_of_nginx(make_archive: MakeArchive) -> None:
+    with scratch() as folder:
+        slow = SlowNginx(folder)
+        with server(make_archive("echo"), folder=folder, edge="nginx", nginx=slow.program) as running:
+            with slow.killed(running):
+                assert running.stop(3) == 0
+            assert "cannot be started again" not in running.output
 
 
 @pytest.mark.parametrize(
