@@ -72,10 +72,6 @@ class Edge:
         return self._program is not None
 
     @property
-    def running(self) -> bool:
-        return self._nginx is not None
-
-    @property
     def user(self) -> tuple[str, int] | None:
         """Name and group of the user that nginx's workers run as, if that is not this user."""
         return edge_user() if self.wanted else None
@@ -96,6 +92,12 @@ class Edge:
             for name, address in self._addresses.of.items()
         )
         return inference, management, metrics
+
+    def what(self) -> str:
+        """What stands in front, with its version: in the ready line."""
+        if self._nginx is None:
+            return "without nginx"
+        return f"behind nginx {self._nginx.version}".rstrip()
 
     def start(self) -> None:
         """Return when every public address accepts connections. Raises StartError."""
@@ -224,7 +226,7 @@ class Edge:
         await asyncio.to_thread(nginx.wait)
         if self._nginx is not None:
             asyncio.get_running_loop().add_reader(nginx.pidfd, self._ended)
-            log.info("nginx serves again, after %.1f s", time.monotonic() - now)
+            log.info("nginx %s serves again, after %.1f s", nginx.version, time.monotonic() - now)
 
     def _cannot_go_on(self) -> None:
         log.critical("nginx cannot be kept running; stopping")

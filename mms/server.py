@@ -122,7 +122,7 @@ class ModelServer:
         self._readiness.phase = Phase.SERVING
         gc.collect()
         gc.freeze()
-        line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.running)
+        line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.what())
         self._manager.ready(line)
         self._say(line)
 

@@ -49,6 +49,7 @@ class Nginx:
     def __init__(self, program: str, directory: Path, text: str) -> None:
         self.pid = 0
         self.pidfd = -1
+        self.version = ""  # what the program said at its last check
         self._program = program
         self._directory = directory
         self._file = directory / "nginx.conf"
@@ -164,7 +165,7 @@ class Nginx:
 
     def _adopt(self, text: str, addresses: list[str] | None = None) -> None:
         self._candidate.write_text(text)
-        check_file(self._program, self._directory, self._candidate)
+        self.version = check_file(self._program, self._directory, self._candidate)
         for address in addresses or ():
             check_free(address)
         self._candidate.replace(self._file)

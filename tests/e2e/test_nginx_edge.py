@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from mms_nginx.find import find_nginx
 
 from tests.conftest import (
     CLIENT_TIMEOUT,
@@ -167,8 +169,10 @@ def test_without_nginx_the_server_says_so(make_archive: MakeArchive, tmp_path: P
         assert running.predict("echo", b"x").status == 200
 
 
-def test_the_ready_line_names_the_addresses(edged: Server) -> None:
-    assert f"2 models at http://{edged.url} behind nginx" in edged.ready_line
+def test_s20_the_ready_line_names_the_addresses_and_the_version_of_nginx(edged: Server) -> None:
+    version = subprocess.run([find_nginx("nginx") or "", "-v"], capture_output=True, text=True, check=True).stderr
+    number = version.split("/")[1].split()[0]
+    assert f"2 models at http://{edged.url} behind nginx {number}, " in edged.ready_line
     assert f"management http://{edged.management}, metrics http://{edged.metrics}/metrics" in edged.ready_line
 
 
