@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,16 +20,17 @@ from mms_nginx.find import edge_user, find_nginx
 from mms.addresses import Addresses
 from mms.config import Config, is_loopback
 from mms.errors import ConfigError, MMSError, StartError
+from mms.metrics import RestartFacts
 from mms.rundir import CacheDirectory, RunDirectory
 from mms.secret import read_secret
-from mms.workers.process import how_it_ended
+from mms.workers.budget import Budget, how_it_ended
 
 if TYPE_CHECKING:
     from mms_nginx.run import Nginx
 
 log = logging.getLogger("mms.server")
 
-DEATHS = 5
+DEATHS = 5  # with more within DEATH_WINDOW, the server ends
 DEATH_WINDOW = 60.0
 READ_TIMEOUT = 86_400.0  # the front end answers within its own limits; nginx must not be quicker
 KEEPALIVE = 3600.0  # nginx must be the side that closes idle connections: it cannot repeat a POST
@@ -61,7 +61,8 @@ class Edge:
         self._certificate = Certificate.of(config, self._program is not None)
         self._nginx: Nginx | None = None
         self._leaving: Nginx | None = None
-        self._deaths: deque[float] = deque()
+        self._budget = Budget(DEATHS, DEATH_WINDOW)
+        self.trouble = ""  # why nothing comes through nginx at the moment
         self._turn = asyncio.Lock()  # of those who start it again or reload it, in threads
         self._renewal: asyncio.Task[None] | None = None
         self._restart: asyncio.Task[None] | None = None
@@ -92,6 +93,10 @@ class Edge:
             for name, address in self._addresses.of.items()
         )
         return inference, management, metrics
+
+    def restarts(self) -> list[RestartFacts]:
+        """How often nginx has died; empty without it."""
+        return [self._budget.facts("nginx", self.trouble or "running")] if self.wanted else []
 
     def what(self) -> str:
         """What stands in front, with its version: in the ready line."""
@@ -198,6 +203,7 @@ class Edge:
         nginx = self._nginx
         if nginx is not None:
             asyncio.get_running_loop().remove_reader(nginx.pidfd)
+            self.trouble = "nginx has ended"
             self._restart = asyncio.create_task(self._start_again(nginx))
 
     async def _start_again(self, nginx: Nginx) -> None:
@@ -213,20 +219,20 @@ class Edge:
                     self._cannot_go_on()
 
     async def _replace(self, nginx: Nginx, cause: str) -> None:
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - DEATH_WINDOW:
-            self._deaths.popleft()
-        if len(self._deaths) > DEATHS:
+        begun = time.monotonic()
+        self._budget.count(cause)
+        self.trouble = f"nginx ended: {cause}"
+        if self._budget.spent:
             return self._cannot_go_on()
-        log.error("nginx ended: %s; starting it again", cause)
+        log.error("%s; starting it again", self.trouble)
         await asyncio.to_thread(nginx.stop, 0)
         await asyncio.to_thread(nginx.prepare)
         nginx.spawn()
         await asyncio.to_thread(nginx.wait)
         if self._nginx is not None:
             asyncio.get_running_loop().add_reader(nginx.pidfd, self._ended)
-            log.info("nginx %s serves again, after %.1f s", nginx.version, time.monotonic() - now)
+            log.info("nginx %s serves again, after %.1f s", nginx.version, time.monotonic() - begun)
+            self.trouble = ""
 
     def _cannot_go_on(self) -> None:
         log.critical("nginx cannot be kept running; stopping")

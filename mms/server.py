@@ -24,7 +24,7 @@ from mms.errors import ConfigError
 from mms.http.limits import Limits
 from mms.http.listener import BACKLOG_TIME, HttpServer
 from mms.http.shedding import NO_CONNECTIONS
-from mms.metrics import Collector, FrontEndFacts, GpuFacts, registry
+from mms.metrics import Collector, FrontEndFacts, GpuFacts, RestartFacts, registry
 from mms.models.readiness import Phase, Readiness
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
@@ -69,7 +69,7 @@ class ModelServer:
         store = ModelStore(config.model_store, keys)
         self._registry = ModelRegistry()
         self._cache = CacheDirectory(config.cache_dir)
-        self._readiness = Readiness(self._registry, self._overload)
+        self._readiness = Readiness(self._registry, self._obstacle, self._restarts)
         self._control = ControlPlane(config, self._registry, store, self._cache, config.state)
         self._startup = Startup(Plan(config, self._control, fresh=fresh), self._control, say, self._manager)
         self._run_dir = RunDirectory(config.run_dir)
@@ -175,6 +175,7 @@ class ModelServer:
             lambda: FrontEndFacts(len(self._http.connections), self._http.shedding.bytes, self._http.shedding.step),
             self._inference.failures,
             lambda: self._control.saver is not None and self._control.saver.failed,
+            self._restarts,
         )
 
         def refresh() -> None:
@@ -199,9 +200,16 @@ class ModelServer:
             await web.SockSite(runner, sock).start()
             self._listen[name] = partial(_listen, runner)
 
-    def _overload(self) -> str:
-        """Why no connection is taken; empty while they are."""
-        return self._http.shedding.full().message if self._http.shedding.step == NO_CONNECTIONS else ""
+    def _obstacle(self) -> tuple[str, str]:
+        """Why no connection is taken: a word and a sentence; empty while they are."""
+        if trouble := self._edge.trouble:
+            return "unreachable", trouble
+        if self._http.shedding.step == NO_CONNECTIONS:
+            return "overloaded", f"the front end refuses connections: {self._http.shedding.full().message}"
+        return "", ""
+
+    def _restarts(self) -> list[RestartFacts]:
+        return [*self._edge.restarts(), *self._control.restarts()]
 
     def _tick(self) -> None:
         # first: whatever fails below, the clock goes on

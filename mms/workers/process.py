@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from mms import wire
+from mms.workers.budget import how_it_ended
 from mms.workers.forkserver import ForkServers, UnsafeFork
 from mms.workers.sandbox import new_scratch
 
@@ -165,11 +166,6 @@ def _spawn(
     pidfd = os.pidfd_open(process.pid)
     process.returncode = 0  # the pidfd is waited for, not this object: keeps its destructor from reaping or warning
     return process.pid, pidfd
-
-
-def how_it_ended(code: int) -> str:
-    """An exit code, or minus the number of a signal, in words."""
-    return f"exit code {code}" if code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
 
 
 def _remove(scratch: Path) -> None:

@@ -26,6 +26,7 @@ from tests.conftest import (
     ask,
     connect,
     eventually,
+    fetch,
     free_ports,
     mms,
     needs_nginx,
@@ -145,33 +146,68 @@ class SlowNginx:
     def killed(self, running: Server) -> Iterator[None]:
         """The server is starting it again, and cannot before the end of the block."""
         self._hold.touch()
+        before = running.output.count("starting it again")
         next(child for child in psutil.Process(running.pid).children() if child.name() == "nginx").kill()
-        eventually(lambda: "starting it again" in running.output)
+        eventually(lambda: running.output.count("starting it again") > before)
         try:
             yield
         finally:
             self._hold.unlink()
 
 
-def test_f58_the_front_end_and_a_reload_do_not_wait_for_a_slow_start_of_nginx(make_archive: MakeArchive) -> None:
+@pytest.fixture(scope="module")
+def behind_slow(make_archive: MakeArchive) -> Iterator[tuple[Server, SlowNginx]]:
     with scratch() as folder:
         slow, config = SlowNginx(folder), folder / "server.yaml"
         config.touch()
         with server(make_archive("echo"), folder=folder, edge="nginx", nginx=slow.program, config=config) as running:
-            with slow.killed(running):
-                client = UnixConnection(running.run_dir / "sockets" / "inference.sock")
-                for _ in range(20):
-                    begun = time.monotonic()
-                    assert ask(client, "POST", "/predictions/echo", b"x").status == 200
-                    assert time.monotonic() - begun < 0.3
-                client.close()
-                config.write_text("header_timeout: 3\n")
-                running.signal(signal.SIGHUP)  # waits for nginx
-                assert "serves again" not in running.output
-            eventually(lambda: "reloaded; changed: header_timeout" in running.output)
-            assert "serves again" in running.output
-            assert "client_header_timeout 3" in (running.run_dir / "nginx" / "nginx.conf").read_text()
-            assert running.predict("echo", b"x").status == 200
+            yield running, slow
+
+
+def test_f58_the_front_end_and_a_reload_do_not_wait_for_a_slow_start_of_nginx(
+    behind_slow: tuple[Server, SlowNginx],
+) -> None:
+    running, slow = behind_slow
+    with slow.killed(running):
+        client = UnixConnection(running.run_dir / "sockets" / "inference.sock")
+        for _ in range(20):
+            begun = time.monotonic()
+            assert ask(client, "POST", "/predictions/echo", b"x").status == 200
+            assert time.monotonic() - begun < 0.3
+        client.close()
+        (running.folder / "server.yaml").write_text("header_timeout: 3\n")
+        running.signal(signal.SIGHUP)  # waits for nginx
+    eventually(lambda: "reloaded; changed: header_timeout" in running.output)
+    assert running.output.index("serves again") < running.output.index("reloaded; changed: header_timeout")
+    assert "client_header_timeout 3" in (running.run_dir / "nginx" / "nginx.conf").read_text()
+    assert running.predict("echo", b"x").status == 200
+
+
+def test_f58_the_death_of_nginx_is_told(behind_slow: tuple[Server, SlowNginx]) -> None:
+    running, slow = behind_slow
+    deaths = running.metric("mms_nginx_restarts_total", reason="signal 9 (SIGKILL)")
+    with slow.killed(running):
+        for name in ("inference", "management"):
+            client = UnixConnection(running.run_dir / "sockets" / f"{name}.sock")
+            reply = ask(client, "GET", "/readyz")
+            client.close()
+            assert (reply.status, reply.json()["status"]) == (503, "unreachable")
+            assert reply.message == "unreachable: nginx ended: signal 9 (SIGKILL)"
+    eventually(lambda: fetch_quietly(running.management, "/readyz") == 200)
+    (line,) = running.manage("GET", "/readyz").json()["restarts"]
+    assert line == {
+        "level": "nginx", "deaths": deaths + 1, "limit": 5, "window": 60.0, "lastCause": "signal 9 (SIGKILL)",
+        "state": "running",
+    }  # fmt: skip
+    assert running.metric("mms_nginx_restarts_total", reason="signal 9 (SIGKILL)") == deaths + 1
+
+
+def fetch_quietly(address: str, path: str) -> int:
+    """The status; 0 while nobody answers."""
+    try:
+        return fetch(address, "GET", path).status
+    except OSError:
+        return 0
 
 
 def test_f58_a_stop_does_not_wait_for_a_slow_start_of_nginx(make_archive: MakeArchive) -> None:
