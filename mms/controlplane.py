@@ -28,6 +28,7 @@ from mms.errors import (
     ServiceUnavailableError,
 )
 from mms.logs import close_model_log, model_logger, open_model_log
+from mms.metrics import RestartFacts
 from mms.models.download import Downloads, is_remote, split_pin
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
@@ -240,6 +241,10 @@ class ControlPlane:
             for pid in reap_orphans(workers | others | set(self.forkservers.pids())):
                 log.warning("process %d, which a worker had started, had left its session; killed", pid)
 
+    def restarts(self) -> list[RestartFacts]:
+        """What has died and is started again, beside the workers of each version."""
+        return [*self.forkservers.facts(), self._restarts.facts()]
+
     async def close(self, drain: float) -> None:
         """Unload everything and end the fork servers; what is registered stays saved."""
         self._closed = True
@@ -406,6 +411,8 @@ class ControlPlane:
             cpu_threads=settings.cpu_threads,
             max_request_size=self.config.max_request_size,
             max_response_size=self.config.max_response_size,
+            threads=settings.threads,
+            preprocess_threads=settings.preprocess_threads,
         )
         how = Launch(
             name=f"mms-{version.name}",

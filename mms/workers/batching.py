@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Collection
 
 from mms.errors import DeadlineError, DrainingError, MMSError, QueueBytesError
 from mms.workers import refusals
@@ -83,11 +84,11 @@ class BatchQueue:
             limit.most = batch_size
             limit.limit = min(limit.limit, batch_size)
 
-    def new_worker(self) -> InFlight:
-        """The account of a worker that starts."""
-        worker = InFlight()
+    def new_worker(self, threads: int = 1, preprocess_threads: int = 0) -> InFlight:
+        """The account of a worker that is ready."""
+        worker = InFlight(threads, preprocess_threads)
         if self.objective is not None:
-            worker.batch_limit = BatchLimit(self.objective.seconds, self.batch_size)
+            worker.batch_limit = BatchLimit(self.objective.seconds, self.batch_size, threads)
             self.objective.limits.append(worker.batch_limit)
         return worker
 
@@ -252,6 +253,13 @@ class BatchQueue:
         error = f"the handler did not answer within response_timeout ({limit:g} s)"
         return [(job, DeadlineError(error)) for job in self._part(worker, started, done)]
 
+    def overdue(self, worker: InFlight, places: Collection[int], limit: float) -> list[tuple[Job, MMSError]]:
+        """The jobs at these places, of a worker that runs several batches, ran longer than `limit` seconds: they fail
+        with 504. The worker keeps the others, until it is killed.
+        """
+        error = f"the handler did not answer within response_timeout ({limit:g} s)"
+        return [(job, DeadlineError(error)) for job in worker.take_places(places)]
+
     def expire(self, now: float) -> list[tuple[Job, MMSError]]:
         """The jobs that are not waited for any longer, at workers, too: too late, or given up for higher priorities."""
         expired: list[tuple[Job, MMSError]] = []
@@ -356,16 +364,19 @@ class BatchQueue:
     def _limit(self, worker: InFlight, batch_size: int, now: float) -> int:
         """How many jobs may go to `worker` now: whole batches, more than one only if they are short."""
         ahead = worker.batches_ahead()
-        if not worker.jobs:
+        if not worker.jobs or len(worker.frames) < worker.threads:
             if self.max_batch_delay and self.depth < batch_size:
                 oldest = self._oldest()
                 if oldest is not None and oldest.arrived + self.max_batch_delay > now:
                     return 0
             limit = min(max(1, ahead) * batch_size, max(MAX_FRAME_JOBS, batch_size))
-        elif len(worker.frames) > 1 or self.depth < batch_size:
+        elif worker.preprocess_threads:  # a batch more for the preprocess threads, and what they have in hand
+            window = max(batch_size * (worker.threads + 1) + worker.preprocess_threads, ahead * batch_size)
+            return max(0, min(window - len(worker.jobs), MAX_FRAME_JOBS))
+        elif len(worker.frames) > worker.threads or self.depth < batch_size:
             return 0
         else:
-            room = ahead * batch_size - len(worker.jobs)
+            room = ahead * worker.threads * batch_size - len(worker.jobs)
             limit = min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
         if self._preferred and limit > batch_size:
             limit = min(limit, max(1, self.depth // batch_size) * batch_size)

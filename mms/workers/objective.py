@@ -19,11 +19,12 @@ HOPELESS = 3  # batches of one request in a row that took longer than the object
 class BatchLimit:
     """The batch size of one worker."""
 
-    __slots__ = ("_climbing", "_good", "_hopeless", "_objective", "_since_late", "limit", "most", "seconds")
+    __slots__ = ("_climbing", "_good", "_hopeless", "_objective", "_since_late", "limit", "most", "seconds", "threads")
 
-    def __init__(self, objective: float, most: int) -> None:
+    def __init__(self, objective: float, most: int, threads: int = 1) -> None:
         self.limit = 1
         self.most = most
+        self.threads = threads  # batches that the worker runs at a time
         self.seconds = 0.0  # time of a batch at the worker: follows rises at once, falls slowly; 0 while unknown
         self._objective = objective
         self._good = 0
@@ -86,4 +87,4 @@ class Objective:
         known = [limit for limit in self.limits if limit.seconds]
         if not known:
             return None
-        return sum([limit.limit * max(1, int(self.seconds / limit.seconds) - 1) for limit in known])
+        return sum([limit.threads * limit.limit * max(1, int(self.seconds / limit.seconds) - 1) for limit in known])

@@ -69,6 +69,7 @@ class WorkerPool:
         self._last_tick = 0.0
         self._changed = asyncio.Event()
         self._draining = False
+        self._overlaps = False
         self._loop = asyncio.get_running_loop()
         self._delay = Alarm(self._loop, self._dispatch)  # a batch has waited for max_batch_delay
         self._alarm = Alarm(self._loop, self._deadline)  # at the earliest deadline of a request
@@ -96,7 +97,9 @@ class WorkerPool:
     @property
     def cpu_threads(self) -> int:
         """CPU threads that a worker gets that starts now."""
-        return self._settings.load.cpu_threads or max(1, environment.cores() // max(1, self.target))
+        return self._settings.load.cpu_threads or max(
+            1, environment.cores() // max(1, self.target * self._settings.load.threads)
+        )
 
     @property
     def next_start(self) -> float | None:
@@ -108,6 +111,11 @@ class WorkerPool:
     def forkserver_deaths(self) -> int:
         """How often the fork server of these workers has died lately."""
         return self._forkservers.deaths(self._settings.launch.preload)
+
+    @property
+    def forkserver_back_in(self) -> float:
+        """Seconds for which its workers start as fresh interpreters, because it has died too often; mostly 0."""
+        return self._forkservers.spent_for(self._settings.launch.preload)
 
     @property
     def in_flight(self) -> int:
@@ -145,7 +153,9 @@ class WorkerPool:
             return
         now = time.monotonic()
         self._expire(now)
-        if len(self.ready_workers) == 1:
+        if self._overlaps:
+            self._feed_in_turns(now)
+        elif len(self.ready_workers) == 1:
             self._feed(self.ready_workers[0], now)
         else:
             idle = [worker for worker in self.ready_workers if not worker.in_flight.jobs]
@@ -159,10 +169,18 @@ class WorkerPool:
         if queue.deadlines.heap:
             self._watch_deadlines(now)
 
-    def _feed(self, worker: Worker, now: float) -> None:
+    def _feed(self, worker: Worker, now: float) -> bool:
         frame = self._queue.take(worker.in_flight, now)
-        if frame is not None:
-            worker.send(*frame)
+        if frame is None:
+            return False
+        worker.send(*frame)
+        return True
+
+    def _feed_in_turns(self, now: float) -> None:
+        """Workers that have room for several batches get one each in turn, those with the fewest first."""
+        workers = sorted(self.ready_workers, key=lambda worker: len(worker.in_flight.frames))
+        while self._queue.depth and any([self._feed(worker, now) for worker in workers]):
+            pass
 
     def _wake_later(self, now: float) -> None:
         wake_at = self._queue.wake_at()
@@ -342,6 +360,7 @@ class WorkerPool:
         self.failure = None
         self.was_ready = True
         self.ready_workers.append(worker)
+        self._overlaps = any(worker.in_flight.overlaps for worker in self.ready_workers)
         self._queue.forget_rate()
         self.minimum = max(self.minimum, min(self.ready, self.target))
         if self.ready >= self.target:
@@ -462,7 +481,7 @@ class WorkerPool:
         self._last_tick = now
         self._queue.tick(now)
         self._expire(now)
-        self._restarts.memory_kills.look(now)
+        self._restarts.tick(now)
         if self._recycling.wanted:
             self._recycle()
         if not asleep:  # answers may lie unread in the sockets: nobody is late yet

@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from mms import wire
+from mms.workers.budget import how_it_ended
 from mms.workers.forkserver import ForkServers, UnsafeFork
 from mms.workers.sandbox import new_scratch
 
@@ -42,6 +43,8 @@ class Launch:
     scratch: Path  # where each gets a folder for its temporary files
     sandbox: wire.Sandbox
     interpreter: str | None = None
+    threads: int = 1
+    preprocess_threads: int = 0
 
 
 class WorkerProcess:
@@ -61,6 +64,10 @@ class WorkerProcess:
         """Jobs finished and begun since the start, and when the batch in hand began (monotonic; 0 while idle)."""
         done, started, begun_at = wire.PROGRESS.unpack_from(self._progress)
         return done, started, begun_at
+
+    def running(self) -> list[tuple[float, tuple[int, ...]]]:
+        """Of a worker with several threads: when each of those at work began, and the places of its jobs."""
+        return list(wire.read_slots(self._progress))
 
     def resident_bytes(self) -> int:
         """Memory that it holds now, with what it shares with others; 0 when it has ended."""
@@ -87,9 +94,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # the pid is still ours: nobody has reaped it
         os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        if status.si_code == os.CLD_EXITED:
-            return f"exit code {status.si_status}"
-        return f"signal {status.si_status} ({signal.Signals(status.si_status).name})"
+        return how_it_ended(status.si_status if status.si_code == os.CLD_EXITED else -status.si_status)
 
     def close(self) -> None:
         """Release the descriptors; after the transports that use channel and output are closed."""
@@ -106,8 +111,8 @@ async def launch(how: Launch, forkservers: ForkServers) -> WorkerProcess:
     scratch = None
     try:
         scratch = new_scratch(how.scratch, how.name, how.sandbox)
-        os.ftruncate(page, wire.PROGRESS.size)
-        progress = mmap.mmap(page, wire.PROGRESS.size)
+        os.ftruncate(page, wire.page_size(how.threads, how.preprocess_threads))
+        progress = mmap.mmap(page, 0)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
         if how.interpreter is None:

@@ -13,6 +13,7 @@ from mms import wire
 from mms.errors import FrameError, HandlerError
 from mms.metrics import VersionMetrics
 from mms.workers.batching import BatchQueue
+from mms.workers.inflight import InFlight
 from mms.workers.job import Job
 from mms.workers.output import OutputReader
 from mms.workers.process import WorkerProcess
@@ -54,7 +55,7 @@ class Worker(asyncio.Protocol):
         self.slot = slot
         self.gpu = gpu
         self.state = WorkerState.STARTING
-        self.in_flight = queue.new_worker()
+        self.in_flight = InFlight()
         self.started_at = time.time()
         self.launched = time.monotonic()
         self.failure: wire.Failed | None = None
@@ -122,6 +123,8 @@ class Worker(asyncio.Protocol):
             for kind, head, payload in self._reader.feed(data):
                 if kind == wire.RESULT:
                     self._results(wire.decode(wire.Result, head), payload)
+                elif kind == wire.MEASURED:
+                    self._measured(wire.decode(wire.Measured, head))
                 elif kind == wire.READY:
                     self._ready(wire.decode(wire.Ready, head))
                 elif kind == wire.FAILED:
@@ -143,7 +146,12 @@ class Worker(asyncio.Protocol):
     def _ready(self, ready: wire.Ready) -> None:
         if self.state is WorkerState.STARTING:
             self.state = WorkerState.READY
+            self.in_flight = self._queue.new_worker(ready.threads, ready.preprocess_threads)
             self._owner.worker_ready(self, ready)
+
+    def _measured(self, measured: wire.Measured) -> None:
+        for series in measured.series:
+            self._metrics.tallies.add(series.name, series.kind, series.labels, series.value, series.counts)
 
     def _results(self, result: wire.Result, payload: memoryview) -> None:
         now = time.monotonic()

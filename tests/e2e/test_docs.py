@@ -233,7 +233,8 @@ def tree(error: type[MMSError]) -> Iterator[type[MMSError]]:
 
 
 def test_every_error_type_is_documented() -> None:
-    expected = {(f"`{error.type}`", str(error.status)) for error in tree(MMSError) if error.__module__ == "mms.errors" and error.type}
+    errors = [error for error in tree(MMSError) if error.__module__ == "mms.errors" and error.type]
+    expected = {(f"`{error.type}`", str(error.status)) for error in errors}
     assert {(row[0], row[1]) for row in rows("errors.md", "Types")} == expected | {("`PredictionException`", "400")}
 
 
