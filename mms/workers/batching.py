@@ -58,11 +58,11 @@ class BatchQueue:
             Levels(scheduling.levels, scheduling.default_level) if scheduling.levels > 1 else Line()
         )
         self._alone: deque[Job] = deque()  # retries: each runs in a frame of its own, before anything else
-        self._gave_way: list[Job] = []  # to others of higher priority; not told yet
+        self._gave_way: list[tuple[Job, MMSError]] = []  # to others; not told yet
         self._budget = RetryBudget()
         self._poisons = Poisons()
         self._known_poisons = self._poisons.known
-        self._overload = Overload()
+        self._overload = Overload(fifo=self.fifo)
         self._handed = 0  # jobs that workers were given
         self.set_batches(batch_size, scheduling.preferred)
 
@@ -144,7 +144,7 @@ class BatchQueue:
         self.capacity = capacity
         self.max_bytes = max_bytes
         self.timeout = timeout
-        self.fifo = fifo or self.scheduling.levels > 1 or self.objective is not None
+        self.fifo = self._overload.fifo = fifo or self.scheduling.levels > 1 or self.objective is not None
         self.forget_poison()
         self._make_room()
 
@@ -264,7 +264,7 @@ class BatchQueue:
         """The jobs that are not waited for any longer, at workers, too: too late, or given up for higher priorities."""
         expired: list[tuple[Job, MMSError]] = []
         if self._gave_way:
-            expired = [(job, refusals.gave_way(self._retry_after())) for job in self._gave_way if not job.settled]
+            expired = [(job, error) for job, error in self._gave_way if not job.settled]
             self._gave_way.clear()
         alone = self._alone
         while alone and (alone[0].settled or alone[0].arrived + self.timeout <= now):
@@ -294,7 +294,8 @@ class BatchQueue:
 
     def abandon(self, error: MMSError) -> list[tuple[Job, MMSError]]:
         """Every waiting job, to be failed with `error`."""
-        jobs = [job for job in itertools.chain(self._alone, self._waiting, self._gave_way) if not job.settled]
+        gave_way = [job for job, _ in self._gave_way]
+        jobs = [job for job in itertools.chain(self._alone, self._waiting, gave_way) if not job.settled]
         self._alone.clear()
         self._waiting.clear()
         self._gave_way.clear()
@@ -307,6 +308,16 @@ class BatchQueue:
         self._waiting.tidy(self.depth)
         if self._overload.measure(now, self.submitted, self._handed, self.depth, self.batch_size):
             self._make_room()
+            if self._overload.overloaded:
+                self._let_go_oldest()
+
+    def _let_go_oldest(self) -> None:
+        """The newest are served from now on: of those that wait beneath them, only few would ever be."""
+        for job in self._waiting.beyond(max(0, self.room - len(self._alone))):
+            self._left(job)
+            job.queue = None
+            error = refusals.no_room(self.depth, self.capacity, self.timeout, None, self._overload)
+            self._gave_way.append((job, error))
 
     def _accept_terms(self, job: Job, terms: Terms) -> None:
         """Note its deadlines, and make room: others of lower priority give way."""
@@ -322,7 +333,7 @@ class BatchQueue:
     def _give_way(self, job: Job) -> None:
         self.drop(job)
         job.queue = None
-        self._gave_way.append(job)
+        self._gave_way.append((job, refusals.gave_way(self._retry_after())))
 
     def _due(self, now: float) -> list[tuple[Job, MMSError]]:
         """The jobs whose deadlines have come, waiting or at a worker. Of the latter, one that only misses the model's

@@ -9,7 +9,10 @@ import math
 from collections import deque
 
 STANDING_WAIT = 0.005  # the oldest job has waited longer than this, and than two batches take ...
-STANDING_SECONDS = 0.1  # ... for so long: the queue does not empty any more, and the newest jobs are served first
+STANDING_SECONDS = 0.1  # ... for so long: the queue does not empty any more
+EXCESS = 1.2  # so many times as many jobs come as leave ...
+EXCESS_SECONDS = 0.5  # ... in this time, or in that of some batches if it is longer, ...
+EXCESS_WINDOWS = 2  # ... twice in a row: patient clients that come all at once are no overload, but fill one
 FEWEST_WAITING = 20  # that many may wait even while overloaded: fewer would refuse some in normal times
 RATE_SECONDS = 2.0  # the drain rate is measured over so long ...
 RATE_BATCHES = 4  # ... and at least so many batches
@@ -20,28 +23,34 @@ GOLDEN = 0.618033988749895  # its multiples spread evenly over 0 to 1 without an
 class Overload:
     """The record of one queue's coming and going."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fifo: bool) -> None:
+        self.fifo = fifo  # the oldest are always served first, and as many may wait as ever
         self.rate = 0.0  # jobs per second that leave while others wait; 0 while that was not measured
         self.emptied = True  # nobody waited at some time since the last look
         self.newest_first = False  # in force since the last look
-        self.overloaded = False  # the queue is standing, and more came than left
+        self.overloaded = False  # more come than leave, and not for a moment only
         self.standing_since: float | None = None
         self._drain: deque[tuple[float, int]] = deque()  # when how many were handed out, while others waited
         self._refused = 0
-        self._offered = (0, 0)  # jobs that came, and that were handed out, up to the last tick
+        self._window = (-math.inf, 0, 0)  # when it began, jobs that had come, and that had been handed out
+        self._windows = 0  # in a row in which too many came
 
     def forget_rate(self) -> None:
         self.rate = 0.0
         self._drain.clear()
 
     def is_standing(self, waited: float, batch_seconds: float, now: float) -> bool:
-        """Whether the oldest job has waited too long for too long, and the queue was never empty meanwhile."""
+        """Whether the newest are to be served first: too many come, the oldest job has waited too long for too long,
+        and the queue was never empty meanwhile. Clients that wait for an answer before they send again are served in
+        order however many there are: they cannot bring more than leaves.
+        """
         self._look_whether_emptied()
         if waited <= max(STANDING_WAIT, 2 * batch_seconds):
             self.standing_since = None
         elif self.standing_since is None:
             self.standing_since = now
-        self.newest_first = self.standing_since is not None and now - self.standing_since >= STANDING_SECONDS
+        standing = self.standing_since is not None and now - self.standing_since >= STANDING_SECONDS
+        self.newest_first = standing and self.overloaded
         return self.newest_first
 
     def measure(self, now: float, submitted: int, handed: int, depth: int, batch_size: int) -> bool:
@@ -51,11 +60,7 @@ class Overload:
         """
         self.emptied = self.emptied or not depth
         self._look_whether_emptied()
-        came, left = self._offered
-        self._offered = submitted + self._refused, handed
-        overloaded = self.newest_first and self._offered[0] - came > handed - left
-        changed = overloaded is not self.overloaded
-        self.overloaded = overloaded
+        changed = self._compare(now, submitted + self._refused, handed, depth, batch_size)
         if not depth:
             return changed
         drain = self._drain
@@ -68,6 +73,20 @@ class Overload:
             self.rate = (handed - before) / (now - since)
             changed = True
         return changed
+
+    def _compare(self, now: float, came: int, left: int, depth: int, batch_size: int) -> bool:
+        """Whether more come than leave; returns whether that is new."""
+        was = self.overloaded
+        begun, came_before, left_before = self._window
+        if not depth:
+            self._windows, self.overloaded = 0, False
+        elif now - begun < EXCESS_SECONDS or left - left_before < RATE_BATCHES * batch_size:
+            return False
+        else:
+            self._windows = self._windows + 1 if came - came_before > EXCESS * (left - left_before) else 0
+            self.overloaded = self._windows >= EXCESS_WINDOWS and not self.fifo
+        self._window = now, came, left
+        return self.overloaded is not was
 
     def room(self, capacity: int, batch_size: int, timeout: float) -> int:
         """How many may wait: by number, and by the time they would wait."""

@@ -21,7 +21,7 @@ from mms.wire import RequestFacts
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import MAX_FRAME_JOBS, InFlight
 from mms.workers.job import Job
-from mms.workers.overload import FEWEST_WAITING, MAX_RETRY_AFTER, STANDING_SECONDS
+from mms.workers.overload import EXCESS_SECONDS, FEWEST_WAITING, MAX_RETRY_AFTER
 from mms.workers.poison import MAX_POISON_BYTES, RETRY_MINIMUM, RETRY_WINDOW
 from mms.workers.waiting import MAX_FRAME_BYTES
 
@@ -294,28 +294,58 @@ def test_retry_after_is_the_time_until_the_queue_is_empty_and_some_chance() -> N
 # the order
 
 
-def stand(queue: BatchQueue, worker: InFlight) -> float:
-    """Ten jobs wait until the queue counts as standing; one of them is served. Returns when it is."""
-    fill(queue, 10)
-    now = NOW + 0.02
-    finish(worker, *take(queue, worker, now))
-    return now + STANDING_SECONDS
+def overload(queue: BatchQueue, worker: InFlight) -> tuple[float, list[tuple[Job, MMSError]]]:
+    """Twice as many come as leave, for two seconds. Returns when that is, and who was let go."""
+    now, gone = NOW, []
+    for number in range(400):
+        now = NOW + number * 0.005
+        for job in (make_job(2 * number, arrived=now), make_job(2 * number + 1, arrived=now)):
+            if queue.refusal(10) is None:
+                queue.submit(job)
+        finish(worker, *take(queue, worker, now))
+        if not number % 20:
+            queue.tick(now)
+            gone += queue.expire(now)
+    queue.tick(now)
+    return now, gone
 
 
-def test_the_newest_job_is_served_first_once_the_oldest_has_waited_too_long() -> None:
-    queue, worker = make_queue(), make_worker(0.004)
-    now = stand(queue, worker)
-    fill(queue, 1, first=11, arrived=now)
-    assert take(queue, worker, now) == [11] and queue.newest_first
+@pytest.mark.parametrize("fifo", [False, True])
+def test_the_newest_job_is_served_first_while_more_come_than_leave(fifo: bool) -> None:
+    queue, worker = make_queue(fifo=fifo), make_worker(0.004)
+    now, _ = overload(queue, worker)
+    assert queue.newest_first is not fifo
+    fill(queue, 1, first=10_000, arrived=now)
+    assert (take(queue, worker, now) == [10_000]) is not fifo
 
 
-def test_a_short_wait_or_a_short_time_of_it_keeps_the_order() -> None:
-    queue, worker = make_queue(), make_worker(0.004)
-    fill(queue, 10)
-    for wait in (0.001, 0.02, 0.05, 0.1):
-        assert take(queue, worker, NOW + wait) == [worker.finished + 1]
-        finish(worker, worker.finished + 1)
-    assert not queue.newest_first
+def patient(queue: BatchQueue, clients: int, *, batch_seconds: float, seconds: float) -> tuple[float, int]:
+    """Clients that all come at once, and then send again when they are answered: the longest wait, and refusals."""
+    worker, now, ticked, number = make_worker(batch_seconds), NOW, NOW, clients
+    fill(queue, clients)
+    longest, refused = 0.0, 0
+    while now < NOW + seconds:
+        numbers = take(queue, worker, now)
+        longest = max(longest, *(now - worker.jobs[one].arrived for one in numbers))
+        now += batch_seconds
+        while ticked + 0.25 <= now:
+            ticked += 0.25
+            queue.tick(ticked)
+            refused += len(queue.expire(ticked))
+        finish(worker, *numbers)
+        for _ in numbers:
+            number += 1
+            refused += queue.refusal(10) is not None
+            queue.submit(make_job(number, arrived=now))
+    return longest, refused
+
+
+@pytest.mark.parametrize(("clients", "batch_size", "batch_seconds"), [(64, 8, 0.08), (100, 1, 0.005), (50, 4, 2.0)])
+def test_patient_clients_are_all_served_in_their_order(clients: int, batch_size: int, batch_seconds: float) -> None:
+    queue = make_queue(batch_size=batch_size, capacity=100, timeout=1000)
+    longest, refused = patient(queue, clients, batch_seconds=batch_seconds, seconds=100 * batch_seconds + 5)
+    assert refused == 0 and not queue.newest_first
+    assert longest <= (clients / batch_size + 1) * batch_seconds + 1e-6
 
 
 def test_a_slow_handler_makes_nobody_overloaded() -> None:
@@ -328,55 +358,41 @@ def test_a_slow_handler_makes_nobody_overloaded() -> None:
 
 def test_an_empty_queue_ends_the_overload() -> None:
     queue, worker = make_queue(), make_worker(0.004)
-    now = stand(queue, worker)
+    now, _ = overload(queue, worker)
     while numbers := take(queue, worker, now):
         finish(worker, *numbers)
-    fill(queue, 2, first=20, arrived=now)
-    assert take(queue, worker, now + 0.05) == [20]
+    fill(queue, 2, first=10_000, arrived=now)
+    assert take(queue, worker, now + 0.05) == [10_000]
     queue.tick(now + 0.05)
     assert not queue.newest_first
 
 
-def overload(queue: BatchQueue, worker: InFlight) -> float:
-    """Twice as many come as leave, for half a second."""
-    now = NOW
-    for number in range(100):
-        now = NOW + number * 0.005
-        for job in (make_job(2 * number, arrived=now), make_job(2 * number + 1, arrived=now)):
-            if queue.refusal(10) is None:
-                queue.submit(job)
-        finish(worker, *take(queue, worker, now))
-        if not number % 20:
-            queue.tick(now)
-    queue.tick(now)
-    return now
-
-
 def test_while_more_come_than_leave_few_may_wait() -> None:
     queue, worker = make_queue(capacity=100), make_worker(0.004)
-    now = overload(queue, worker)
-    assert queue.newest_first and queue.room == FEWEST_WAITING and queue.depth < 40
-    while queue.depth >= FEWEST_WAITING:
-        finish(worker, *take(queue, worker, now))
-    fill(queue, queue.room - queue.depth, first=1000, arrived=now)
+    now, _ = overload(queue, worker)
+    assert queue.newest_first and queue.room == FEWEST_WAITING and queue.depth <= FEWEST_WAITING
+    fill(queue, queue.room - queue.depth, first=10_000, arrived=now)
     with pytest.raises(QueueFullError, match="more come than can be served"):
-        queue.submit(make_job(2000))
-    for _ in range(5):
+        queue.submit(make_job(20_000))
+    for _ in range(10):
         finish(worker, *take(queue, worker, now))
-    queue.tick(now + 0.25)
+    queue.tick(now + 1.1 * EXCESS_SECONDS)
     assert queue.room == 100, "more left than came"
+
+
+def test_who_waits_longest_when_the_overload_is_noticed_is_refused() -> None:
+    queue, worker = make_queue(capacity=100), make_worker(0.004)
+    _, gone = overload(queue, worker)
+    arrivals = [job.arrived for job, _ in gone]
+    assert len(gone) >= 50 and arrivals == sorted(arrivals)
+    assert min(job.arrived for job in queue._waiting) > max(arrivals)
+    assert {type(error) for _, error in gone} == {QueueFullError}
 
 
 def test_with_fifo_as_many_may_wait_as_ever() -> None:
     queue, worker = make_queue(capacity=100, fifo=True), make_worker(0.004)
     overload(queue, worker)
-    assert queue.room == 100
-
-
-def test_with_fifo_the_oldest_is_always_next() -> None:
-    queue, worker = make_queue(fifo=True), make_worker(0.004)
-    now = stand(queue, worker)
-    assert take(queue, worker, now) == [2]
+    assert queue.room == 100 == queue.depth
 
 
 def test_jobs_that_were_cancelled_below_others_do_not_pile_up() -> None:

@@ -456,7 +456,7 @@ class Simulation:
     def check(self) -> None:
         queue = self.queue
         waiting = [*queue._alone, *queue._waiting]
-        given_up = [job.id for job in queue._gave_way]
+        given_up = [job.id for job, _ in queue._gave_way]
         sizes = [job.size for job in waiting if not job.settled]
         owned = [job.id for job in waiting] + given_up
         assert not any([job.taken for job in waiting]), "a waiting job counts as taken"
