@@ -17,7 +17,7 @@ import msgspec
 
 from mms import wire
 from mms.archive import HANDLER, MODEL_NAME, ModelArchive
-from mms.config import Config, ModelSettings, merge_settings, read_yaml
+from mms.config import Config, ModelSettings, merge_settings
 from mms.errors import (
     ArchiveError,
     BadRequestError,
@@ -33,6 +33,7 @@ from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
 from mms.rundir import CacheDirectory
+from mms.safe_yaml import read_yaml
 from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers

@@ -54,7 +54,8 @@ def main() -> None:
 
 def _prepare(directory: Path) -> wire.Load:
     """What the server would tell its worker. Raises ArchiveError and ConfigError."""
-    from mms.config import ModelSettings, merge_settings, read_yaml  # workers do without
+    from mms.config import ModelSettings, merge_settings  # workers do without
+    from mms.safe_yaml import read_yaml
 
     if not directory.is_dir():
         raise ArchiveError(f"{directory} is no folder; model-archiver --archive-format no-archive makes one")

@@ -23,10 +23,10 @@ import h11
 from mms import payload, wire
 from mms.archive import ModelArchive
 from mms.archive.manifest import Manifest
-from mms.config import parse_yaml
 from mms.errors import ArchiveError, BadRequestError, ConfigError, FrameError, MMSError, RequestTooLargeError
 from mms.http.connection import Connection
 from mms.http.listener import HttpServer
+from mms.safe_yaml import parse_yaml
 from tests.unit import test_http_connection as fake
 
 CORPUS = Path(__file__).parent / "corpus"

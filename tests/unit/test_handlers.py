@@ -36,21 +36,21 @@ class Double(torch.nn.Module):
 """
 
 
-class Colours(torch.nn.Module):  # type: ignore[misc]
+class Colours(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
     """Scores a picture by the mean of its red, green and blue."""
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return pictures.mean(dim=(2, 3))
 
 
-class Sums(torch.nn.Module):  # type: ignore[misc]
+class Sums(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
     """Two outputs per row: its sum, and the row doubled."""
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rows.sum(dim=1), rows * 2
 
 
-class Double(torch.nn.Module):  # type: ignore[misc]
+class Double(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return rows * 2
 
