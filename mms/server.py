@@ -106,7 +106,6 @@ class ModelServer:
             await self._serve(sockets)
             self._edge.start()
             self._tick()
-            self._watchdog()
             await self._startup.wait(self._stop_asked)
             if not self._stop_asked.is_set():
                 self._startup.check(self._run_dir.logs)
@@ -121,6 +120,7 @@ class ModelServer:
         gc.freeze()
         line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.running)
         self._manager.ready(line)
+        self._watchdog()
         self._say(line)
 
     async def run_until_stopped(self) -> int:
@@ -206,10 +206,10 @@ class ModelServer:
         self._control.reap_orphans(self._edge.pids)
 
     def _watchdog(self) -> None:
-        """Tell the service manager that the event loop turns."""
+        """Tell the service manager that the event loop turns; it wants to know from the ready message on."""
         if self._manager.watchdog:
             asyncio.get_running_loop().call_later(self._manager.watchdog, self._watchdog)
-            self._manager.send("WATCHDOG=1")
+            self._manager.alive()
 
     # what happens to it while it runs
 
