@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from mms.errors import ConfigError
 from mms.safe_yaml import read_yaml
+from mms.token import VARIABLES
 
 MAX_SHOWN = 200  # characters of a wrong value in an error
 MAX_WORKERS = 1024
@@ -289,6 +290,9 @@ class Config:
     management_token_file: Path | None = _setting(
         None, _path, "file (mode 0600) with the token that every management call must bring"
     )
+    inference_token_file: Path | None = _setting(
+        None, _path, "file (mode 0600) with the token that every prediction must bring (empty: none is needed)"
+    )
     management_hosts: tuple[str, ...] = _setting(
         (), _words, "names by which the management port may be called, beside its address and localhost"
     )
@@ -464,7 +468,11 @@ def load_config(
     if file is not None:
         take(read_yaml(file), str(file))
     environ = os.environ if environ is None else environ
-    named = {key.removeprefix("MMS_").lower(): value for key, value in environ.items() if key.startswith("MMS_")}
+    named = {
+        key.removeprefix("MMS_").lower(): value
+        for key, value in environ.items()
+        if key.startswith("MMS_") and key not in VARIABLES.values()  # secrets, which no command shows
+    }
     for name in named:
         if name not in known:
             suggestion = nearest(name, known).upper().replace("; DID YOU MEAN ", "; did you mean MMS_")
