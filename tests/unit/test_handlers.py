@@ -262,6 +262,21 @@ def test_malformed_json_is_the_clients_fault(tmp_path: Path, make_context: MakeC
         loaded(Tensor(), make_context()).preprocess(request(b"[1, 2"))
 
 
+def test_s5_an_older_torch_reads_weights_from_safetensors_only(
+    tmp_path: Path, make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"factor": torch.tensor([3.0])}
+    torch.save(weights, tmp_path / "weights.pt")
+    save_file(weights, tmp_path / "weights.safetensors")
+    (tmp_path / "network.py").write_text(NETWORK_SOURCE)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cpu"))
+    with pytest.raises(
+        ValueError, match=r"weights\.pt is not read by torch 2\.9\.1\+cpu.* or save the weights as \.safet"
+    ):
+        loaded(Tensor(), make_context("weights.pt", model_file="network.py"))
+    loaded(Tensor(), make_context("weights.safetensors", model_file="network.py"))
+
+
 @pytest.mark.parametrize("file", ["weights.pt", "weights.safetensors"])
 def test_weights_go_into_the_model_file(tmp_path: Path, make_context: MakeContext, file: str) -> None:
     if file.endswith(".safetensors"):
