@@ -355,6 +355,10 @@ class Config:
     install_requirements: bool = _setting(
         False, _boolean, "install an archive's requirements.txt into a virtual environment of its own"
     )
+    require_hashes: bool = _setting(False, _boolean, "refuse requirements that have no hash for each file")
+    wheelhouse: Path | None = _setting(
+        None, _path, "folder of wheels that requirements are installed from, and from nowhere else"
+    )
     worker_env: tuple[str, ...] = _setting(
         (), _words, "names of environment variables that workers get beside the usual ones"
     )
