@@ -13,7 +13,8 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from tests.conftest import Answering, MakeArchive, MakeGate, Server, eventually, fetch, server
+from tests.conftest import MakeArchive, MakeGate, Server, eventually, fetch, server
+from tests.traffic import Answering
 
 FAMILIES = {
     "mms_requests": "counter",

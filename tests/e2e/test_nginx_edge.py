@@ -14,11 +14,9 @@ import pytest
 
 from tests.conftest import (
     CLIENT_TIMEOUT,
-    Answering,
     MakeArchive,
     MakeGate,
     Server,
-    Traffic,
     ask,
     connect,
     eventually,
@@ -26,6 +24,7 @@ from tests.conftest import (
     needs_nginx,
     server,
 )
+from tests.traffic import Answering, Traffic
 
 pytestmark = needs_nginx
 

@@ -11,17 +11,8 @@ from functools import partial
 import psutil
 import pytest
 
-from tests.conftest import (
-    Answering,
-    MakeArchive,
-    MakeGate,
-    Server,
-    Traffic,
-    eventually,
-    needs_nginx,
-    processes_in,
-    server,
-)
+from tests.conftest import MakeArchive, MakeGate, Server, eventually, needs_nginx, processes_in, server
+from tests.traffic import Answering, Traffic
 
 
 @pytest.fixture(scope="module")

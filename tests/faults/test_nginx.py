@@ -11,20 +11,9 @@ import pytest
 from rich.console import Console
 
 from tests.chaos import lost
-from tests.conftest import (
-    Answering,
-    MakeArchive,
-    Server,
-    ask,
-    connect,
-    eventually,
-    free_ports,
-    mms,
-    needs_nginx,
-    scratch,
-    server,
-)
+from tests.conftest import MakeArchive, Server, ask, connect, eventually, free_ports, mms, needs_nginx, scratch, server
 from tests.faults.means import full, needs_mounts
+from tests.traffic import Answering
 
 pytestmark = needs_nginx
 BURST = 200
