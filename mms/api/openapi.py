@@ -85,7 +85,7 @@ _HEADERS = (
         place="header",
     ),
 )
-_PREDICTION_STATUSES = (200, 400, 404, 405, 413, 429, 500, 503, 504)
+_PREDICTION_STATUSES = (200, 400, 401, 404, 405, 413, 429, 500, 503, 504)
 
 
 def _predictions() -> Iterable[Operation]:
