@@ -24,6 +24,7 @@ from mms.errors import MMSError
 from mms.program import Program
 from mms.rundir import RunDirectory, Running
 from mms.token import read_token
+from mms.upgrade import predecessor
 
 NOT_READY = 3
 HEARTBEAT = 2.0
@@ -97,13 +98,26 @@ def start(daemon: bool, foreground: bool, fresh: bool, file: Path | None, **opti
     is_daemon = _READY_FD in os.environ
     if is_daemon:
         os.set_inheritable(int(os.environ[_READY_FD]), False)  # nginx would hold it open for its whole life
-    config, _ = _load(file, options)
+    old = predecessor(os.environ)
+    try:
+        config, _ = _load(file, options)
+    except MMSError as error:
+        if old is not None:
+            old.failed(error.message)
+        raise
     if daemon and not foreground:
         _start_daemon(config)
     import uvloop
 
     from mms import logs
     from mms.server import serve
+
+    is_daemon = is_daemon or (old is not None and old.handover.daemon)
+
+    def say(text: str) -> None:
+        _announce(text)
+        if old is not None:
+            old.progress(text)
 
     try:
         if is_daemon and config.log_file is None:
@@ -113,9 +127,13 @@ def start(daemon: bool, foreground: bool, fresh: bool, file: Path | None, **opti
     except OSError as error:
         _fail(f"cannot write the log {config.log_file}: {error.strerror}")
     try:
-        code = uvloop.run(serve(config, _announce, fresh=fresh, reread=lambda: _load(file, options)[0]))
+        code = uvloop.run(
+            serve(config, say, fresh=fresh, reread=lambda: _load(file, options)[0], daemon=is_daemon, old=old)
+        )
     except MMSError as error:
         _tell_parent(f"mms: error: {error.message}")
+        if old is not None:
+            old.failed(error.message)
         raise
     sys.exit(code)
 
@@ -263,6 +281,38 @@ def reload(run_dir: Path | None) -> None:
     click.echo(f"reloaded; changed: {', '.join(done.applied) or 'nothing'}")
     if done.restart:
         click.echo(f"changed by a restart only: {', '.join(done.restart)}")
+
+
+@main.command()
+@_run_dir_option
+def upgrade(run_dir: Path | None) -> None:
+    """Have a new server take over from the running one, with the code and settings of now; no request is lost."""
+    directory, running = _running(run_dir)
+    if running is None:
+        _fail(_nobody(directory), NOT_READY)
+    before = directory.upgraded()
+    try:
+        pidfd = os.pidfd_open(running.pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGUSR2)
+    except ProcessLookupError:
+        _fail(f"the server (pid {running.pid}) is not seen from here: it has just ended, or is in another container")
+    except PermissionError as error:
+        _fail(f"cannot upgrade pid {running.pid}: {error.strerror}")
+    said = ""
+    while True:
+        ended = select.select([pidfd], [], [], RELOAD_POLL)[0]
+        state = directory.upgraded()
+        if state is not None and state != before:
+            if state.failure:
+                _fail(f"not upgraded, everything stays as it was: {state.failure}")
+            if state.pid:
+                click.echo(f"upgraded: pid {state.pid} serves; pid {running.pid} answers what it has in hand and ends")
+                return
+            if state.progress != said:
+                said = state.progress
+                click.echo(said, err=True)
+        if ended:
+            _fail(f"the server (pid {running.pid}) has ended; see its log")
 
 
 @main.command()

@@ -76,6 +76,7 @@ class ControlPlane:
         # by name and version: what is to be registered at start or could not be, and whether it is the default
         self._waiting: dict[tuple[str, str], tuple[SavedVersion, bool]] = {}
         self._closed = False
+        self.frozen = False  # an upgrade goes on: what is registered must stay as the new server was told
 
     async def check_sandbox(self) -> None:
         """Whether this machine can give workers what the server's settings demand. Raises ConfigError."""
@@ -98,6 +99,7 @@ class ControlPlane:
         Raises BadRequestError, ModelNotFoundError, DownloadError, ArchiveError, ConfigError or ConflictError (nothing
         is registered), and ModelLoadError (the version stays registered as FAILED; registering it again replaces it).
         """
+        self._check_thawed()
         url, sha256 = await self.fetch(url, sha256)
         archive, digest = await self._open(url, handler, sha256)
         name = name or archive.manifest.model_name
@@ -184,6 +186,7 @@ class ControlPlane:
         With `min_workers` among the changes and `synchronous`, return when that many workers are ready. Raises
         ConfigError (nothing is changed), and ModelLoadError when synchronous and workers cannot be started.
         """
+        self._check_thawed()
         found = self.registry.version(name, version)
         settings = merge_settings(found.settings, changes, "request", strict=True)
         pool = found.pool
@@ -200,6 +203,7 @@ class ControlPlane:
         return found
 
     async def set_default(self, name: str, version: str) -> None:
+        self._check_thawed()
         found = self.registry.version(name, version)
         if found.state is VersionState.FAILED:
             raise ConflictError(f"model {found.label} is FAILED and cannot become the default")
@@ -211,6 +215,7 @@ class ControlPlane:
 
     async def unregister(self, name: str, version: str = "") -> None:
         """Stop serving a version (default: all of the model's), after its requests in hand are answered."""
+        self._check_thawed()
         forgotten = self._forget(name, version)
         try:
             model = self.registry.model(name)
@@ -239,6 +244,11 @@ class ControlPlane:
         await asyncio.gather(*(self._unload(version, drain) for version in list(self._versions)))
         self.forkservers.close()
 
+    async def thaw(self) -> None:
+        """Changes are taken again; the saved state may have been changed by another server meanwhile."""
+        self.frozen = False
+        await self._save()
+
     def snapshot(self) -> State:
         """What is registered, or waits to be."""
         models = {
@@ -257,6 +267,10 @@ class ControlPlane:
                 versions=[*(known.versions if known else ()), saved],
             )
         return State(models=list(models.values()))
+
+    def _check_thawed(self) -> None:
+        if self.frozen:
+            raise ServiceUnavailableError("the server is being upgraded; try again when that is done")
 
     async def _save(self) -> None:
         if self.saver is not None and not self._closed:
@@ -313,6 +327,8 @@ class ControlPlane:
             version.sandbox = self._sandboxes.describe(settings)
             version.pool = self._pool(version, folder, model_config, sandbox)
             replaced = self._failed(name, number)
+            if not at_start:
+                self._check_thawed()
             open_model_log(self.config.run_dir / "logs", name)
             if replaced is not None:
                 self.registry.remove(replaced)

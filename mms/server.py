@@ -35,12 +35,13 @@ from mms.models.readiness import Phase, Readiness
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion
-from mms.rundir import CacheDirectory, RunDirectory, Running
+from mms.rundir import CacheDirectory, RunDirectory, Running, Upgraded
 from mms.secret import read_secret
 from mms.signature import TrustedKeys
 from mms.state import SavedModel, SavedVersion, State, read
 from mms.systemd import Notifier, address_of, passed_sockets
 from mms.token import TokenFile
+from mms.upgrade import Handover, Predecessor, Successor
 from mms.workers.environment import memory
 from mms.workers.gpus import GpuMonitor
 
@@ -59,6 +60,7 @@ HEARTBEAT = 2.0
 PATIENCE = 30.0  # seconds that a service manager is asked for at each heartbeat of a start
 TICK = 1.0
 LAST_ANSWERS = 2.0  # seconds for answers of the management API at the end of a stop
+LAST_REQUESTS = 5.0  # seconds for which idle connections outlive a server that has handed over
 STOP_MARGIN = 10.0  # seconds of a stop beyond drain_timeout and stop_grace
 ANY_HOST = {"0.0.0.0", "*"}
 LISTENERS = ("inference", "management", "metrics")
@@ -82,12 +84,16 @@ class ModelServer:
         *,
         fresh: bool = False,
         reread: Callable[[], Config] | None = None,
+        daemon: bool = False,
+        old: Predecessor | None = None,
     ) -> None:
         self._config = config
         self._say = say
         self._reread = reread
         self._manager = Notifier(os.environ)
-        self._passed = passed_sockets(os.environ, LISTENERS)
+        self._daemon = daemon
+        self._old = old
+        self._passed, self._given = self._inherited()
         self._at_terminal = os.isatty(0)
         self._check_addresses()
         self._token = self._management_token()
@@ -99,11 +105,16 @@ class ModelServer:
         self._control = ControlPlane(config, self._registry, self._store, self._cache, config.state)
         self._remote: dict[str, tuple[str, str]] = {}  # file in the store -> name and address to download it from
         self._named = self._archives()
-        self._startup = self._plan(State() if fresh else read(config.state))
+        self._startup = self._plan(self._saved(fresh))
         self._control.announce(self._startup)
-        self._run_dir = RunDirectory(config.run_dir)
+        self._run_dir = RunDirectory(config.run_dir, 1 if old is None else old.handover.generation)
         self._inference = InferenceApi(DataPlane(self._registry), self._readiness)
         self._nginx_program = self._find_edge()
+        if old is not None and old.handover.edge != (self._nginx_program is not None):
+            raise ConfigError(
+                f"edge: the running server is {'behind' if old.handover.edge else 'without'} nginx, and an upgrade "
+                "keeps that; stop and start instead"
+            )
         self._tls = self._certificate()
         self._renewal: asyncio.Task[None] | None = None
         self._tls_stamp = self._look_at_certificate()
@@ -117,6 +128,10 @@ class ModelServer:
         self._exit_code = 0
         self._timer: asyncio.TimerHandle | None = None
         self._reloads: asyncio.Task[None] | None = None
+        self._upgrade: asyncio.Task[None] | None = None
+        self._successor = Successor()
+        self._handed_over = False
+        self._sockets: dict[str, socket.socket] = {}
         self._gpus: list[GpuFacts] = []
         self._failures: dict[ModelVersion, ModelLoadError] = {}
         self._unrestored: list[str] = []
@@ -133,27 +148,36 @@ class ModelServer:
         begun = time.monotonic()
         prepare_process()
         user = edge_user() if self._nginx_program else None
-        self._run_dir.acquire(user)
+        if self._old is None:
+            self._run_dir.acquire(user)
+        else:
+            self._run_dir.inherit(self._old.handover.lock, user)
         loads: list[asyncio.Task[None]] = []
         try:
             self._cache.acquire(user, for_others=bool(self._config.worker_user))
             await self._control.check_sandbox()
             sockets = self._listen(user[1] if user else None)
             self._catch_signals()
-            self._run_dir.record(self._running())
+            if self._old is None:
+                self._run_dir.record(self._running())
+            else:
+                asyncio.get_running_loop().add_reader(self._old.channel, self._given_up)
             self._say_restored()
             self._fetches = {
                 file: asyncio.create_task(self._control.fetch(url)) for file, (_, url) in self._remote.items()
             }
             loads += [asyncio.create_task(self._load(model)) for model in self._startup]
             loads += [asyncio.create_task(self._load_remote(file)) for file in self._remote]
-            await self._serve(sockets)
-            self._start_edge()
+            if self._old is None:
+                await self._serve(sockets)
+                self._start_edge()
             self._tick()
             self._watchdog()
             await self._await_loads(loads)
             if not self._stop_asked.is_set():
                 self._check_loaded()
+                if self._old is not None:
+                    await self._take_over(sockets)
         except BaseException:
             unfinished = [*loads, *self._fetches.values()]
             for task in unfinished:
@@ -169,11 +193,37 @@ class ModelServer:
         line = self._ready_line(time.monotonic() - begun)
         self._manager.ready(line)
         self._say(line)
+        if self._old is not None:
+            self._old.served(line)
+            self._old.channel.close()
 
     async def run_until_stopped(self) -> int:
         """Wait for SIGTERM, SIGINT or the loss of the edge; returns the exit code."""
         await self._stop_asked.wait()
         return self._exit_code
+
+    def _inherited(self) -> tuple[dict[str, socket.socket], dict[str, str]]:
+        """The front end's sockets that were passed to this process, and the addresses that count in place of ours."""
+        if self._old is None:
+            passed = passed_sockets(os.environ, LISTENERS)
+            return passed, {name: address_of(sock) for name, sock in passed.items()}
+        told = self._old.handover
+        if told.activated:
+            return self._old.sockets, told.addresses
+        config = self._config
+        wanted = config.inference_address, config.management_address, config.metrics_address
+        for name, address in zip(LISTENERS, wanted, strict=True):
+            if address != told.addresses[name]:
+                raise ConfigError(
+                    f"{name}_address = {address}: the running server has {told.addresses[name]}, and an upgrade keeps "
+                    "its sockets; stop and start instead"
+                )
+        return {} if told.edge else self._old.sockets, {}
+
+    def _saved(self, fresh: bool) -> State:
+        if self._old is not None:
+            return self._old.handover.state
+        return State() if fresh else read(self._config.state)
 
     def _archives(self) -> dict[tuple[str, str], SavedVersion]:
         """What `models` names in the store, by name and version; it is checked before anything else happens."""
@@ -254,9 +304,9 @@ class ModelServer:
         return None if file is None else TokenFile(file)
 
     def _find_edge(self) -> str | None:
-        if self._passed and self._config.edge == "nginx":
+        if self._given and self._config.edge == "nginx":
             raise ConfigError("nginx cannot take over the sockets of the service manager; start with --edge none")
-        if self._config.edge == "none" or self._passed:
+        if self._config.edge == "none" or self._given:
             if self._config.access_log is not None:
                 raise ConfigError(NO_ACCESS_LOG)
             return None
@@ -325,7 +375,7 @@ class ModelServer:
     def _addresses(self) -> tuple[str, str, str]:
         config = self._config
         inference, management, metrics = (
-            address_of(self._passed[name]) if name in self._passed else address
+            self._given.get(name, address)
             for name, address in zip(
                 LISTENERS, (config.inference_address, config.management_address, config.metrics_address), strict=True
             )
@@ -353,6 +403,7 @@ class ModelServer:
             for sock in bound:
                 sock.close()
             raise
+        self._sockets = dict(zip(LISTENERS, bound, strict=True))
         return bound
 
     async def _serve(self, sockets: list[socket.socket]) -> None:
@@ -401,7 +452,8 @@ class ModelServer:
         # jinja2 is needed behind nginx only
         from mms_nginx.run import Nginx
 
-        self._nginx = Nginx(self._nginx_program, self._run_dir.nginx, self._edge_text(self._config))
+        sockets = self._old.sockets if self._old is not None else {}
+        self._nginx = Nginx(self._nginx_program, self._run_dir.nginx, self._edge_text(self._config), sockets)
         self._nginx.start()
         asyncio.get_running_loop().add_reader(self._nginx.pidfd, self._edge_ended)
 
@@ -506,6 +558,11 @@ class ModelServer:
     def _check_loaded(self) -> None:
         """Raises StartError when `models` names all there is and nothing of it loads; saved models can be mended."""
         failed = self._failed()
+        if self._old is not None and failed:
+            ready = {(each.name, each.version) for each in self._registry.versions() if each.pool and each.pool.ready}
+            wanted = {(model.name, saved.version) for model in self._startup for saved in model.versions}
+            if wanted.intersection(self._old.handover.loaded) - ready:
+                raise StartError(f"not all that is served now could be loaded: {'; '.join(failed)}")
         if failed and not self._restored() and len(failed) == len(self._registry.versions()):
             raise StartError(f"no model could be loaded: {'; '.join(failed)} (more in {self._run_dir.logs})")
 
@@ -546,7 +603,8 @@ class ModelServer:
 
     def _tick(self) -> None:
         self._renew_certificate()
-        self._control.reap_orphans({self._nginx.pid} if self._nginx is not None else set())
+        nginx = {self._nginx.pid} if self._nginx is not None else set()
+        self._control.reap_orphans({self._successor.pid} | nginx)
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
 
     def _watchdog(self) -> None:
@@ -563,6 +621,7 @@ class ModelServer:
             loop.add_signal_handler(number, self._signalled)
         loop.add_signal_handler(signal.SIGUSR1, self._reopen_log)
         loop.add_signal_handler(signal.SIGHUP, self._hung_up)
+        loop.add_signal_handler(signal.SIGUSR2, self._upgrade_asked)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
     def _reopen_log(self) -> None:
@@ -583,6 +642,8 @@ class ModelServer:
         restart: list[str] = []
         failure = ""
         try:
+            if self._upgrade is not None:
+                raise ConfigError("the server is being upgraded; reload when that is done")
             if self._reread is None:
                 raise ConfigError("this server has no settings to read again")
             new = self._reread()
@@ -619,7 +680,7 @@ class ModelServer:
         self._run_dir.record(self._running())
 
     def _signalled(self) -> None:
-        if self._readiness.phase is not Phase.DRAINING:
+        if self._readiness.phase is not Phase.DRAINING and not self._handed_over:
             self._manager.send("STOPPING=1")
         self._readiness.phase = Phase.DRAINING
         if self._stop_asked.is_set():
@@ -639,9 +700,8 @@ class ModelServer:
             self._edge_deaths.popleft()
         if len(self._edge_deaths) <= EDGE_DEATHS:
             log.error("nginx ended (%s); starting it again", code)
-            nginx.stop(0)
             try:
-                nginx.start()
+                nginx.restart()
                 loop.add_reader(nginx.pidfd, self._edge_ended)
                 return
             except StartError as error:
@@ -649,6 +709,96 @@ class ModelServer:
         log.critical("nginx cannot be kept running; stopping")
         self._exit_code = 1
         self._readiness.phase = Phase.DRAINING
+        self._stop_asked.set()
+
+    # upgrade
+
+    def _upgrade_asked(self) -> None:
+        """SIGUSR2."""
+        if self._upgrade is None:
+            self._upgrade = asyncio.create_task(self._hand_over())
+
+    async def _hand_over(self) -> None:
+        """Start a new server and end when it serves; when it does not come to that, all stays as it is."""
+        before = self._run_dir.upgraded()
+        number = before.number + 1 if before else 1
+
+        def tell(progress: str, *, failure: str = "", pid: int = 0) -> None:
+            with contextlib.suppress(OSError):
+                self._run_dir.record_upgrade(Upgraded(number, progress, failure, pid))
+
+        tell("the new server starts")
+        try:
+            self._check_upgradable()
+            if self._reloads is not None:
+                await asyncio.wait([self._reloads])
+            self._control.frozen = True
+            self._successor.start(self._handover)
+            line = await self._successor.serves(tell)
+        except MMSError as error:
+            log.error("not upgraded, everything stays as it was: %s", error.message)
+            self._successor.pid = 0
+            await self._control.thaw()
+            self._upgrade = None
+            tell("", failure=error.message)
+            return
+        pid = self._successor.pid
+        self._handed_over = True
+        self._run_dir.leave()
+        if self._nginx is not None:
+            self._nginx.shared = True
+        self._manager.send(f"MAINPID={pid}", "READY=1", f"STATUS={line}")
+        tell(line, pid=pid)
+        log.info("upgraded: pid %d serves from now on", pid)
+        self._stop_asked.set()
+
+    def _check_upgradable(self) -> None:
+        if self._readiness.phase is not Phase.SERVING:
+            raise StartError(f"the server is {self._readiness.phase}; try again when it serves")
+        if not self._daemon and not self._manager.present:
+            raise StartError(
+                "the server runs in the foreground, and whoever started it would see it end; "
+                "start it with --daemon, or from systemd with Type=notify"
+            )
+
+    def _handover(self, channel: int) -> Handover:
+        sockets = self._nginx.sockets if self._nginx is not None else self._sockets
+        return Handover(
+            generation=self._run_dir.generation + 1,
+            daemon=self._daemon,
+            edge=self._nginx is not None,
+            addresses=dict(zip(LISTENERS, self._addresses(), strict=True)),
+            activated=bool(self._given),
+            sockets={name: sock.fileno() for name, sock in sockets.items()},
+            lock=self._run_dir.lock,
+            channel=channel,
+            state=self._control.snapshot(),
+            loaded=[
+                (version.name, version.version)
+                for version in self._registry.versions()
+                if version.pool is not None and version.pool.ready
+            ],
+        )
+
+    async def _take_over(self, sockets: list[socket.socket]) -> None:
+        """All that the old server serves is loaded: serve on its sockets beside it, and be the one that runs here."""
+        assert self._old is not None
+        asyncio.get_running_loop().remove_reader(self._old.channel)
+        self._readiness.phase = Phase.SERVING
+        await self._serve(sockets)
+        self._start_edge()
+        if self._stop_asked.is_set():
+            return
+        self._run_dir.take_over(self._running())
+        if self._nginx is not None:
+            self._nginx.shared = False
+
+    def _given_up(self) -> None:
+        """The old server has ended, or does not want this one any more."""
+        assert self._old is not None
+        asyncio.get_running_loop().remove_reader(self._old.channel)
+        log.error("the old server has given up this upgrade; stopping")
+        self._exit_code = 1
         self._stop_asked.set()
 
     # stop
@@ -662,6 +812,8 @@ class ModelServer:
         begun = time.monotonic()
         if self._timer is not None:
             self._timer.cancel()
+        if self._upgrade is not None:
+            self._upgrade.cancel()
         delay = self._config.drain_delay if self._readiness.phase is Phase.DRAINING else 0.0
         until = begun + delay + self._config.drain_timeout
         drain = asyncio.create_task(self._drain(delay, until))
@@ -678,6 +830,8 @@ class ModelServer:
             await self._control.close(0)
         for runner in self._runners:
             await runner.cleanup()
+        if self._upgrade is not None:
+            await asyncio.wait([self._upgrade])
         self._cache.release()
         self._run_dir.release()
 
@@ -686,6 +840,11 @@ class ModelServer:
             return max(0.0, until - time.monotonic())
 
         await asyncio.sleep(delay)
+        if self._handed_over and self._nginx is None:
+            for runner in self._runners:
+                for site in list(runner.sites):
+                    await site.stop()
+            await self._http.retire(min(LAST_REQUESTS, left()))
         timeout = self._config.drain_timeout
         if not await self._stop_edge(left()):
             log.warning("nginx was ended: its requests took longer than drain_timeout (%g s)", timeout)
@@ -756,13 +915,20 @@ def _with_default(model: SavedModel) -> SavedModel:
 
 
 async def serve(
-    config: Config, say: Callable[[str], None], *, fresh: bool = False, reread: Callable[[], Config] | None = None
+    config: Config,
+    say: Callable[[str], None],
+    *,
+    fresh: bool = False,
+    reread: Callable[[], Config] | None = None,
+    daemon: bool = False,
+    old: Predecessor | None = None,
 ) -> int:
     """The whole life of a server; returns its exit code. Raises MMSError when it cannot start.
 
-    `fresh` ignores the saved state; `reread` reads the settings again for a reload.
+    `fresh` ignores the saved state; `reread` reads the settings again for a reload; a `daemon` may be succeeded by
+    another process, and takes over from `old`, if there is one.
     """
-    server = ModelServer(config, say, fresh=fresh, reread=reread)
+    server = ModelServer(config, say, fresh=fresh, reread=reread, daemon=daemon, old=old)
     await server.start()
     try:
         return await server.run_until_stopped()

@@ -23,6 +23,10 @@ class Notifier:
             with contextlib.suppress(ValueError):
                 self.watchdog = int(environ.get("WATCHDOG_USEC", "0")) / 2e6
 
+    @property
+    def present(self) -> bool:
+        return bool(self._address)
+
     def send(self, *lines: str) -> None:
         if not self._address:
             return
