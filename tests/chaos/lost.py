@@ -1,4 +1,4 @@
-"""How many of 100,000 requests are lost while versions are swapped, nginx is reloaded, the server is upgraded, or workers are killed: none."""
+"""How many of 100,000 requests are lost in swaps, reloads and upgrades, or while workers are killed: none."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(name: str, requests: int, seed: int, console: Console) -> int:
         under.settle()
         accepted = round(under.running.metric("mms_requests_total"))
     again = account.explained.total()
-    # what the front end has taken must have been answered; versions and servers that are gone have taken their counts along
+    # what the front end has taken must have been answered; versions and servers that are gone took their counts along
     unanswered = max(0, accepted - account.right) if trial.act not in (Rig.swap, Rig.upgrade) else 0
     lost = account.lost + unanswered + len(under.problems)
     console.print(
