@@ -45,7 +45,7 @@ MakeGate = Callable[[], "Gate"]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What has a row's number in its name (test_f1_..., test_s3_...) is a fault test: `make faults` runs these."""
     for item in items:
-        if re.match(r"test_[fs]\d+_", item.name):
+        if re.match(r"test_[fs]\d+_", item.name, re.IGNORECASE):
             item.add_marker(pytest.mark.fault)
 
 

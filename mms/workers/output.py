@@ -3,31 +3,71 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
 from collections import deque
 
+READ_SIZE = 64 << 10
 MAX_LINE = 8 << 10
 MAX_PER_SECOND = 256 << 10
 KEPT_LINES = 20
 
 
-class OutputReader(asyncio.Protocol):
-    """Reads one worker's standard output and error."""
+class OutputReader:
+    """Reads one worker's standard output and error, and owns the pipe that they are.
+
+    Not a pipe transport of uvloop's: that closes the descriptor twice, and in between a thread may have opened a file
+    that got the same number.
+    """
 
     def __init__(self, log: logging.Logger, label: str) -> None:
         self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._log = log
         self._label = label
         self._rest = b""
-        self._ended = False
+        self._pipe = -1
         self._second = 0
         self._budget = MAX_PER_SECOND
         self._dropped = 0
 
-    def data_received(self, data: bytes) -> None:
+    def start(self, pipe: int) -> None:
+        """Read from `pipe` from now on, which is closed at its end or by `finish`."""
+        self._pipe = pipe
+        os.set_blocking(pipe, False)
+        asyncio.get_running_loop().add_reader(pipe, self._read)
+
+    def finish(self) -> None:
+        """Read what a process that has ended left in its pipe: these are its last words. Then close it."""
+        while self._pipe != -1 and self._read() and self._budget >= 0:  # a helper may go on writing
+            continue
+        self._close()
+
+    def _read(self) -> bool:
+        """Whether there may be more."""
+        try:
+            data = os.read(self._pipe, READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if data:
+            self.feed(data)
+        else:
+            self._close()
+        return bool(data)
+
+    def _close(self) -> None:
+        if self._pipe != -1:
+            asyncio.get_running_loop().remove_reader(self._pipe)
+            os.close(self._pipe)
+            self._pipe = -1
+        if self._rest:
+            self._write(self._rest)
+            self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Something that the worker has printed."""
         self._refill()
         self._budget -= len(data)
         if self._budget < 0:
@@ -38,25 +78,6 @@ class OutputReader(asyncio.Protocol):
         for line in lines:
             self._write(line)
         if len(self._rest) > MAX_LINE:
-            self._write(self._rest)
-            self._rest = b""
-
-    def drain(self, pipe: int) -> None:
-        """Read now what a process that has ended left in its pipe (which does not block): these are its last words."""
-        with contextlib.suppress(OSError):
-            while not self._ended and (data := os.read(pipe, MAX_PER_SECOND)):
-                self.data_received(data)
-                self._ended = self._budget < 0  # a helper may go on writing
-        self._flush()
-
-    def eof_received(self) -> None:
-        self._ended = True
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._rest:
             self._write(self._rest)
             self._rest = b""
 

@@ -61,7 +61,6 @@ class Worker(asyncio.Protocol):
         self._metrics = metrics
         self._reader = wire.FrameReader()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self._output_transport: asyncio.BaseTransport | None = None
         self._exit: str | None = None
         self._channel_ended = False
         self._gone = False
@@ -71,11 +70,15 @@ class Worker(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.process = process
         self.output = output
+        output.start(process.output)
         loop.add_reader(process.pidfd, self._process_ended)
-        await loop.create_connection(lambda: self, sock=process.channel)
-        pipe = open(process.output, "rb", buffering=0)  # noqa: SIM115, ASYNC230  # the transport owns and closes it
-        self._output_transport, _ = await loop.connect_read_pipe(lambda: output, pipe)
-        self._transport.write(wire.pack(wire.LOAD, load))
+        try:  # shielded: the end of a process is seen through this connection, too
+            await asyncio.shield(loop.create_task(loop.create_connection(lambda: self, sock=process.channel)))
+        except asyncio.CancelledError:
+            self.kill("stopped")
+            raise
+        if not self._transport.is_closing():
+            self._transport.write(wire.pack(wire.LOAD, load))
 
     @property
     def pid(self) -> int | None:
@@ -141,7 +144,7 @@ class Worker(asyncio.Protocol):
         now = time.monotonic()
         count = len(result.ids)
         outcomes = wire.spread(result.outcomes, result.outcome_of, count)
-        if len(result.sizes) != count or sum([batch.jobs for batch in result.batches]) != count:
+        if not count or len(result.sizes) != count or sum([batch.jobs for batch in result.batches]) != count:
             raise FrameError(f"a RESULT frame with {count} jobs whose sizes or batches do not fit")
         jobs = self._queue.finish(self.in_flight, result.ids)
         if jobs is None:
@@ -166,19 +169,18 @@ class Worker(asyncio.Protocol):
     def _count(self, batches: list[wire.BatchTimes], jobs: list[Job], outcomes: list[wire.Outcome], now: float) -> None:
         """Count batches, and of the jobs those that somebody still waits for."""
         metrics = self._metrics
-        handler = [batch.handler for batch in batches]
-        metrics.handler.observe_all(handler)
-        metrics.batch_size.observe_all([batch.jobs for batch in batches])
-        self.in_flight.observe(len(batches), sum(handler))
+        seconds = 0.0
+        waits: list[float] = []
         for batch in batches:
+            seconds += batch.handler
+            waits += [batch.waited] * batch.jobs
+            metrics.handler.observe(batch.handler)
+            metrics.batch_size.observe(batch.jobs)
             if batch.inference:
                 metrics.preprocess.observe(batch.preprocess)
                 metrics.inference.observe(batch.inference)
                 metrics.postprocess.observe(batch.postprocess)
-        if len(batches) == 1:
-            waits = [batches[0].waited] * len(jobs)
-        else:
-            waits = [batch.waited for batch in batches for _ in range(batch.jobs)]
+        self.in_flight.observe(len(batches), seconds)
         if any([job.settled for job in jobs]):
             kept = [place for place, job in enumerate(jobs) if not job.settled]
             jobs, outcomes = [jobs[place] for place in kept], [outcomes[place] for place in kept]
@@ -217,10 +219,9 @@ class Worker(asyncio.Protocol):
         self._gone = True
         self.cause = self.cause or self._exit or "unknown"
         if self.output is not None:
-            self.output.drain(self.process.output)
-        self._transport.close()
-        if self._output_transport is not None:
-            self._output_transport.close()
+            self.output.finish()
+        if self._transport is not None:
+            self._transport.close()
         self._owner.worker_gone(self)
         self.process.close()
 

@@ -1,9 +1,15 @@
-"""A body `close` closes every descriptor and lives on; `garbage` writes into every socket; others are answered."""
+"""A body `close` closes every descriptor and lives on; `garbage` and `empty` write into every socket; else an echo.
+
+`garbage` is no frame, `empty` is one with the results of no job.
+"""
 
 import os
 import threading
 
+from mms import wire
 from mms.handler import Handler
+
+JUNK = {b"garbage": b"this is no frame" * 4, b"empty": wire.pack(wire.RESULT, wire.Result([], [], [], [], []))}
 
 
 class Closes(Handler):
@@ -11,11 +17,12 @@ class Closes(Handler):
         if b"close" in batch:
             os.closerange(3, 4096)
             threading.Event().wait()
-        if b"garbage" in batch:
+        junk = JUNK.get(bytes(batch[0]))
+        if junk is not None:
             for fd in range(3, 64):
                 try:
                     if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
-                        os.write(fd, b"this is no frame" * 4)
+                        os.write(fd, junk)
                 except OSError:
                     continue
             threading.Event().wait()

@@ -37,7 +37,8 @@ def observe(under: Rig, seconds: float, seed: int) -> Finding:
         [under.port], [*STEADY, PASSING], under.timeline, explain, clients=CLIENTS, naughty=True, pause=0.005, seed=seed
     )
     with Clients([under.port], STEADY, under.timeline, explain, clients=CLIENTS):
-        threading.Event().wait(min(1.0, seconds / 5))  # warm
+        for _ in range(2):  # warm: once round, so that the saved state has a predecessor
+            under.register_or_unregister()
     eventually(lambda: not under.state().unanswered)
     before = under.state()
     with clients:
@@ -101,7 +102,8 @@ def show(findings: list[Finding], console: Console) -> int:
         table.add_row(f"explained by a fault: {kind}", *(f"{account.explained[kind]:,}" for account in accounts))
     table.add_row("lost, doubled or mixed up", *(f"{len(account.violations):,}" for account in accounts))
     table.add_row("slowest right answer, s", *(f"{account.slowest:.2f}" for account in accounts))
-    for name in ("descriptors", "files", "threads"):
+    table.add_row("files", *(f"{f.before.files.total()} → {f.after.files.total()}" for f in findings))
+    for name in ("descriptors", "threads"):
         table.add_row(
             f"{name} before → after", *(f"{getattr(f.before, name)} → {getattr(f.after, name)}" for f in findings)
         )

@@ -26,6 +26,8 @@ ANSWER_TIMEOUT = 30.0
 RECONNECT = 0.005
 MAX_VIOLATIONS = 20
 
+CUT = "closed after an answer"  # to what was sent before: this was not read
+
 _RETURNS = b"HTTP/1.1 "
 
 
@@ -298,7 +300,7 @@ class Clients:
                     Outcome(port.name, target, status, json.loads(answer)["type"], reused), begun, answer=answer
                 )
             if not connection.open and index + 1 < count:
-                outcome = Outcome(port.name, target, 0, "closed after an answer", True)
+                outcome = Outcome(port.name, target, 0, CUT, True)
                 self._judge(outcome, begun, sent=count - index - 1)
                 return
 

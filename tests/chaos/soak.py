@@ -47,8 +47,8 @@ def run(seconds: float, seed: int, console: Console) -> int:
         f"soak: {time.monotonic() - begun:.0f} s, {cycles:,} cycles after the warm-up, {account.sent:,} requests "
         f"beside them, lost {account.lost}; memory {before.memory / 2**20:.1f} → {after.memory / 2**20:.1f} MiB (peak "
         f"{max(samples) / 2**20:.1f}, allowed +{allowed / 2**20:.1f}); descriptors {before.descriptors} → "
-        f"{after.descriptors}, files {before.files} → {after.files}, processes {before.processes.total()} → "
-        f"{after.processes.total()}",
+        f"{after.descriptors}, files {before.files.total()} → {after.files.total()}, "
+        f"processes {before.processes.total()} → {after.processes.total()}",
         highlight=False,
     )
     for problem in problems:

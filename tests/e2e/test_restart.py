@@ -183,7 +183,7 @@ def test_f18_a_helper_that_outlives_its_worker_hides_no_death(running: Server) -
     eventually(lambda: not is_running(helper["helper"]))
 
 
-@pytest.mark.parametrize("body", [b"close", b"garbage"])
+@pytest.mark.parametrize("body", [b"close", b"garbage", b"empty"])
 def test_f20_f33_a_worker_that_breaks_its_channel_is_killed(running: Server, body: bytes) -> None:
     (pid,) = running.workers("closes_descriptors")
     reply = running.predict("closes_descriptors", body)

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
 ROWS = range(1, 115)
-_TEST = re.compile(r"^(?:async )?def test_((?:f\d+_)+)", re.MULTILINE)
+_TEST = re.compile(r"^(?:async )?def test_((?:f\d+_)+)", re.MULTILINE | re.IGNORECASE)
 _ROW = re.compile(r"^\| F(\d+) \|(.*)\|([^|]*)\|$")
 
 

@@ -15,5 +15,6 @@ def test_the_table_names_the_tests_there_are() -> None:
 
 
 def test_a_row_without_a_test_has_a_reason() -> None:
-    unproved = {number: text for number, text in reasons(PAGE.read_text()).items() if number not in proofs()}
-    assert [number for number, text in unproved.items() if not text.startswith("not done: ")] == []
+    proved = proofs()
+    unproved = {number: text for number, text in reasons(PAGE.read_text()).items() if number not in proved}
+    assert [number for number, text in unproved.items() if not text.startswith(("not done: ", "see "))] == []

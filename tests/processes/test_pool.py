@@ -448,7 +448,7 @@ def test_f35_a_load_that_takes_too_long_is_failed(serve: Serve, tmp_path: Path) 
     uvloop.run(scenario())
 
 
-@pytest.mark.parametrize("body", [b"close", b"garbage"])
+@pytest.mark.parametrize("body", [b"close", b"garbage", b"empty"])
 def test_f20_f33_a_worker_that_breaks_its_channel_is_killed(serve: Serve, body: bytes) -> None:
     async def scenario() -> None:
         async with serve("closes_descriptors") as served:
@@ -554,12 +554,31 @@ def test_dropped_output_is_counted(caplog: pytest.LogCaptureFixture, monkeypatch
     monkeypatch.setattr("mms.workers.output.time.monotonic", lambda: now)
     reader = OutputReader(logging.getLogger("mms.model.x"), "x 1 pid 1")
     with caplog.at_level(logging.INFO, "mms.model.x"):
-        reader.data_received(b"y" * (MAX_PER_SECOND + 1) + b"\n")
+        reader.feed(b"y" * (MAX_PER_SECOND + 1) + b"\n")
         assert not caplog.records
         now = 101.0
-        reader.data_received(b"again\n")
+        reader.feed(b"again\n")
     assert f"{MAX_PER_SECOND + 2} bytes of output dropped" in caplog.records[0].getMessage()
     assert caplog.records[1].getMessage() == "[x 1 pid 1] again"
+
+
+def test_a_pipe_is_closed_once(tmp_path: Path) -> None:
+    """Its number may be somebody else's as soon as it is closed."""
+
+    async def scenario() -> None:
+        reader = OutputReader(logging.getLogger("mms.model.x"), "x 1 pid 1")
+        read_end, write_end = os.pipe()
+        reader.start(read_end)
+        os.write(write_end, b"last words")
+        os.close(write_end)
+        await until(lambda: list(reader.last_lines) == ["last words"])
+        other = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+        assert other == read_end
+        reader.finish()
+        os.write(other, b"still open")
+        os.close(other)
+
+    uvloop.run(scenario())
 
 
 def test_no_thread_of_these_tests_is_left() -> None:
