@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mms.config import Config
@@ -17,20 +17,37 @@ ANY_HOST = {"0.0.0.0", "*"}
 
 
 class Addresses:
-    """The public addresses, in the order of LISTENERS. Raises ConfigError when two listeners share one."""
+    """The public addresses, in the order of LISTENERS. Raises ConfigError when two listeners share one.
+
+    `activated` are the names of those whose sockets the service manager has opened: their settings do not count.
+    `sockets` are the front end's when it listens.
+    """
 
     def __init__(self, config: Config, passed: Mapping[str, socket.socket]) -> None:
-        self.passed = passed
-        wanted = config.inference_address, config.management_address, config.metrics_address
-        self.of = {
-            name: address_of(passed[name]) if name in passed else address
-            for name, address in zip(LISTENERS, wanted, strict=True)
-        }
+        self.activated = list(passed)
+        self.sockets = dict(passed)
+        self.of = _wanted(config) | {name: address_of(sock) for name, sock in passed.items()}
         # found here, it can be said in terms of the settings
         for (one, first), (two, second) in itertools.combinations(self.of.items(), 2):
             if _overlap(first, second):
                 where = first if first == second else f"{first} and {second}"
                 raise ConfigError(f"{one}_address and {two}_address would both listen on {where}; each needs its own")
+
+    @classmethod
+    def inherited(
+        cls, config: Config, of: Mapping[str, str], activated: Sequence[str], sockets: Mapping[str, socket.socket]
+    ) -> Addresses:
+        """Those of a running server, whose front end listens on `sockets`. Raises ConfigError for other settings."""
+        for name, address in _wanted(config).items():
+            if name not in activated and address != of[name]:
+                raise ConfigError(
+                    f"{name}_address = {address}: the running server has {of[name]}, and an upgrade keeps its sockets; "
+                    "stop and start instead"
+                )
+        found = cls(config, {name: sockets[name] for name in activated})
+        found.of = dict(of)
+        found.sockets = dict(sockets)
+        return found
 
     def listen(self, behind_edge: Path | None, group: int | None) -> list[socket.socket]:
         """The front end's sockets: Unix ones in the folder `behind_edge`, else the public ones. Raises StartError."""
@@ -38,12 +55,18 @@ class Addresses:
         try:
             for name, public in self.of.items():
                 address = public if behind_edge is None else f"unix:{behind_edge / name}.sock"
-                bound.append(self.passed.get(name) or bind(address, group=group))
+                bound.append(self.sockets.get(name) or bind(address, group=group))
         except StartError:
             for sock in bound:
                 sock.close()
             raise
+        self.sockets = dict(zip(LISTENERS, bound, strict=True))
         return bound
+
+
+def _wanted(config: Config) -> dict[str, str]:
+    addresses = config.inference_address, config.management_address, config.metrics_address
+    return dict(zip(LISTENERS, addresses, strict=True))
 
 
 def _overlap(one: str, other: str) -> bool:

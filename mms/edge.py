@@ -10,9 +10,10 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class Edge:
         self._run_dir = run_dir
         self._cache = cache
         self._lost = lost
-        self._program = _find(config, bool(addresses.passed), say)
+        self._program = _find(config, bool(addresses.activated), say)
         self._certificate = Certificate.of(config, self._program is not None)
         self._nginx: Nginx | None = None
         self._leaving: Nginx | None = None
@@ -95,14 +96,27 @@ class Edge:
         )
         return inference, management, metrics
 
-    def start(self) -> None:
-        """Return when every public address accepts connections. Raises StartError."""
+    @property
+    def sockets(self) -> Mapping[str, socket.socket]:
+        """The public sockets that nginx serves, by address."""
+        return self._nginx.sockets if self._nginx is not None else {}
+
+    def share(self, shared: bool = True) -> None:
+        """Whether another server's nginx serves these sockets, too, and will do so when this one has ended."""
+        if self._nginx is not None:
+            self._nginx.shared = shared
+
+    def start(self, sockets: Mapping[str, socket.socket] | None = None) -> None:
+        """Return when every public address accepts connections. Raises StartError.
+
+        `sockets` are those of another server, by address; they are shared with it.
+        """
         if self._program is None:
             return
         # jinja2 is needed behind nginx only
         from mms_nginx.run import Nginx
 
-        self._nginx = Nginx(self._program, self._run_dir.nginx, self._text(self._config))
+        self._nginx = Nginx(self._program, self._run_dir.nginx, self._text(self._config), sockets)
         self._nginx.start()
         asyncio.get_running_loop().add_reader(self._nginx.pidfd, self._ended)
 
@@ -201,9 +215,8 @@ class Edge:
             self._deaths.popleft()
         if len(self._deaths) <= DEATHS:
             log.error("nginx ended (%s); starting it again", code)
-            nginx.stop(0)
             try:
-                nginx.start()
+                nginx.restart()
                 loop.add_reader(nginx.pidfd, self._ended)
                 return
             except StartError as error:

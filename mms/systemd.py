@@ -26,6 +26,10 @@ class Notifier:
         if self._address and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
             self.watchdog = _number(environ, "WATCHDOG_USEC") / 2e6
 
+    @property
+    def present(self) -> bool:
+        return bool(self._address)
+
     def send(self, *lines: str) -> None:
         if not self._address:
             return

@@ -166,6 +166,27 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
+class Successor:
+    """A server that another one has started: not our child, so its exit code is its own affair."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._process = psutil.Process(pid)
+
+    def poll(self) -> int | None:
+        return None if self._process.is_running() else 0
+
+    def wait(self, timeout: float) -> int:
+        self._process.wait(timeout)
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
 class Server:
     """A server that `mms start` runs as a child of the tests; `output` is all it has printed and logged."""
 
@@ -182,7 +203,7 @@ class Server:
         self._log = folder / "log"
         self._ready = threading.Event()
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
+            self.process: subprocess.Popen[bytes] | Successor = subprocess.Popen(
                 arguments,
                 cwd=folder,
                 stdout=subprocess.PIPE,
@@ -260,6 +281,11 @@ class Server:
         if self.process.poll() is None and not self._stopping:
             self.signal(signal.SIGTERM)
         return self.process.wait(timeout)
+
+    def succeed(self, pid: int) -> None:
+        """Its successor of that pid is the server from now on; the process before must end well."""
+        assert self.process.wait(20) == self.expected_exit, self.output
+        self.process = Successor(pid)
 
     def close(self) -> None:
         """Stop it and see that nothing is left."""

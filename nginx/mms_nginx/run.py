@@ -10,8 +10,10 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from mms.errors import StartError
@@ -19,9 +21,11 @@ from mms_nginx.check import (
     accepts,
     check_file,
     check_free,
+    listen,
     listen_addresses,
     nginx_command,
     nginx_environment,
+    remove_socket_file,
     worker_count,
 )
 from mms_nginx.find import edge_user
@@ -42,11 +46,19 @@ _RESET_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, 
 
 
 class Nginx:
-    """One nginx: the master is our child and leads a process group of its own, with its workers in it."""
+    """One nginx: the master is our child and leads a process group of its own, with its workers in it.
 
-    def __init__(self, program: str, directory: Path, text: str) -> None:
+    It inherits its public `sockets`, by address, from us. Those that are given are served in the place of new ones, and
+    may be those of another nginx that is about to end.
+    """
+
+    def __init__(
+        self, program: str, directory: Path, text: str, sockets: Mapping[str, socket.socket] | None = None
+    ) -> None:
         self.pid = 0
         self.pidfd = -1
+        self.sockets = dict(sockets or {})
+        self.shared = bool(sockets)  # another one serves them, too: socket files are not ours to remove
         self._program = program
         self._directory = directory
         self._file = directory / "nginx.conf"
@@ -62,12 +74,13 @@ class Nginx:
     def start(self) -> None:
         """Returns when every public address accepts connections, else raises StartError and leaves no process."""
         addresses = listen_addresses(self._text)
-        for address in addresses:
-            check_free(address)  # with a better reason than nginx's
-        self.check()
-        (self._directory / "nginx.pid").unlink(missing_ok=True)
-        self._spawn()
         try:
+            for address in addresses:
+                if address not in self.sockets:
+                    self.sockets[address] = listen(address)  # with a better reason than nginx's
+            self.check()
+            (self._directory / "nginx.pid").unlink(missing_ok=True)
+            self._spawn()
             self._wait_listening(addresses)
         except BaseException:
             self.stop(0)
@@ -108,6 +121,21 @@ class Nginx:
 
         The result is whether it ended within `timeout`.
         """
+        addresses = list(self.sockets)
+        for sock in self.sockets.values():  # nginx's are the last ones now: when it closes them, clients are refused
+            sock.close()
+        self.sockets.clear()
+        in_time = self._end(timeout)
+        for address in () if self.shared else addresses:
+            remove_socket_file(address)
+        return in_time
+
+    def restart(self) -> None:
+        """As start, after it has died; clients who connect meanwhile wait."""
+        self._end(0)
+        self.start()
+
+    def _end(self, timeout: float) -> bool:
         in_time = True
         for number, patience in ((signal.SIGQUIT, timeout), (signal.SIGTERM, TERM_TIMEOUT)):
             if not self.pid or self.exit_code() is not None:
@@ -140,12 +168,16 @@ class Nginx:
 
     def _spawn(self) -> None:
         shim = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid())]
+        passed = [sock.fileno() for sock in self.sockets.values()]
         self._exit_code = None
         self.pid = os.posix_spawn(
             sys.executable,
             [*shim, *nginx_command(self._program, self._directory, self._file)],
-            nginx_environment(),
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+            nginx_environment() | {"NGINX": "".join(f"{number};" for number in passed)},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                *((os.POSIX_SPAWN_DUP2, number, number) for number in passed),  # to itself: it is inherited then
+            ],
             setpgroup=0,
             setsigmask=(),
             setsigdef=_RESET_SIGNALS,
