@@ -26,6 +26,7 @@ from mms.errors import (
     MMSError,
     NotFoundError,
     ServiceUnavailableError,
+    UpgradingError,
 )
 from mms.logs import close_model_log, model_logger, open_model_log
 from mms.models.download import Downloads, is_remote, split_pin
@@ -283,7 +284,7 @@ class ControlPlane:
 
     def _check_thawed(self) -> None:
         if self.frozen:
-            raise ServiceUnavailableError("the server is being upgraded; try again when that is done")
+            raise UpgradingError("the server is being upgraded; try again when that is done")
 
     async def _save(self) -> None:
         if self.saver is not None and not self._closed:

@@ -90,6 +90,8 @@ def listen(address: str) -> socket.socket:
     """
     family, target = socket_address(address)
     sock = socket.socket(family, socket.SOCK_STREAM)
+    # nginx leaves this as it finds it: else a worker whose connection another one has taken would wait for the next
+    sock.setblocking(False)
     try:
         if isinstance(target, str):
             _remove_stale(target)
