@@ -565,3 +565,13 @@ def either(request: pytest.FixtureRequest) -> Server:
 def folder() -> Iterator[Path]:
     with scratch() as made:
         yield made
+
+
+@pytest.fixture
+def manager(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """The end of NOTIFY_SOCKET that systemd reads, of servers that are started with it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(folder / "notify"))
+        sock.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(folder / "notify"))
+        yield sock
