@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -171,20 +172,24 @@ class Successor:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._process = psutil.Process(pid)
+        self._pidfd = os.pidfd_open(pid)  # tells of its end at once, not when somebody has reaped it
 
     def poll(self) -> int | None:
-        return None if self._process.is_running() else 0
+        return 0 if self._ended(0) else None
 
     def wait(self, timeout: float) -> int:
-        self._process.wait(timeout)
+        assert self._ended(timeout), f"pid {self.pid} is still there after {timeout:g} s"
         return 0
 
     def send_signal(self, number: int) -> None:
-        self._process.send_signal(number)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self) -> None:
-        self._process.kill()
+        self.send_signal(signal.SIGKILL)
+
+    def _ended(self, timeout: float) -> bool:
+        return bool(select.select([self._pidfd], [], [], timeout)[0])
 
 
 class Server:
