@@ -168,15 +168,17 @@ class Nginx:
 
     def _spawn(self) -> None:
         shim = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid())]
-        passed = [sock.fileno() for sock in self.sockets.values()]
+        given = [sock.fileno() for sock in self.sockets.values()]
+        # under other numbers: a descriptor that is copied to itself is inherited from glibc 2.29 on only
+        taken = [max(given, default=0) + 1 + position for position in range(len(given))]
         self._exit_code = None
         self.pid = os.posix_spawn(
             sys.executable,
             [*shim, *nginx_command(self._program, self._directory, self._file)],
-            nginx_environment() | {"NGINX": "".join(f"{number};" for number in passed)},
+            nginx_environment() | {"NGINX": "".join(f"{number};" for number in taken)},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                *((os.POSIX_SPAWN_DUP2, number, number) for number in passed),  # to itself: it is inherited then
+                *((os.POSIX_SPAWN_DUP2, ours, its) for ours, its in zip(given, taken, strict=True)),
             ],
             setpgroup=0,
             setsigmask=(),

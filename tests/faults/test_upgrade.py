@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -296,6 +297,8 @@ def test_f54_at_a_unix_socket(make_archive: MakeArchive, manager: socket.socket,
         before = public.stat().st_ino
         with knocking(dial) as bad:
             succeed(running)
+            if edge == "nginx":
+                os.kill(running.named("nginx")[0].pid, signal.SIGHUP)
             succeed(running)
         assert bad == []
         assert public.stat().st_ino == before
