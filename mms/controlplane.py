@@ -419,9 +419,11 @@ class ControlPlane:
             batch_size=settings.batch_size,
             isolate_errors=settings.isolate_errors,
             gpu=0 if settings.gpus else None,
-            threads=settings.threads,
+            cpu_threads=settings.cpu_threads,
             max_request_size=self.config.max_request_size,
             max_response_size=self.config.max_response_size,
+            threads=settings.threads,
+            preprocess_threads=settings.preprocess_threads,
         )
         how = Launch(
             name=f"mms-{version.name}",

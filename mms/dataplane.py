@@ -7,7 +7,7 @@ import itertools
 from mms.models.registry import ModelRegistry
 from mms.models.version import ModelVersion
 from mms.wire import RequestFacts
-from mms.workers.batching import Caller, Job
+from mms.workers.job import Caller, Job
 
 
 class DataPlane:

@@ -71,7 +71,7 @@ def _prepare(directory: Path) -> wire.Load:
         batch_size=settings.batch_size,
         isolate_errors=settings.isolate_errors,
         gpu=None,
-        threads=settings.threads or os.cpu_count() or 1,
+        cpu_threads=settings.cpu_threads or os.cpu_count() or 1,
         max_request_size=1 << 30,
         max_response_size=1 << 30,
     )

@@ -15,7 +15,8 @@ from mms.archive import ModelArchive
 from mms.config import ModelSettings
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
-from mms.workers.batching import BatchQueue, Job
+from mms.workers.batching import BatchQueue
+from mms.workers.job import Job
 from mms.workers.pool import WorkerPool, failed_to_load
 from mms.workers.worker import describe_worker
 
@@ -41,7 +42,7 @@ class ModelVersion:
         self.loaded_at = time.time()
         self.directory: Path | None = None  # a folder of ours with the extracted archive, removed at the end
         self.sandbox: dict[str, Any] = {}  # what its workers give up, as it is described
-        self.metrics = VersionMetrics()
+        self.metrics = VersionMetrics(self.label)
         self.queue = BatchQueue(
             batch_size=settings.batch_size,
             max_batch_delay=settings.max_batch_delay,
@@ -145,7 +146,7 @@ class ModelVersion:
             "queueBytes": settings.queue_bytes,
             "queueTimeout": settings.queue_timeout,
             "queueOrder": settings.queue_order,
-            **({"threads": pool.threads} if pool is not None else {}),
+            **({"cpuThreads": pool.cpu_threads} if pool is not None else {}),
             **({"maxRequests": settings.max_requests} if settings.max_requests else {}),
             **({"maxRss": settings.max_rss} if settings.max_rss else {}),
             **({"sandbox": self.sandbox} if self.sandbox else {}),

@@ -9,9 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from typing import Protocol
-
-import msgspec
+from collections.abc import Collection
 
 from mms.errors import (
     DeadlineError,
@@ -22,10 +20,9 @@ from mms.errors import (
     QueueWaitError,
     WorkerDiedError,
 )
-from mms.wire import RequestFacts
+from mms.workers.inflight import MAX_FRAME_JOBS, InFlight
+from mms.workers.job import Job
 
-AHEAD_SECONDS = 0.002  # work that may lie at a worker beyond what it needs now: bounds how long one job can hold others
-MAX_FRAME_JOBS = 256
 MAX_FRAME_BYTES = 1 << 20  # beyond the first batch
 RETRY_SHARE = 0.1
 RETRY_MINIMUM = 3
@@ -41,79 +38,6 @@ RATE_SECONDS = 2.0  # the drain rate is measured over so long ...
 RATE_BATCHES = 4  # ... and at least so many batches
 MAX_RETRY_AFTER = 60
 GOLDEN = 0.618033988749895  # its multiples spread evenly over 0 to 1 without any state but a counter
-
-
-class Caller(Protocol):
-    """Who waits for a job: told exactly once, by one of these two."""
-
-    def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None: ...
-
-    def fail(self, error: MMSError) -> None: ...
-
-
-class Job(msgspec.Struct, eq=False):
-    """One request on its way through the queue and a worker; `parts` are the pieces in which its body arrived.
-
-    A Struct, because one is made per request and its constructor runs in C.
-    """
-
-    id: int
-    facts: RequestFacts
-    request_id: bytes
-    parts: list[bytes]
-    size: int
-    caller: Caller
-    arrived: float
-    queue: BatchQueue | None = None
-    taken: float = 0.0
-    attempts: int = 0
-    settled: bool = False
-
-    def cancel(self) -> None:
-        """Nobody waits for the answer any more: if the job still waits it never runs, else its answer is dropped."""
-        if not self.settled:
-            self.settled = True
-            queue = self.queue
-            if queue is not None:
-                queue.cancelled += 1
-                if not self.taken:
-                    queue.depth -= 1
-                    queue.bytes -= self.size
-                    self.parts.clear()
-
-    def fail(self, error: MMSError) -> None:
-        if not self.settled:
-            self.settled = True
-            self.caller.fail(error)
-
-
-class InFlight:
-    """What one worker has in hand: its jobs in the order in which they were sent, and what it may be sent ahead."""
-
-    __slots__ = ("batch_seconds", "exclusive", "finished", "frames", "jobs")
-
-    def __init__(self) -> None:
-        self.jobs: deque[Job] = deque()
-        self.finished = 0  # results received since the worker started
-        self.frames: deque[int] = deque()  # how many jobs of each frame are not yet answered
-        self.exclusive = False  # the one job in hand is a retry: nothing else may share its fate
-        self.batch_seconds: float | None = None  # time of a batch: follows rises at once, falls slowly
-
-    def observe(self, batches: int, seconds: float) -> None:
-        """A RESULT frame reports that `batches` batches took `seconds` in the handler."""
-        mean = seconds / batches
-        known = self.batch_seconds
-        self.batch_seconds = mean if known is None or mean > known else 0.8 * known + 0.2 * mean
-
-    def batches_ahead(self) -> int:
-        """How many batches fit into AHEAD_SECONDS; 0 while nothing is known."""
-        if self.batch_seconds is None:
-            return 0
-        return int(AHEAD_SECONDS / self.batch_seconds) if self.batch_seconds > 1e-6 else MAX_FRAME_JOBS
-
-    def begun(self, started: int) -> int:
-        """How many of the jobs in hand had begun when the worker had begun `started` jobs since its start."""
-        return max(0, min(started - self.finished, len(self.jobs)))
 
 
 class BatchQueue:
@@ -256,24 +180,6 @@ class BatchQueue:
             return None
         return self._oldest().arrived + self.max_batch_delay
 
-    def finish(self, worker: InFlight, ids: list[int]) -> list[Job] | None:
-        """The answered jobs, no longer in flight. None if they are not the oldest: the worker cannot be trusted."""
-        jobs, frames, count = worker.jobs, worker.frames, len(ids)
-        done = list(itertools.islice(jobs, count))
-        if [job.id for job in done] != ids:
-            return None
-        for _ in ids:
-            jobs.popleft()
-        worker.finished += count
-        while count:
-            answered = min(count, frames[0])
-            count -= answered
-            frames[0] -= answered
-            if not frames[0]:
-                frames.popleft()
-                worker.exclusive = False
-        return done
-
     def lose(
         self, worker: InFlight, started: int, cause: str, now: float, *, done: int | None = None
     ) -> list[tuple[Job, MMSError]]:
@@ -308,6 +214,13 @@ class BatchQueue:
         error = f"the handler did not answer within response_timeout ({limit:g} s)"
         return [(job, DeadlineError(error)) for job in self._part(worker, started, done)]
 
+    def overdue(self, worker: InFlight, places: Collection[int], limit: float) -> list[tuple[Job, MMSError]]:
+        """The jobs at these places, of a worker that runs several batches, ran longer than `limit` seconds: they fail
+        with 504. The worker keeps the others, until it is killed.
+        """
+        error = f"the handler did not answer within response_timeout ({limit:g} s)"
+        return [(job, DeadlineError(error)) for job in worker.take_places(places)]
+
     def expire(self, now: float) -> list[tuple[Job, MMSError]]:
         """The jobs that have waited longer than the queue's timeout."""
         expired: list[tuple[Job, MMSError]] = []
@@ -340,13 +253,12 @@ class BatchQueue:
 
         Without a retry, what was done but not answered must not run again: it counts as in hand.
         """
-        begun = worker.begun(started)
-        finished = worker.begun(done) if done is not None and self.retry else 0
-        jobs = list(worker.jobs)
-        worker.jobs.clear()
-        worker.frames.clear()
-        worker.exclusive = False
-        back = [job for job in jobs[:finished] + jobs[begun:] if not job.settled]
+        finished = done if done is not None and self.retry else 0
+        begun: list[Job] = []
+        back: list[Job] = []
+        for place, job in worker.take_all():
+            if not job.settled:
+                (begun if finished <= place < started else back).append(job)
         for job in back:
             job.taken = 0.0
             (self._alone if job.attempts else self._waiting).append(job)
@@ -355,24 +267,26 @@ class BatchQueue:
             self._alone = _by_arrival(self._alone)
         self.depth += len(back)
         self.bytes += sum([job.size for job in back])
-        return [job for job in jobs[finished:begun] if not job.settled]
+        return begun
 
     def _limit(self, worker: InFlight, now: float) -> int:
         """How many jobs may go to `worker` now: whole batches, more than one only if they are short."""
         batch_size = self.batch_size
         ahead = worker.batches_ahead()
-        if not worker.jobs:
+        if not worker.jobs or len(worker.frames) < worker.threads:
             if self.max_batch_delay and self.depth < batch_size and self._oldest().arrived + self.max_batch_delay > now:
                 return 0
             return min(max(1, ahead) * batch_size, max(MAX_FRAME_JOBS, batch_size))
-        if len(worker.frames) > 1 or self.depth < batch_size:
+        if worker.preprocess_threads:  # a batch more for the preprocess threads, and what they have in hand
+            window = max(batch_size * (worker.threads + 1) + worker.preprocess_threads, ahead * batch_size)
+            return max(0, min(window - len(worker.jobs), MAX_FRAME_JOBS))
+        if len(worker.frames) > worker.threads or self.depth < batch_size:
             return 0
-        room = ahead * batch_size - len(worker.jobs)
+        room = ahead * worker.threads * batch_size - len(worker.jobs)
         return min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
 
     def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int) -> tuple[int, list[Job]]:
-        worker.jobs += jobs
-        worker.frames.append(len(jobs))
+        worker.add(jobs)
         self._handed += len(jobs)
         return batch_size, jobs
 

@@ -17,8 +17,9 @@ from mms import wire
 from mms.errors import MMSError, ModelLoadError, ServiceUnavailableError
 from mms.metrics import VersionMetrics
 from mms.workers import environment
-from mms.workers.batching import BatchQueue, Job
+from mms.workers.batching import BatchQueue
 from mms.workers.forkserver import ForkServers
+from mms.workers.job import Job
 from mms.workers.lateness import Lateness
 from mms.workers.recycling import Recycling
 from mms.workers.restarts import BackOff, Restarts, last_words, load_error
@@ -68,6 +69,7 @@ class WorkerPool:
         self._last_tick = 0.0
         self._changed = asyncio.Event()
         self._draining = False
+        self._overlaps = False
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -91,9 +93,11 @@ class WorkerPool:
         return 0 if self.installing else max(0, self.target - len(self._active()))
 
     @property
-    def threads(self) -> int:
+    def cpu_threads(self) -> int:
         """CPU threads that a worker gets that starts now."""
-        return self._settings.load.threads or max(1, environment.cores() // max(1, self.target))
+        return self._settings.load.cpu_threads or max(
+            1, environment.cores() // max(1, self.target * self._settings.load.threads)
+        )
 
     @property
     def next_start(self) -> float | None:
@@ -113,7 +117,7 @@ class WorkerPool:
     @property
     def bytes_in_flight(self) -> int:
         """Of the bodies that workers have in hand: they are kept until they are answered, to be run again."""
-        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs)
+        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs.values())
 
     # jobs
 
@@ -146,7 +150,9 @@ class WorkerPool:
         now = time.monotonic()
         for job, error in queue.expire(now):
             self.fail(job, error)
-        if len(self.ready_workers) == 1:
+        if self._overlaps:
+            self._feed_in_turns(now)
+        elif len(self.ready_workers) == 1:
             self._feed(self.ready_workers[0], now)
         else:
             idle = [worker for worker in self.ready_workers if not worker.in_flight.jobs]
@@ -158,10 +164,18 @@ class WorkerPool:
         if queue.depth and queue.max_batch_delay:
             self._wake_later(now)
 
-    def _feed(self, worker: Worker, now: float) -> None:
+    def _feed(self, worker: Worker, now: float) -> bool:
         frame = self._queue.take(worker.in_flight, now)
-        if frame is not None:
-            worker.send(*frame)
+        if frame is None:
+            return False
+        worker.send(*frame)
+        return True
+
+    def _feed_in_turns(self, now: float) -> None:
+        """Workers that have room for several batches get one each in turn, those with the fewest first."""
+        workers = sorted(self.ready_workers, key=lambda worker: len(worker.in_flight.frames))
+        while self._queue.depth and any([self._feed(worker, now) for worker in workers]):
+            pass
 
     def _wake_later(self, now: float) -> None:
         wake_at = self._queue.wake_at()
@@ -222,7 +236,7 @@ class WorkerPool:
 
     def _unfinished(self) -> bool:
         """Whether somebody waits for a job that a worker has or can still take."""
-        in_hand = (job for worker in self.workers for job in worker.in_flight.jobs)
+        in_hand = (job for worker in self.workers for job in worker.in_flight.jobs.values())
         return bool(self._queue.depth and self.ready_workers) or any(not job.settled for job in in_hand)
 
     async def _change(self, within: float) -> None:
@@ -299,7 +313,7 @@ class WorkerPool:
         async with nullcontext() if self.was_ready else self._loads:
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
-                await self._starter.start(worker, self.threads)
+                await self._starter.start(worker, self.cpu_threads)
                 while worker.state is WorkerState.STARTING and worker in self.workers:
                     await self._change(TICK)
         if worker.process is None:
@@ -333,6 +347,7 @@ class WorkerPool:
         self.failure = None
         self.was_ready = True
         self.ready_workers.append(worker)
+        self._overlaps = any(worker.in_flight.overlaps for worker in self.ready_workers)
         self._queue.forget_rate()
         self.minimum = max(self.minimum, min(self.ready, self.target))
         if self.ready >= self.target:

@@ -15,8 +15,8 @@ from mms.workers.restarts import MAX_BOOT_FAILURES
 class PoolSettings:
     """Durations in seconds.
 
-    With `load.threads` 0, each worker gets its share of the cores when it starts. `interpreter` makes the Python that
-    the workers run in, before the first one starts; it raises ModelLoadError.
+    With `load.cpu_threads` 0, each worker gets its share of the cores when it starts. `interpreter` makes the Python
+    that the workers run in, before the first one starts; it raises ModelLoadError.
     """
 
     label: str

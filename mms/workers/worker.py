@@ -12,7 +12,9 @@ from typing import Any, Protocol, cast
 from mms import wire
 from mms.errors import FrameError, HandlerError
 from mms.metrics import VersionMetrics
-from mms.workers.batching import BatchQueue, InFlight, Job
+from mms.workers.batching import BatchQueue
+from mms.workers.inflight import InFlight
+from mms.workers.job import Job
 from mms.workers.output import OutputReader
 from mms.workers.process import WorkerProcess
 
@@ -117,6 +119,8 @@ class Worker(asyncio.Protocol):
             for kind, head, payload in self._reader.feed(data):
                 if kind == wire.RESULT:
                     self._results(wire.decode(wire.Result, head), payload)
+                elif kind == wire.MEASURED:
+                    self._measured(wire.decode(wire.Measured, head))
                 elif kind == wire.READY:
                     self._ready(wire.decode(wire.Ready, head))
                 elif kind == wire.FAILED:
@@ -138,7 +142,12 @@ class Worker(asyncio.Protocol):
     def _ready(self, ready: wire.Ready) -> None:
         if self.state is WorkerState.STARTING:
             self.state = WorkerState.READY
+            self.in_flight = InFlight(ready.threads, ready.preprocess_threads)
             self._owner.worker_ready(self, ready)
+
+    def _measured(self, measured: wire.Measured) -> None:
+        for series in measured.series:
+            self._metrics.tallies.add(series.name, series.kind, series.labels, series.value, series.counts)
 
     def _results(self, result: wire.Result, payload: memoryview) -> None:
         now = time.monotonic()
@@ -146,9 +155,9 @@ class Worker(asyncio.Protocol):
         outcomes = wire.spread(result.outcomes, result.outcome_of, count)
         if not count or len(result.sizes) != count or sum([batch.jobs for batch in result.batches]) != count:
             raise FrameError(f"a RESULT frame with {count} jobs whose sizes or batches do not fit")
-        jobs = self._queue.finish(self.in_flight, result.ids)
+        jobs = self.in_flight.finish(result.ids)
         if jobs is None:
-            raise FrameError(f"answers to jobs {result.ids}, which are not this worker's oldest")
+            raise FrameError(f"answers to jobs {result.ids}, which this worker does not have")
         self._count(result.batches, jobs, outcomes, now)
         body = payload if payload.nbytes > COPY_BELOW else bytes(payload)
         at = 0

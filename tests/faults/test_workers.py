@@ -572,7 +572,7 @@ def test_f43_a_fork_that_fails_is_a_cause_and_no_more(serve: Serve) -> None:
 
 def test_f44_each_worker_gets_its_own_variables(serve: Serve) -> None:
     async def scenario() -> None:
-        async with serve("tells_threads", threads=3) as served:
+        async with serve("tells_threads", cpu_threads=3) as served:
             assert await served.submit(b"") == b"3"
 
     uvloop.run(scenario())

@@ -21,16 +21,15 @@ from mms.wire import RequestFacts
 from mms.workers.batching import (
     FEWEST_WAITING,
     MAX_FRAME_BYTES,
-    MAX_FRAME_JOBS,
     MAX_POISON_BYTES,
     MAX_RETRY_AFTER,
     RETRY_MINIMUM,
     RETRY_WINDOW,
     STANDING_SECONDS,
     BatchQueue,
-    InFlight,
-    Job,
 )
+from mms.workers.inflight import MAX_FRAME_JOBS, InFlight
+from mms.workers.job import Job
 
 NOW = 1000.0
 QUICK = 1e-5  # seconds a batch takes: many fit into the time that may be sent ahead
@@ -79,8 +78,8 @@ def take(queue: BatchQueue, worker: InFlight, now: float = NOW) -> list[int]:
     return [] if frame is None else [job.id for job in frame[1]]
 
 
-def finish(queue: BatchQueue, worker: InFlight, *numbers: int) -> None:
-    jobs = queue.finish(worker, list(numbers))
+def finish(worker: InFlight, *numbers: int) -> None:
+    jobs = worker.finish(list(numbers))
     assert jobs is not None
     for job in jobs:
         job.settled = True
@@ -97,7 +96,7 @@ def test_an_idle_worker_takes_what_is_there_at_once() -> None:
     queue, worker = make_queue(batch_size=8), make_worker()
     fill(queue, 3)
     assert queue.take(worker, NOW) is not None
-    assert queue.depth == 0 and [job.id for job in worker.jobs] == [1, 2, 3]
+    assert queue.depth == 0 and list(worker.jobs) == [1, 2, 3]
 
 
 def test_a_frame_says_the_batch_size_it_was_made_for() -> None:
@@ -130,7 +129,7 @@ def test_a_quick_worker_gets_many_batches_in_one_frame_and_one_more_frame_ahead(
     fill(queue, 50)
     assert len(take(queue, worker)) == 20
     assert take(queue, worker) == []
-    finish(queue, worker, *range(1, 9))
+    finish(worker, *range(1, 9))
     assert len(take(queue, worker)) == 8
     assert take(queue, worker) == [], "two unanswered frames are enough"
 
@@ -256,7 +255,7 @@ def drain(queue: BatchQueue, worker: InFlight, *, rate: int, seconds: float, kee
     for number in range(int(rate * seconds)):
         now = NOW + (number + 1) / rate
         fill(queue, 1, first=number + 1, arrived=now)
-        finish(queue, worker, *take(queue, worker, now))
+        finish(worker, *take(queue, worker, now))
         if not number % max(1, rate // 4):
             queue.tick(now)
     queue.tick(now)
@@ -305,7 +304,7 @@ def stand(queue: BatchQueue, worker: InFlight) -> float:
     """Ten jobs wait until the queue counts as standing; one of them is served. Returns when it is."""
     fill(queue, 10)
     now = NOW + 0.02
-    finish(queue, worker, *take(queue, worker, now))
+    finish(worker, *take(queue, worker, now))
     return now + STANDING_SECONDS
 
 
@@ -321,7 +320,7 @@ def test_a_short_wait_or_a_short_time_of_it_keeps_the_order() -> None:
     fill(queue, 10)
     for wait in (0.001, 0.02, 0.05, 0.1):
         assert take(queue, worker, NOW + wait) == [worker.finished + 1]
-        finish(queue, worker, worker.finished + 1)
+        finish(worker, worker.finished + 1)
     assert not queue.newest_first
 
 
@@ -330,14 +329,14 @@ def test_a_slow_handler_makes_nobody_overloaded() -> None:
     fill(queue, 3)
     for number, wait in ((1, 0.0), (2, 10.0), (3, 20.0)):
         assert take(queue, worker, NOW + wait) == [number]
-        finish(queue, worker, number)
+        finish(worker, number)
 
 
 def test_an_empty_queue_ends_the_overload() -> None:
     queue, worker = make_queue(), make_worker(0.004)
     now = stand(queue, worker)
     while numbers := take(queue, worker, now):
-        finish(queue, worker, *numbers)
+        finish(worker, *numbers)
     fill(queue, 2, first=20, arrived=now)
     assert take(queue, worker, now + 0.05) == [20]
     queue.tick(now + 0.05)
@@ -352,7 +351,7 @@ def overload(queue: BatchQueue, worker: InFlight) -> float:
         for job in (make_job(2 * number, arrived=now), make_job(2 * number + 1, arrived=now)):
             if queue.refusal(10) is None:
                 queue.submit(job)
-        finish(queue, worker, *take(queue, worker, now))
+        finish(worker, *take(queue, worker, now))
         if not number % 20:
             queue.tick(now)
     queue.tick(now)
@@ -364,12 +363,12 @@ def test_while_more_come_than_leave_few_may_wait() -> None:
     now = overload(queue, worker)
     assert queue.newest_first and queue.room == FEWEST_WAITING and queue.depth < 40
     while queue.depth >= FEWEST_WAITING:
-        finish(queue, worker, *take(queue, worker, now))
+        finish(worker, *take(queue, worker, now))
     fill(queue, queue.room - queue.depth, first=1000, arrived=now)
     with pytest.raises(QueueFullError, match="more come than can be served"):
         queue.submit(make_job(2000))
     for _ in range(5):
-        finish(queue, worker, *take(queue, worker, now))
+        finish(worker, *take(queue, worker, now))
     queue.tick(now + 0.25)
     assert queue.room == 100, "more left than came"
 
@@ -402,18 +401,18 @@ def test_an_answer_to_a_job_that_the_worker_does_not_have_is_refused() -> None:
     queue, worker = make_queue(), make_worker()
     fill(queue, 1)
     take(queue, worker)
-    assert queue.finish(worker, [99]) is None
-    finish(queue, worker, 1)
-    assert queue.finish(worker, [1]) is None
+    assert worker.finish([99]) is None
+    finish(worker, 1)
+    assert worker.finish([1]) is None
 
 
 def test_a_frame_is_done_with_its_last_job() -> None:
     queue, worker = make_queue(batch_size=2), make_worker()
     fill(queue, 2)
     take(queue, worker)
-    finish(queue, worker, 1)
-    assert list(worker.frames) == [1]
-    finish(queue, worker, 2)
+    finish(worker, 1)
+    assert [frame.left for frame in worker.frames] == [1]
+    finish(worker, 2)
     assert not worker.frames and worker.finished == 2
 
 
@@ -436,7 +435,7 @@ def test_a_cancelled_job_at_a_worker_stays_there_until_its_answer() -> None:
     take(queue, worker)
     job.cancel()
     assert queue.depth == 0
-    assert queue.finish(worker, [1]) == [job] and job.settled
+    assert worker.finish([1]) == [job] and job.settled
 
 
 def test_cancelling_twice_or_after_the_answer_changes_nothing() -> None:
@@ -482,7 +481,7 @@ def test_the_started_batch_is_run_again_one_by_one_before_anything_else() -> Non
     for number in (1, 2):
         assert take(queue, other) == [number]
         assert take(queue, other) == [], "nothing shares the fate of a retry"
-        finish(queue, other, number)
+        finish(other, number)
     assert take(queue, other) == [3, 4]
     assert queue.retries == 2
 
@@ -495,7 +494,7 @@ def test_a_retry_waits_for_an_idle_worker() -> None:
     take(queue, doomed)
     queue.lose(doomed, 1, "signal 9", NOW)
     assert take(queue, busy) == []
-    finish(queue, busy, 1, 2)
+    finish(busy, 1, 2)
     assert take(queue, busy) == [3]
 
 
@@ -515,11 +514,11 @@ def test_answers_that_came_before_the_death_stand() -> None:
     queue, worker = make_queue(batch_size=2), make_worker(QUICK)
     fill(queue, 4)
     take(queue, worker)
-    finish(queue, worker, 1, 2)
+    finish(worker, 1, 2)
     queue.lose(worker, 4, "signal 9", NOW)
     other = make_worker()
     assert take(queue, other) == [3]
-    finish(queue, other, 3)
+    finish(other, 3)
     assert take(queue, other) == [4]
 
 
@@ -557,7 +556,7 @@ def test_cancelled_jobs_are_not_run_again() -> None:
     assert queue.depth == 2
     other = make_worker()
     assert take(queue, other) == [2]
-    finish(queue, other, 2)
+    finish(other, 2)
     assert take(queue, other) == [4]
 
 
@@ -574,7 +573,7 @@ def test_retries_stay_within_a_budget_that_recovers_with_time() -> None:
         assert die(number, NOW) == []
         other = make_worker()
         take(queue, other)
-        finish(queue, other, number)
+        finish(other, number)
     failed = die(10, NOW)
     assert numbers(failed) == [10] and failed[0][1].status == 503
     assert "too many requests were retried" in failed[0][1].message
@@ -594,7 +593,7 @@ def test_the_budget_is_a_share_of_recent_requests() -> None:
         if not failed:
             other = make_worker()
             assert take(queue, other) == taken
-            finish(queue, other, *taken)
+            finish(other, *taken)
     assert retried == [True] * 5 + [False] * 3
 
 
@@ -606,13 +605,14 @@ def test_nothing_is_retried_while_the_version_is_unloaded() -> None:
     assert numbers(queue.lose(worker, 1, "signal 9", NOW)) == [1]
 
 
-def test_a_started_counter_from_the_past_or_the_future_does_no_harm() -> None:
+@pytest.mark.parametrize(("started", "retried"), [(0, []), (99, [2])])
+def test_a_started_counter_from_the_past_or_the_future_does_no_harm(started: int, retried: list[int]) -> None:
     queue, worker = make_queue(), make_worker(QUICK)
     fill(queue, 2)
     take(queue, worker)
-    finish(queue, worker, 1)
-    assert worker.begun(0) == 0
-    assert worker.begun(99) == 1
+    finish(worker, 1)
+    queue.lose(worker, started, "signal 9", NOW)
+    assert [job.id for job in queue._alone] == retried
 
 
 # time
@@ -693,11 +693,15 @@ def test_without_retry_a_job_that_was_done_but_not_answered_does_not_run_again()
     assert take(queue, make_worker(QUICK)) == [3]
 
 
-def test_an_answer_out_of_order_is_not_accepted() -> None:
+def test_jobs_answered_out_of_order_leave_the_others_at_their_places() -> None:
     queue, worker = make_queue(), make_worker(QUICK)
-    fill(queue, 2)
-    take(queue, worker)
-    assert queue.finish(worker, [2]) is None
+    fill(queue, 4)
+    assert take(queue, worker) == [1, 2, 3, 4]
+    finish(worker, 2)
+    finish(worker, 4)
+    assert list(worker.jobs) == [1, 3] and worker.frames[0].left == 2
+    assert numbers(queue.lose(worker, 2, "signal 9", NOW)) == []
+    assert [job.id for job in queue._alone] == [1] and [job.id for job in queue._waiting] == [3]
 
 
 def test_the_death_of_a_poisonous_retry_does_not_spend_the_budget() -> None:

@@ -221,7 +221,7 @@ def test_true_and_false_may_be_written_as_yaml_has_them(text: str, value: str) -
         ("max_workers", 1025, "must be at most 1024"),
         ("batch_size", 1 << 40, "must be at most 65536"),
         ("queue_size", 10**9, "must be at most 1000000"),
-        ("threads", 1025, "must be at most 1024"),
+        ("cpu_threads", 1025, "must be at most 1024"),
     ],
 )
 def test_a_wrong_number_is_refused_in_our_own_words(name: str, value: Any, reason: str) -> None:

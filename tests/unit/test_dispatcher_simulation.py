@@ -20,7 +20,9 @@ import pytest
 
 from mms.errors import DeadlineError, MMSError, OverloadError, ServiceUnavailableError, WorkerDiedError
 from mms.wire import RequestFacts
-from mms.workers.batching import MAX_RETRY_AFTER, STANDING_SECONDS, BatchQueue, InFlight, Job
+from mms.workers.batching import MAX_RETRY_AFTER, STANDING_SECONDS, BatchQueue
+from mms.workers.inflight import InFlight
+from mms.workers.job import Job
 
 SEEDS = int(os.environ.get("SEEDS", "10000"))
 SEED = int(os.environ["SEED"]) if "SEED" in os.environ else None
@@ -253,7 +255,7 @@ class Simulation:
             worker.in_flight.observe(worker.batches, worker.batches * worker.batch_seconds)
             worker.batches = 0
         answered = [worker.written.popleft() for _ in range(count)]
-        jobs = self.queue.finish(worker.in_flight, [job.id for job in answered])
+        jobs = worker.in_flight.finish([job.id for job in answered])
         assert jobs == answered, "an answer to a job that the worker does not have"
         for job in jobs:
             if not job.settled:
@@ -363,8 +365,10 @@ class Simulation:
         assert not any([job.taken for job in waiting]), "a waiting job counts as taken"
         for worker in self.workers:
             held = worker.in_flight
-            owned += [job.id for job in held.jobs]
-            assert sum(held.frames) == len(held.jobs) and 0 not in held.frames
+            owned += held.jobs
+            assert sum(frame.left for frame in held.frames) == len(held.jobs) and all(
+                frame.left for frame in held.frames
+            )
             assert held.finished + len(held.jobs) == worker.sent, "sent is answered or in hand"
             assert not held.exclusive or len(held.jobs) == 1
         places = set(owned)

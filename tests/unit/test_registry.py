@@ -19,7 +19,7 @@ from mms.errors import (
 from mms.models.registry import ModelRegistry
 from mms.models.version import ModelVersion, VersionState
 from mms.wire import RequestFacts
-from mms.workers.batching import Job
+from mms.workers.job import Job
 from tests.unit.test_batching import Caller
 
 

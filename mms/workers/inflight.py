@@ -1,0 +1,117 @@
+"""What one worker has in hand: the dispatcher's account of it. Pure, no I/O. Front end's process."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator
+
+from mms.workers.job import Job
+
+AHEAD_SECONDS = 0.002  # work that may lie at a worker beyond what it needs now: bounds how long one job can hold others
+MAX_FRAME_JOBS = 256
+
+
+class Frame:
+    """The jobs of one frame; `first` is the place of its first job among all that the worker was ever sent."""
+
+    __slots__ = ("first", "jobs", "left")
+
+    def __init__(self, first: int, jobs: list[Job]) -> None:
+        self.first = first
+        self.jobs = jobs
+        self.left = len(jobs)  # not yet answered
+
+
+class InFlight:
+    """The jobs at one worker, by id, in the order in which they were sent, and what it may be sent ahead."""
+
+    __slots__ = (
+        "batch_seconds",
+        "exclusive",
+        "finished",
+        "frames",
+        "jobs",
+        "overlaps",
+        "preprocess_threads",
+        "sent",
+        "threads",
+    )
+
+    def __init__(self, threads: int = 1, preprocess_threads: int = 0) -> None:
+        self.threads = threads  # batches that the worker runs at a time
+        self.preprocess_threads = preprocess_threads  # with some, it prepares requests while batches run
+        self.overlaps = threads > 1 or preprocess_threads > 0
+        self.jobs: dict[int, Job] = {}
+        self.sent = 0
+        self.finished = 0  # results received since the worker started
+        self.frames: deque[Frame] = deque()  # those that are not answered as a whole
+        self.exclusive = False  # the one job in hand is a retry: nothing else may share its fate
+        self.batch_seconds: float | None = None  # time of a batch: follows rises at once, falls slowly
+
+    def add(self, jobs: list[Job]) -> None:
+        """They are sent in one frame."""
+        frame = Frame(self.sent, jobs)
+        held = self.jobs
+        for job in jobs:
+            job.frame = frame
+            held[job.id] = job
+        self.frames.append(frame)
+        self.sent += len(jobs)
+
+    def finish(self, ids: list[int]) -> list[Job] | None:
+        """The jobs of these ids, answered and no longer in hand. None if one is not there."""
+        pop, frames = self.jobs.pop, self.frames
+        try:
+            done = [pop(id) for id in ids]
+        except KeyError:
+            return None
+        if not done:
+            return done
+        self.finished += len(ids)
+        first = frames[0]
+        if first.left == len(ids) and first is done[0].frame and first is done[-1].frame:
+            frames.popleft().jobs = []  # the usual case: a frame is answered as a whole; it must hold no cycle
+        else:
+            for job in done:
+                frame = job.frame
+                assert frame is not None
+                frame.left -= 1
+                if not frame.left:
+                    frames.remove(frame)
+                    frame.jobs = []
+        if not self.jobs:
+            self.exclusive = False
+        return done
+
+    def take_all(self) -> Iterator[tuple[int, Job]]:
+        """Each job in hand with its place; then the worker has none."""
+        frames, held = list(self.frames), self.jobs
+        self.jobs = {}
+        self.frames.clear()
+        self.exclusive = False
+        for frame in frames:
+            for place, job in enumerate(frame.jobs, frame.first):
+                if job.id in held:
+                    yield place, job
+
+    def take_places(self, places: Collection[int]) -> list[Job]:
+        """The jobs at these places, no longer in hand."""
+        jobs = [
+            job
+            for frame in self.frames
+            for place, job in enumerate(frame.jobs, frame.first)
+            if place in places and job.id in self.jobs
+        ]
+        return self.finish([job.id for job in jobs]) or []
+
+    def observe(self, batches: int, seconds: float) -> None:
+        """A RESULT frame reports that `batches` batches took `seconds` in the handler."""
+        mean = seconds / batches
+        known = self.batch_seconds
+        self.batch_seconds = mean if known is None or mean > known else 0.8 * known + 0.2 * mean
+
+    def batches_ahead(self) -> int:
+        """How many batches fit into AHEAD_SECONDS; 0 while nothing is known."""
+        if self.batch_seconds is None:
+            return 0
+        return int(AHEAD_SECONDS / self.batch_seconds) if self.batch_seconds > 1e-6 else MAX_FRAME_JOBS
