@@ -302,12 +302,12 @@ def upgrade(run_dir: Path | None) -> None:
         if state is not None and state != before:
             if state.failure:
                 _fail(f"not upgraded, everything stays as it was: {state.failure}")
-            if state.pid not in (0, running.pid):  # what made it the running one has been another upgrade
-                click.echo(f"upgraded: pid {state.pid} serves; pid {running.pid} answers what it has in hand and ends")
-                return
             if state.progress != said:
                 said = state.progress
                 click.echo(said, err=True)
+            if state.pid not in (0, running.pid):  # what made it the running one has been another upgrade
+                click.echo(f"upgraded: pid {state.pid} serves; pid {running.pid} answers what it has in hand and ends")
+                return
         if ended:
             _fail(f"the server (pid {running.pid}) has ended before it was upgraded; see its log")
 
