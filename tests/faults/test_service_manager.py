@@ -37,7 +37,7 @@ def told(manager: socket.socket, word: str) -> str:
 def test_the_manager_is_told_of_each_step(
     make_archive: MakeArchive, folder: Path, manager: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    monkeypatch.setenv("WATCHDOG_USEC", "400000")
     with server(make_archive("echo"), folder=folder) as running:
         assert told(manager, "READY=1") == f"READY=1\nSTATUS={running.ready_line}"
         assert [told(manager, "WATCHDOG=1") for _ in range(3)] == ["WATCHDOG=1"] * 3
