@@ -34,7 +34,7 @@ from mms.signature import TrustedKeys
 from mms.startup import HEARTBEAT, Plan, Startup
 from mms.state import State, read
 from mms.systemd import Notifier, passed_sockets
-from mms.token import TokenFile
+from mms.token import VARIABLES, Token, take_token
 from mms.upgrade import Predecessor, Upgrades
 from mms.workers.environment import memory
 from mms.workers.gpus import GpuMonitor
@@ -70,7 +70,9 @@ class ModelServer:
         self._manager = Notifier(os.environ)
         self._at_terminal = os.isatty(0)
         self._addresses = self._find_addresses()
+        taken = {name: os.environ[name] for name in VARIABLES.values() if name in os.environ}
         self._token = self._management_token()
+        inference_token = take_token("inference", config.inference_token_file, os.environ)
         keys = None if config.trusted_keys is None else TrustedKeys(config.trusted_keys)
         store = ModelStore(config.model_store, keys)
         self._registry = ModelRegistry()
@@ -80,7 +82,7 @@ class ModelServer:
         saved = old.handover.state if old is not None else State() if fresh else read(config.state)
         self._startup = Startup(Plan(config, self._control, saved), self._control, say, self._manager)
         self._run_dir = RunDirectory(config.run_dir, 1 if old is None else old.handover.generation)
-        self._inference = InferenceApi(DataPlane(self._registry), self._readiness)
+        self._inference = InferenceApi(DataPlane(self._registry), self._readiness, inference_token)
         self._edge = Edge(config, self._addresses, self._run_dir, self._cache, say, self._edge_lost)
         self._check_same_edge()
         self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
@@ -100,6 +102,7 @@ class ModelServer:
             self._run_dir,
             self._stop_asked.set,
             daemon=daemon,
+            environ=taken,
         )
         self._exit_code = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -136,7 +139,6 @@ class ModelServer:
                 await self._serve(sockets, applications)
                 self._edge.start()
             self._tick()
-            self._watchdog()
             await self._startup.wait(self._stop_asked)
             if not self._stop_asked.is_set():
                 self._startup.check(self._run_dir.logs, () if self._old is None else self._old.handover.loaded)
@@ -153,6 +155,7 @@ class ModelServer:
         gc.freeze()
         line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.what())
         self._manager.ready(line)
+        self._watchdog()
         self._say(line)
         if self._old is not None:
             self._old.served(line)
@@ -176,15 +179,16 @@ class ModelServer:
                 "keeps that; stop and start instead"
             )
 
-    def _management_token(self) -> TokenFile | None:
+    def _management_token(self) -> Token | None:
         """Whoever can register a model runs code here: only this machine may do that without a token."""
-        address, file = self._addresses.of["management"], self._config.management_token_file
-        if file is None and not is_loopback(address):
+        address = self._addresses.of["management"]
+        token = take_token("management", self._config.management_token_file, os.environ)
+        if token is None and not is_loopback(address):
             raise ConfigError(
                 f"management_address = {address}: other machines reach it, and whoever registers a model runs code "
                 "here; set management_token_file, or keep it on 127.0.0.1 or a Unix socket"
             )
-        return None if file is None else TokenFile(file)
+        return token
 
     def _limits(self) -> Limits:
         config = self._config
@@ -198,8 +202,15 @@ class ModelServer:
         )
 
     def _running(self) -> Running:
-        token_file = str(self._config.management_token_file or "")
-        return Running(os.getpid(), *self._edge.places(), self._stop_limit(), token_file, self._edge.certificate)
+        config = self._config
+        return Running(
+            os.getpid(),
+            *self._edge.places(),
+            self._stop_limit(),
+            management_token_file=str(config.management_token_file or ""),
+            inference_token_file=str(config.inference_token_file or ""),
+            tls_cert=self._edge.certificate,
+        )
 
     def _stop_limit(self) -> float:
         return self._config.drain_delay + self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
@@ -274,6 +285,7 @@ class ModelServer:
         # first: whatever fails below, the clock goes on
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
         self._edge.renew_certificate()
+        self._inference.renew_token()
         self._control.reap_orphans(self._edge.pids | self._upgrades.pids)
         if not self._runners:  # another server serves these sockets
             return
@@ -283,10 +295,10 @@ class ModelServer:
             listening.add_done_callback(self._listening.discard)
 
     def _watchdog(self) -> None:
-        """Tell the service manager that the event loop turns."""
+        """Tell the service manager that the event loop turns; it wants to know from the ready message on."""
         if self._manager.watchdog:
             asyncio.get_running_loop().call_later(self._manager.watchdog, self._watchdog)
-            self._manager.send("WATCHDOG=1")
+            self._manager.alive()
 
     # what happens to it while it runs
 

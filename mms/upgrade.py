@@ -47,7 +47,8 @@ class Handover(msgspec.Struct, kw_only=True):
 
     `sockets` are descriptors by name (inference, management, metrics), or behind nginx by nginx's public address.
     Those whose names are in `activated` came from the service manager. `loaded` are the models and versions that have
-    workers now, and must have some in the successor.
+    workers now, and must have some in the successor. `environ` are variables that the old server has taken out of its
+    own environment, because they hold secrets.
     """
 
     schema: int = SCHEMA
@@ -61,6 +62,7 @@ class Handover(msgspec.Struct, kw_only=True):
     channel: int
     state: State
     loaded: list[tuple[str, str]]
+    environ: dict[str, str] = {}
 
 
 class Predecessor:
@@ -113,6 +115,7 @@ def predecessor(environ: MutableMapping[str, str]) -> Predecessor | None:
             raise StartError(f"cannot take over from this version of MMS: {error}; stop and start instead") from None
     for descriptor in (handover.lock, handover.channel, *handover.sockets.values()):
         os.set_inheritable(descriptor, False)
+    environ.update(handover.environ)
     found = Predecessor(handover)
     if handover.schema != SCHEMA:
         reason = "cannot take over from this version of MMS; stop and start instead"
@@ -223,6 +226,7 @@ class Upgrades:
         leave: Callable[[], None],
         *,
         daemon: bool,
+        environ: dict[str, str],
     ) -> None:
         self.handed_over = False
         self._readiness = readiness
@@ -234,6 +238,7 @@ class Upgrades:
         self._run_dir = run_dir
         self._leave = leave
         self._daemon = daemon
+        self._environ = environ
         self._successor = Successor()
         self._task: asyncio.Task[None] | None = None
 
@@ -327,4 +332,5 @@ class Upgrades:
                 for version in self._control.registry.versions()
                 if version.pool is not None and version.pool.ready
             ],
+            environ=self._environ,
         )

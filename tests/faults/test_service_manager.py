@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def told(manager: socket.socket, word: str) -> str:
 def test_the_manager_is_told_of_each_step(
     make_archive: MakeArchive, folder: Path, manager: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WATCHDOG_USEC", "400000")
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
     with server(make_archive("echo"), folder=folder) as running:
         assert told(manager, "READY=1") == f"READY=1\nSTATUS={running.ready_line}"
         assert [told(manager, "WATCHDOG=1") for _ in range(3)] == ["WATCHDOG=1"] * 3
@@ -46,6 +47,17 @@ def test_the_manager_is_told_of_each_step(
         assert told(manager, "READY=1") == "READY=1\nSTATUS=reloaded"
         running.signal(signal.SIGTERM)
         assert told(manager, "STOPPING=1") == "STOPPING=1"
+
+
+def test_a_change_is_told_to_a_manager_that_is_behind(folder: Path, manager: socket.socket) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": str(folder / "notify")})
+    for _ in range(1000):
+        notifier.alive()
+    reader = threading.Thread(target=told, args=(manager, "READY=1"))
+    reader.start()
+    notifier.ready("ready")
+    reader.join(5)
+    assert not reader.is_alive()
 
 
 def test_a_manager_that_has_gone_does_no_harm(make_archive: MakeArchive, folder: Path, manager: socket.socket) -> None:

@@ -21,11 +21,9 @@ from mms.errors import StartError
 from mms.state import State
 from mms.upgrade import Handover, Successor
 from tests.conftest import (
-    Answering,
     MakeArchive,
     MakeGate,
     Server,
-    Traffic,
     ask,
     connect,
     environment,
@@ -37,8 +35,10 @@ from tests.conftest import (
     server,
     start_arguments,
 )
+from tests.faults.test_management_access import TOKEN
 from tests.faults.test_service_manager import activated
 from tests.faults.test_tls import certify, secure_get, trusting
+from tests.traffic import Answering, Traffic
 
 UNCHANGED = "mms: error: not upgraded, everything stays as it was: "
 BEING_UPGRADED = "the server is being upgraded; try again when that is done"
@@ -336,6 +336,20 @@ def test_f54_with_sockets_of_the_service_manager(
             "READY=1", "READY=1", f"MAINPID={second}", "READY=1", f"MAINPID={last}", "STOPPING=1",
         ]  # fmt: skip
         assert first != second
+
+
+@pytest.mark.slow
+def test_f54_a_token_of_the_environment_still_counts(
+    make_archive: MakeArchive, manager: socket.socket, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old server has taken it out of its environment."""
+    monkeypatch.setattr("tests.conftest.environment", lambda: {**os.environ, "MMS_INFERENCE_TOKEN": TOKEN})
+    with server(make_archive("echo"), folder=folder) as running:
+        monkeypatch.undo()
+        for _ in range(2):
+            assert running.predict("echo", b"x").status == 401
+            assert running.predict("echo", b"x", Authorization=f"Bearer {TOKEN}").status == 200
+            succeed(running)
 
 
 def test_a_server_in_the_foreground_is_not_upgraded(direct: Server) -> None:
