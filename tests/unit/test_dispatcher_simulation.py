@@ -22,19 +22,17 @@ import pytest
 from mms.errors import (
     DeadlineError,
     MMSError,
-    ObjectiveError,
     OverloadError,
-    QueueFullError,
     ServiceUnavailableError,
     WorkerDiedError,
 )
 from mms.wire import RequestFacts
 from mms.workers.batching import BatchQueue
 from mms.workers.job import Job, Terms
-from mms.workers.objective import LEAST_WAIT
 from mms.workers.overload import MAX_RETRY_AFTER, STANDING_SECONDS
 from mms.workers.scheduling import PLAIN, Scheduling
 from mms.workers.waiting import FAIR_TURN
+from tests.unit.simulated import Client, Process, check_reason, deadline, is_full, next_below
 
 SEEDS = int(os.environ.get("SEEDS", "10000"))
 SEED = int(os.environ["SEED"]) if "SEED" in os.environ else None
@@ -44,42 +42,6 @@ TIMEOUT = 3.0
 RESPONSE_TIMEOUT = 1.0
 T = TypeVar("T")
 FACTS = RequestFacts("", "", b"", False, [])
-
-
-class Client:
-    """Waits for one job, and is told its outcome once."""
-
-    def __init__(self) -> None:
-        self.outcome: object = None
-        self.job: Job
-        self.poison = False
-        self.hangs = False
-        self.runs = 0
-        self.killed = 0
-
-    def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None:
-        assert self.outcome is None, f"a second outcome: {status} after {self.outcome}"
-        self.outcome = bytes(body)
-
-    def fail(self, error: MMSError) -> None:
-        assert self.outcome is None, f"a second outcome: {error} after {self.outcome}"
-        self.outcome = error
-
-
-class Process:
-    """A worker process: begins batches in order, answers in order, may end between any two steps."""
-
-    def __init__(self, batch_seconds: float, queue: BatchQueue) -> None:
-        self.in_flight = queue.new_worker()
-        self.batch_seconds = batch_seconds
-        self.frames: deque[tuple[int, deque[Job]]] = deque()
-        self.batch: list[Job] = []
-        self.begun_at = 0.0
-        self.started = 0
-        self.sent = 0
-        self.finished: list[Job] = []  # answers that the worker still holds back
-        self.written: deque[Job] = deque()  # answers in the socket
-        self.batches = 0
 
 
 class Simulation:
@@ -172,7 +134,7 @@ class Simulation:
         queue, terms = self.queue, client.job.terms
         full = queue.depth >= queue.room or bool(queue.depth and queue.bytes + size > queue.max_bytes)
         if terms is not None:
-            full = self.is_full(terms, size)
+            full = is_full(queue, terms, size)
             self.events.append(("terms", terms))
         self.events.append(("submit", number, "poison" * client.poison, "hangs" * client.hangs))
         try:
@@ -188,20 +150,6 @@ class Simulation:
             self.clients[number] = client
             self.live.add(number)
 
-    def is_full(self, terms: Terms, size: int) -> bool:
-        """Whether a request on these terms finds no room, even if all that is less important gives way."""
-        queue = self.queue
-        waiting = [job for job in queue._waiting if not job.settled]
-        level_sizes = queue.scheduling.level_sizes
-        if level_sizes and level_sizes[terms.level]:
-            same = sum(job.terms is not None and job.terms.level == terms.level for job in waiting)
-            if same >= level_sizes[terms.level]:
-                return True
-        lower = [job.size for job in waiting if job.terms is not None and job.terms.level > terms.level]
-        if queue.depth >= queue.room and not lower:
-            return True
-        return queue.depth > len(lower) and queue.bytes - sum(lower) + size > queue.max_bytes
-
     def dispatch(self) -> None:
         """Offer work to every worker, in any order; as the pool does, after what is too late was taken out."""
         self.expire()
@@ -214,7 +162,7 @@ class Simulation:
     def feed(self, worker: Process) -> None:
         held = worker.in_flight
         was_idle, was_exclusive, standing = not held.jobs, held.exclusive, self.queue._overload.standing_since
-        below = self.next_below()
+        below = next_below(self.queue)
         frame = self.queue.take(held, self.now)
         if frame is None:
             wake_at = self.queue.wake_at()
@@ -232,25 +180,13 @@ class Simulation:
         for job in jobs:
             assert not job.settled, "a job that nobody waits for is sent"
             assert job.arrived + TIMEOUT > self.now, "a job that is too late is sent"
-            assert not 0 < self.deadline(job) <= self.now, "a job is sent after its deadline"
+            assert not 0 < deadline(job) <= self.now, "a job is sent after its deadline"
         if not jobs[0].attempts:
             if len(self.queue._waiting) and self.queue.scheduling.levels == 1:
                 self.check_order(jobs, standing)
             self.check_fairness(below)
         worker.frames.append((batch_size, deque(jobs)))
         worker.sent += len(jobs)
-
-    def deadline(self, job: Job) -> float:
-        return job.arrived + job.terms.timeout if job.terms is not None and job.terms.timeout else 0.0
-
-    def next_below(self) -> Job | None:
-        """Of the levels below the highest that waits, the longest waiting job."""
-        if self.queue.scheduling.levels == 1:
-            return None
-        jobs = [job for job in self.queue._waiting if job.terms is not None]
-        highest = min([job.terms.level for job in jobs if job.terms], default=0)
-        below = [job for job in jobs if job.terms and job.terms.level > highest]
-        return min(below, key=lambda job: (job.arrived, job.id), default=None)
 
     def check_fairness(self, below: Job | None) -> None:
         """Whoever waits longest of the lower levels is served at the latest with the tenth frame since then."""
@@ -388,27 +324,14 @@ class Simulation:
     def expire(self) -> None:
         expired = self.queue.expire(self.now)
         for job, error in expired:
-            self.check_reason(job, error)
+            self.seen[type(error).__name__] += 1
+            check_reason(self.queue, job, error, self.now)
         self.fail(expired)
-        overdue = [n for n in self.live if 0 < self.deadline(self.clients[n].job) <= self.now]
+        overdue = [n for n in self.live if 0 < deadline(self.clients[n].job) <= self.now]
         assert not overdue, f"not answered by their deadline: {overdue}"
         latest, clients = self.now - TIMEOUT, self.clients
         late = [n for n in self.live if clients[n].job.arrived <= latest and not clients[n].job.taken]
         assert not late, f"waits longer than the queue's timeout: {late}"
-
-    def check_reason(self, job: Job, error: MMSError) -> None:
-        """Why a job is given up, waiting or at a worker."""
-        queue, waited = self.queue, self.now - job.arrived
-        self.seen[type(error).__name__] += 1
-        if isinstance(error, QueueFullError):
-            assert queue.scheduling.levels > 1 and job.terms is not None and job.terms.level > 0 and not job.taken
-        elif isinstance(error, ObjectiveError):
-            assert queue.objective is not None
-            least = queue.objective.seconds * LEAST_WAIT
-            assert waited >= least - 1e-9 and (not job.taken or queue.scheduling.default_output is not None)
-        else:
-            assert isinstance(error, DeadlineError)
-            assert 0 < self.deadline(job) <= self.now or (job.arrived + TIMEOUT <= self.now and not job.taken)
 
     def resize(self) -> None:
         """A live change of the batch settings."""
