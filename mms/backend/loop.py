@@ -16,6 +16,7 @@ from mms import wire
 from mms.backend.answers import Answer, Body
 from mms.backend.loader import load_handler
 from mms.backend.stages import Stages
+from mms.backend.streams import Stream, Streams
 from mms.errors import FrameError, ModelLoadError
 from mms.handler import Request
 
@@ -137,6 +138,11 @@ class Replies:
             self._sent += len(answers)
             self._answers, self._batches = [], []
 
+    def skip(self, count: int) -> None:
+        """The next `count` jobs are answered by somebody else; what came before them goes first."""
+        self.flush()
+        self._sent += count
+
 
 class Loop:
     """A loaded handler and its channel."""
@@ -174,12 +180,29 @@ class Loop:
             self._started = done + len(batch)
             _pack_progress(progress, 0, done, self._started, begun)
             answers = stages.run(batch)
+            if stages.streams and any([type(body) is Stream for _, body in answers]):
+                replies.skip(len(batch))
+                self._stream(frame.ids[first : first + size], answers, done, received, begun)
+                begun = flushed = _monotonic()
+                continue
             ended = _monotonic()
             times = wire.BatchTimes(len(batch), begun - received, ended - begun, *stages.take_times())
             replies.add(answers, times)
             begun = ended
         _pack_progress(progress, 0, self._started, self._started, 0.0)
         replies.flush()
+
+    def _stream(self, ids: list[int], answers: list[Answer], done: int, received: float, begun: float) -> None:
+        """The rest of a batch that answers with streams."""
+        progress, started = self._progress, self._started
+
+        def beat() -> None:
+            _pack_progress(progress, 0, done, started, _monotonic())
+
+        def times() -> wire.BatchTimes:
+            return wire.BatchTimes(len(ids), begun - received, _monotonic() - begun, *self._stages.take_times())
+
+        Streams(self._channel.write, progress, beat).run(ids, answers, times)
 
     def _requests(self, frame: wire.PredictView, payload: bytearray, at: int) -> list[Request]:
         facts = wire.spread(frame.facts, frame.facts_of, len(frame.ids))
@@ -217,7 +240,7 @@ def main(sock: socket.socket, page: int, leave: Callable[[int], None] = os._exit
     """Serve and leave the process, without waiting for threads or exit handlers of the handler's libraries."""
     code = 70  # EX_SOFTWARE
     try:
-        code = serve(sock, mmap.mmap(page, wire.PROGRESS.size))
+        code = serve(sock, mmap.mmap(page, wire.PAGE_SIZE))
     except (BrokenPipeError, ConnectionResetError):
         code = 0  # the server has gone
     except BaseException:

@@ -6,12 +6,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from mms.backend.answers import PLAIN_BYTES, Answer, answer, failure, is_error_status
+from mms.backend.answers import PLAIN_BYTES, Answer, Streamed, answer, failure, is_error_status
+from mms.backend.streams import Steps, Stream
 from mms.errors import HandlerError, MMSError
-from mms.handler import Context, Handler, PredictionError, Request
+from mms.handler import Context, Handler, PredictionError, Request, Response
 
 _now = time.perf_counter
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -21,9 +23,10 @@ class Stages(Protocol):
     """One loaded handler."""
 
     style: str
+    streams: bool  # whether it has ever answered with a stream
 
     def run(self, requests: list[Request]) -> list[Answer]:
-        """One outcome per request, in order. Never raises."""
+        """One outcome per request, in order, or with `streams` a Stream that is to be driven. Never raises."""
         ...
 
     def take_times(self) -> tuple[float, float, float]:
@@ -37,6 +40,7 @@ class BatchStages:
     style = "batch"
 
     def __init__(self, handle: Callable[[Any, Context], Any], context: Context, *, isolate: bool, limit: int) -> None:
+        self.streams = False
         self._handle = handle
         self._context = context
         self._isolate = isolate
@@ -87,14 +91,18 @@ class BatchStages:
                 else answer(result, 200, "", _NO_HEADERS, limit)
                 for result in results
             ]
-        except MMSError:
+        except (MMSError, Streamed):
             return [self._answer(index, result, requests) for index, result in enumerate(results)]
 
     def _answer(self, index: int, result: Any, requests: list[Request]) -> Answer:
         head = self._context.responses.get(index)
-        if head is None:
-            return one_answer(result, requests[index], self._limit)
-        return one_answer(result, requests[index], self._limit, head.status, head.content_type, head.headers)
+        try:
+            if head is None:
+                return one_answer(result, requests[index], self._limit)
+            return one_answer(result, requests[index], self._limit, head.status, head.content_type, head.headers)
+        except Streamed as streamed:
+            self.streams = True
+            return stream(streamed.response, requests[index], self._limit)
 
 
 class RequestStages:
@@ -103,6 +111,7 @@ class RequestStages:
     style = "request"
 
     def __init__(self, handler: Handler, context: Context, *, isolate: bool, limit: int) -> None:
+        self.streams = False
         self._handler = handler
         self._context = context
         self._isolate = isolate
@@ -127,7 +136,11 @@ class RequestStages:
                 result = self._handler.postprocess(output)
             except BaseException as error:
                 result = error
-            outcomes[index] = one_answer(result, requests[index], self._limit)
+            try:
+                outcomes[index] = one_answer(result, requests[index], self._limit)
+            except Streamed as streamed:
+                self.streams = True
+                outcomes[index] = stream(streamed.response, requests[index], self._limit)
         times = self._times
         times[0] += prepared - begun
         times[1] += inferred - prepared
@@ -146,6 +159,12 @@ class RequestStages:
         try:
             outputs = self._handler.inference(self._handler.collate([item for _, item in items]))
             fault = miscount(outputs, len(items), "inference")
+            if fault and hasattr(outputs, "__next__"):
+                steps = Steps(outputs, len(items), miscount)
+                self.streams = True
+                for (index, _), part in zip(items, steps.items(self._handler.postprocess), strict=True):
+                    outcomes[index] = stream(Response(part), requests[index], self._limit)
+                return []
             if fault:
                 raise HandlerError(fault)
             return [(index, output) for (index, _), output in zip(items, outputs, strict=True)]
@@ -166,13 +185,23 @@ def one_answer(
     content_type: str = "",
     headers: Mapping[str, str] = _NO_HEADERS,
 ) -> Answer:
-    """The outcome of one request whose result may be an exception. Never raises."""
+    """The outcome of one request whose result may be an exception. Raises nothing but Streamed."""
     try:
         if isinstance(result, BaseException):
             return failure(client_error(result, [request]))
         return answer(result, status, content_type, headers, limit)
     except MMSError as error:
         return failure(client_error(error, [request]))
+
+
+def stream(response: Response, request: Request, limit: int) -> Answer:
+    """An answer whose body is an iterator of chunks."""
+    fail = partial(_failed, request)
+    return PLAIN_BYTES, Stream(response.body, request, response, limit, fail)
+
+
+def _failed(request: Request, error: BaseException) -> Answer:
+    return failure(client_error(error, [request]))
 
 
 def miscount(results: Any, wanted: int, function: str) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import socket
+import struct
 from collections import deque
 from time import monotonic
 from typing import Protocol, cast
@@ -30,9 +32,11 @@ from mms.http.reader import RequestReader
 from mms.http.request import Head, KnownHeads
 from mms.http.response import CONTINUE, JOIN_BELOW, ResponseHeads, error_response, length_lines
 from mms.http.shedding import Shedding
+from mms.http.streaming import Streaming
 
 _HEAD_END = b"\r\n\r\n"
 _ID = b"x-request-id: "
+_RESET = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER: on, for no time at all
 IDLE_WHILE_SHEDDING = 1.0
 
 Buffer = bytes | bytearray | memoryview
@@ -85,6 +89,7 @@ class Exchange(msgspec.Struct, eq=False):
     arrived: float
     response: tuple[bytes, Buffer] | None = None
     work: Cancellable | None = None
+    stream: Streaming | None = None
 
     def answer(self, status: int, head: bytes, body: Buffer) -> None:
         """Answer with `head` (complete header lines) and `body`; length, date and id are added here."""
@@ -108,6 +113,10 @@ class Exchange(msgspec.Struct, eq=False):
 
     def fail(self, error: MMSError) -> None:
         self.answer(*error_response(error))
+
+    def begin(self, status: int, head: bytes) -> Streaming:
+        """The answer comes in chunks."""
+        return Streaming(self, status, head)
 
 
 class Connection(asyncio.Protocol):
@@ -148,6 +157,7 @@ class Connection(asyncio.Protocol):
         self._linger_until = 0.0
         self._untaken = 0  # bytes of answers that were unsent when the client last took LEAST_READ of them
         self._taken_at = 0.0
+        self._kept = 0  # bytes of streamed answers whose turn it is not yet
         self._admitting = False
         self._write_paused = False
         self._read_paused = False
@@ -172,18 +182,21 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._last = True
-        return bool(self._pending) and not self._edge  # a client may close its half and still read its answers
+        if self._edge or any(exchange.stream is not None for exchange in self._pending):
+            return False  # who takes chunks as they come has left: the next one, which would tell, may come late
+        return bool(self._pending)  # a client may close its half and still read its answers
 
     def pause_writing(self) -> None:
         self._write_paused = True
-        self._untaken, self._taken_at = self.unsent, monotonic()
+        self._untaken, self._taken_at = self._unsent, monotonic()
         self.shedding.slow.add(self)
         self._steer_reading()
 
     def resume_writing(self) -> None:
         self._write_paused = False
         self.last_activity = monotonic()
-        self.shedding.slow.discard(self)
+        if not self._kept:
+            self.shedding.slow.discard(self)
         self._steer_reading()
 
     def data_received(self, data: bytes) -> None:
@@ -257,15 +270,54 @@ class Connection(asyncio.Protocol):
             self._transport.write(head)
         else:
             self._write(head, body)
-        while exchange.keep_alive and pending and (response := pending[0].response) is not None:
+        while exchange.keep_alive and pending:
+            following = pending[0]
+            if following.response is None:
+                if following.stream is not None:
+                    following.stream.take_turn()
+                break
             exchange = pending.popleft()
-            self._write(*response)
+            self._write(*following.response)
         if not exchange.keep_alive:
             self._finish()
         elif self._backlog or self._refused is not None:
             self._admit()
         elif self._last and not pending:
             self._finish()
+
+    def send_part(self, exchange: Exchange, parts: list[Buffer]) -> bool:
+        """Send parts of the exchange's answer, if it is its turn; whether it is. Dropped when the client has gone."""
+        if self._pending and self._pending[0] is not exchange:
+            return False
+        if self._pending and not self._transport.is_closing():
+            if self._write_paused:
+                self._untaken += sum(map(len, parts))
+            self._transport.writelines(parts)
+            if self._unsent > self._limits.max_response_size:
+                self.abort()
+        return True
+
+    def keep(self, size: int) -> None:
+        """So much more, or less, of streamed answers waits for its turn."""
+        self._kept += size
+        if self._kept:
+            self.shedding.slow.add(self)
+            if self._kept > self._limits.max_response_size:
+                self.abort()
+        elif not self._write_paused:
+            self.shedding.slow.discard(self)
+
+    def cut(self, exchange: Exchange) -> None:
+        """End the connection in the middle of this answer, so that its client does not take it for whole."""
+        self._last = True
+        self._forget_requests()
+        if exchange.head.version == "1.0":  # the end of the connection would be the answer's: only a reset tells
+            sock = self._transport.get_extra_info("socket")
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self._transport.abort()
+        else:
+            self._transport.close()
 
     def _write(self, head: bytes, body: Buffer) -> None:
         if self._transport.is_closing():
@@ -279,7 +331,7 @@ class Connection(asyncio.Protocol):
         if self._write_paused:
             self._look_at_taking(now)
         elif self._lingering >= 0:
-            if self.unsent:
+            if self._unsent:
                 self._linger_until = now + LINGER_SECONDS
                 self._look_at_taking(now)
             elif now > self._linger_until:
@@ -299,7 +351,7 @@ class Connection(asyncio.Protocol):
 
     def _look_at_taking(self, now: float) -> None:
         """Cut off a client that takes less than LEAST_READ of its answers within body_timeout."""
-        unsent = self.unsent
+        unsent = self._unsent
         if unsent <= self._untaken - LEAST_READ:
             self._untaken, self._taken_at = unsent, now
         elif now - self._taken_at > self._limits.body_timeout:
@@ -327,6 +379,10 @@ class Connection(asyncio.Protocol):
 
     @property
     def unsent(self) -> int:
+        return self._unsent + self._kept
+
+    @property
+    def _unsent(self) -> int:
         return self._transport.get_write_buffer_size()
 
     def _receive(self, head: Head) -> None:

@@ -123,8 +123,8 @@ def start(request: pytest.FixtureRequest, make_archive: MakeArchive, tmp_path: P
             archive.extract(folder)
             ours, theirs = socket.socketpair()
             page = os.memfd_create("progress")
-            os.ftruncate(page, wire.PROGRESS.size)
-            progress = mmap.mmap(page, wire.PROGRESS.size)
+            os.ftruncate(page, wire.PAGE_SIZE)
+            progress = mmap.mmap(page, wire.PAGE_SIZE)
             run = in_thread if request.param == "thread" else in_process
             stack.callback(progress.close)
             stack.callback(os.close, page)
@@ -139,7 +139,7 @@ def start(request: pytest.FixtureRequest, make_archive: MakeArchive, tmp_path: P
 @contextlib.contextmanager
 def in_thread(theirs: socket.socket, page: int, folder: Path) -> Iterator[None]:
     path, modules = list(sys.path), set(sys.modules)
-    view = mmap.mmap(page, wire.PROGRESS.size)
+    view = mmap.mmap(page, wire.PAGE_SIZE)
 
     def run() -> None:
         with contextlib.suppress(OSError), theirs:

@@ -29,7 +29,7 @@ from mms.workers.batching import (
     BatchQueue,
 )
 from mms.workers.inflight import MAX_FRAME_JOBS, InFlight
-from mms.workers.job import Job
+from mms.workers.job import Job, StreamCaller
 
 NOW = 1000.0
 QUICK = 1e-5  # seconds a batch takes: many fit into the time that may be sent ahead
@@ -42,6 +42,9 @@ FACTS = RequestFacts("", "", b"", False, [])
 @dataclass
 class Caller:
     outcomes: list[object] = field(default_factory=list)
+
+    def begin(self, status: int, head: bytes) -> StreamCaller:
+        raise AssertionError("nothing streams here")
 
     def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None:
         self.outcomes.append(bytes(body))
