@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mms import wire
@@ -211,7 +211,7 @@ class Streams:
             ended = self._close_cancelled(live)
             chunks: list[tuple[int, Body]] = []
             first: dict[int, Outcome] = {}
-            for id, stream in list(live.items()):
+            for id, stream in live.items():
                 begun = stream.outcome is not None
                 try:
                     chunk = stream.step()
@@ -225,7 +225,7 @@ class Streams:
                         if not begun and stream.outcome is not None:
                             first[id] = stream.outcome
             for id, _ in ended:
-                del live[id]
+                live.pop(id, None)
             if chunks:
                 bodies = [chunk for _, chunk in chunks]
                 sizes = list(map(len, bodies))
@@ -241,8 +241,8 @@ class Streams:
                 wire.RESULT, wire.Result([id for id, _ in ended], sizes, *outcomes, batches), bodies, sum(sizes)
             )
 
-    def _close_cancelled(self, live: Mapping[int, Stream]) -> list[tuple[int, Answer]]:
-        """The ends of the streams whose clients have left since the last look."""
+    def _close_cancelled(self, live: dict[int, Stream]) -> list[tuple[int, Answer]]:
+        """Take out the streams whose clients have left since the last look; their ends."""
         count = self._cancelled_count()
         if count == self._seen:
             return []
@@ -251,7 +251,7 @@ class Streams:
         self._seen = count
         at = [wire.CANCELLED_JOBS_AT + place % wire.CANCELLED_KEPT * number.size for place in places]
         cancelled = {number.unpack_from(self._page, offset)[0] for offset in at}
-        return [(id, live[id].end()) for id in live.keys() & cancelled]
+        return [(id, live.pop(id).end()) for id in live.keys() & cancelled]
 
     def _cancelled_count(self) -> int:
         count: int = wire.CANCELLED_COUNT.unpack_from(self._page, wire.CANCELLED_AT)[0]

@@ -13,11 +13,10 @@ import socket
 import struct
 from collections import deque
 from time import monotonic
-from typing import Protocol, cast
-
-import msgspec
+from typing import cast
 
 from mms.errors import BadRequestError, DeadlineError, MMSError
+from mms.http.exchange import Application, Buffer, Exchange
 from mms.http.limits import (
     LEAST_READ,
     LINGER_BODY_BYTES,
@@ -30,16 +29,12 @@ from mms.http.limits import (
 )
 from mms.http.reader import RequestReader
 from mms.http.request import Head, KnownHeads
-from mms.http.response import CONTINUE, JOIN_BELOW, ResponseHeads, error_response, length_lines
+from mms.http.response import CONTINUE, ResponseHeads
 from mms.http.shedding import Shedding
-from mms.http.streaming import Streaming
 
 _HEAD_END = b"\r\n\r\n"
-_ID = b"x-request-id: "
 _RESET = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER: on, for no time at all
 IDLE_WHILE_SHEDDING = 1.0
-
-Buffer = bytes | bytearray | memoryview
 
 _id_prefix = os.urandom(6).hex().encode()
 _numbers = itertools.count(1)
@@ -49,74 +44,8 @@ def _next_id() -> bytes:
     return b"%b-%x" % (_id_prefix, next(_numbers))
 
 
-class Application(Protocol):
-    """What the requests are handed to. `handle` must not block and must not raise anything but MMSError."""
-
-    def handle(self, exchange: Exchange) -> None: ...
-
-    def objection(self, head: Head, size: int) -> MMSError | None:
-        """What speaks against a request whose body, of `size` bytes as far as is known, is still to come; counted."""
-        ...
-
-    def refused(self, error: MMSError) -> None:
-        """A request was answered with `error` before it was complete."""
-        ...
-
-    def held(self) -> int:
-        """Bytes of the bodies that were handed over and are not answered yet."""
-        ...
-
-
 def new_shedding(application: Application, limits: Limits) -> Shedding:
     return Shedding(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections, held=application.held)
-
-
-class Cancellable(Protocol):
-    """The work behind an exchange, told when the client leaves."""
-
-    def cancel(self) -> None: ...
-
-
-class Exchange(msgspec.Struct, eq=False):
-    """One request and the place of its answer. A Struct: one is made per request, and its constructor runs in C."""
-
-    connection: Connection
-    head: Head
-    keep_alive: bool
-    request_id: bytes
-    parts: list[bytes]
-    size: int
-    arrived: float
-    response: tuple[bytes, Buffer] | None = None
-    work: Cancellable | None = None
-    stream: Streaming | None = None
-
-    def answer(self, status: int, head: bytes, body: Buffer) -> None:
-        """Answer with `head` (complete header lines) and `body`; length, date and id are added here."""
-        self.work = None  # it refers back to this exchange: without the cycle, both are freed without the collector
-        connection = self.connection
-        begin, size = connection.heads[status], len(body)
-        if self.keep_alive and self.head.plain and status != 204:
-            if size < JOIN_BELOW:
-                connection.send(self, b"".join((begin, head, _ID, self.request_id, length_lines(size), body)), b"")
-            else:
-                connection.send(self, b"".join((begin, head, _ID, self.request_id, length_lines(size))), body)
-        else:
-            block = self._unusual(begin + head, status, len(body))
-            connection.send(self, block, b"" if self.head.method == b"HEAD" else body)
-
-    def _unusual(self, begin: bytes, status: int, size: int) -> bytes:
-        """The head of an answer that ends the connection, has no body (RFC 9110, 15.3.5) or goes to an old client."""
-        close = b"connection: keep-alive\r\n" if self.keep_alive else b"connection: close\r\n"
-        length = b"content-length: %d\r\n" % size if status != 204 else b""
-        return b"%bx-request-id: %b\r\n%b%b\r\n" % (begin, self.request_id, close, length)
-
-    def fail(self, error: MMSError) -> None:
-        self.answer(*error_response(error))
-
-    def begin(self, status: int, head: bytes) -> Streaming:
-        """The answer comes in chunks."""
-        return Streaming(self, status, head)
 
 
 class Connection(asyncio.Protocol):

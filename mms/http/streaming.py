@@ -8,7 +8,7 @@ from mms.errors import MMSError
 from mms.http.response import error_response
 
 if TYPE_CHECKING:
-    from mms.http.connection import Buffer, Exchange
+    from mms.http.exchange import Buffer, Exchange
 
 _EVENTS = b"content-type: text/event-stream\r\n"
 _LAST = b"0\r\n\r\n"

@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,18 @@ from typing import Any
 import pytest
 from mms_nginx.find import find_nginx
 
-from tests.conftest import CLIENT_TIMEOUT, Answering, Gate, MakeArchive, MakeGate, Server, connect, eventually, server
+from tests.conftest import (
+    CLIENT_TIMEOUT,
+    Answering,
+    Gate,
+    MakeArchive,
+    MakeGate,
+    Server,
+    connect,
+    environment,
+    eventually,
+    server,
+)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +173,7 @@ def test_a_chunk_over_max_response_size_is_cut(plain: Server) -> None:
 
 
 def test_a_client_that_leaves_closes_the_generator(both: Server, tmp_path: Path) -> None:
-    note = tmp_path / "note"
+    note, workers = tmp_path / "note", both.workers("streams")
     cancelled = both.metric("mms_requests_cancelled_total", model="streams")
     with stream(both, {"note": str(note)}, "one", {"nothing": 1_000_000}) as answer:
         assert answer.read1() == b"one"
@@ -171,6 +184,7 @@ def test_a_client_that_leaves_closes_the_generator(both: Server, tmp_path: Path)
     assert both.metric("mms_requests_cancelled_total", model="streams") == cancelled + 1
     with stream(both, "next") as answer:
         assert answer.read() == b"next"
+    assert both.workers("streams") == workers
 
 
 def test_f5_a_killed_worker_cuts_the_stream_which_is_not_repeated(both: Server, make_gate: MakeGate) -> None:
@@ -308,6 +322,19 @@ def test_a_stop_waits_for_streams_until_drain_timeout(make_archive: MakeArchive,
             with pytest.raises((http.client.IncompleteRead, ConnectionError)):
                 one.read()
         held.open()
+
+
+def test_the_command_line_prints_chunks_as_they_come(plain: Server, make_gate: MakeGate, tmp_path: Path) -> None:
+    gate, request = make_gate(), tmp_path / "request.bin"
+    request.write_text(json.dumps(["one\n", wait_for(gate), "two\n", {"raise": "oh"}]))
+    words = [sys.executable, "-P", "-m", "mms.cli", "predict", "streams", str(request), "--run-dir", str(plain.run_dir)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as command:
+        assert command.stdout is not None
+        assert command.stdout.readline() == b"one\n"
+        gate.open()
+        shown, error = command.communicate(timeout=CLIENT_TIMEOUT)
+    assert (command.returncode, shown) == (1, b"two\n")
+    assert b"the answer was cut off before its end" in error
 
 
 def test_streams_are_counted(behind: Server) -> None:
