@@ -227,6 +227,17 @@ def test_f5_neighbours_of_a_cut_stream_are_run_again(plain: Server, make_gate: M
     assert [reply.body for reply in others.results()] == [b"whole", b"whole", b"later"]
 
 
+def test_a_batch_with_streams_is_counted_as_one(behind: Server) -> None:
+    answering, bodies = Answering(), [json.dumps(steps).encode() for steps in ("whole", ["a"], ["b", "c"], ["d"])]
+    for body in bodies:
+        answering.send(behind, "few", body)
+    assert [reply.body for reply in answering.results()] == [b"whole", b"a", b"bc", b"d"]
+    names = ("mms_batch_size_sum", "mms_batch_size_count", "mms_handler_duration_seconds_count")
+    assert [behind.metric(name, model="few") for name in names] == [4, 1, 1]
+    names = ("mms_requests_total", "mms_request_duration_seconds_count", "mms_queue_duration_seconds_count")
+    assert [behind.metric(name, model="few") for name in names] == [4, 4, 4]
+
+
 def test_a_step_that_takes_too_long_is_cut_but_many_steps_are_not(plain: Server, make_gate: MakeGate) -> None:
     with stream(plain, *["a", {"nothing": 20}] * 4, model="hurried") as answer:  # in all, longer than its limit
         assert answer.read() == b"aaaa"
@@ -313,7 +324,7 @@ def test_request_style_a_bad_first_step_fails_alone(plain: Server) -> None:
 
 def test_a_stop_waits_for_streams_until_drain_timeout(make_archive: MakeArchive, make_gate: MakeGate) -> None:
     held, freed = make_gate(), make_gate()
-    with server(make_archive("streams", min_workers=2), drain_timeout=1, drain_delay=0) as running:
+    with server(make_archive("streams", min_workers=2), drain_timeout=0.5, drain_delay=0) as running:
         with stream(running, "one", wait_for(held)) as one, stream(running, "two", wait_for(freed), "end") as two:
             assert (one.read1(), two.read1()) == (b"one", b"two")
             running.signal(signal.SIGTERM)

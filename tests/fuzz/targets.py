@@ -31,8 +31,8 @@ from tests.unit import test_http_connection as fake
 
 CORPUS = Path(__file__).parent / "corpus"
 MAX_SIZE = 20_000
-READ_KINDS = (wire.Load, wire.PredictView, wire.Result, wire.Ready, wire.Failed, wire.Preloaded, wire.ForkRequest,
-              wire.ForkReply)  # fmt: skip
+READ_KINDS = (wire.Load, wire.PredictView, wire.Result, wire.Chunks, wire.Ready, wire.Failed, wire.Preloaded,
+              wire.ForkRequest, wire.ForkReply)  # fmt: skip
 FORM = "multipart/form-data; boundary=XX"
 
 # h11 allows 20 digits in a chunk's size; ours are bounded by the framing that a body may have in all
