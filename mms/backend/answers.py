@@ -95,20 +95,27 @@ def body_of(value: Any) -> tuple[Body, Outcome]:
             return value.encode(), _TEXT
         except UnicodeEncodeError as error:
             raise HandlerError(f"the handler returned a str that is not valid Unicode: {error.reason}") from None
-    return json_of(value), _JSON
+    try:
+        return _encode_json(value), _JSON
+    except Exception as error:  # encoding runs the tolist() of any library
+        raise _no_json(value, error) from None
 
 
 def json_of(value: Any) -> bytes:
-    """JSON. Raises HandlerError, and Streamed for an iterator."""
+    """The result as JSON, also if it is text. Raises as `answer`."""
     try:
         return _encode_json(value)
-    except Exception as error:  # encoding runs the tolist() of any library
-        if hasattr(value, "__next__"):
-            raise Streamed(value) from None
-        raise HandlerError(
-            f"the handler returned {type(value).__name__}, which cannot be sent ({_scrubbed(str(error))}); "
-            "return bytes, str, or something JSON can hold"
-        ) from None
+    except Exception as error:
+        raise _no_json(value, error) from None
+
+
+def _no_json(value: Any, error: Exception) -> HandlerError | Streamed:
+    if hasattr(value, "__next__"):
+        return Streamed(value)
+    return HandlerError(
+        f"the handler returned {type(value).__name__}, which cannot be sent ({_scrubbed(str(error))}); "
+        "return bytes, str, or something JSON can hold"
+    )
 
 
 def _scrubbed(text: str) -> str:

@@ -181,6 +181,8 @@ class Worker(asyncio.Protocol):
         if len(chunks.sizes) != len(chunks.ids) or not chunks.first.keys() <= set(chunks.ids):
             raise FrameError(f"a STREAM frame with {len(chunks.ids)} jobs whose sizes or outcomes do not fit")
         metrics.chunks += len(chunks.ids)
+        if chunks.first:
+            self.in_flight.begins_stream()
         at = 0
         for id, size in zip(chunks.ids, chunks.sizes, strict=True):
             data, at = bytes(payload[at : at + size]), at + size

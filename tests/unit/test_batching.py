@@ -529,6 +529,17 @@ def test_f5_a_stream_alone_spends_no_retry() -> None:
     assert queue.lose(worker, 1, "signal 9 (SIGKILL)", NOW, done=0) == []
 
 
+def test_a_worker_that_streams_gets_nothing_ahead_any_more() -> None:
+    queue, worker = make_queue(), make_worker(QUICK)
+    worker.begins_stream()
+    worker.observe(1, QUICK)
+    fill(queue, 5)
+    assert take(queue, worker) == [1]
+    assert take(queue, worker) == []
+    finish(worker, 1)
+    assert take(queue, worker) == [2]
+
+
 def test_a_stream_whose_client_leaves_is_abandoned_at_its_worker_once() -> None:
     told: list[int] = []
     queue = make_queue()
