@@ -29,6 +29,7 @@ MAX_WORKERS = 1024
 MAX_BATCH = 65_536
 MAX_QUEUE = 1_000_000
 MAX_THREADS = 1024
+MAX_AT_A_TIME = 64
 
 _PORTS = {"http": 80, "https": 443}
 _SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)
@@ -252,6 +253,16 @@ class ModelSettings:
     gpus: tuple[int, ...] = _setting((), _integers, "the GPUs to spread the workers over, by number (empty: all)")
     cpu_threads: int = _setting(
         0, _integer, "CPU threads per worker (0: its share when it starts, cores / workers)", low=0, high=MAX_THREADS
+    )
+    threads: int = _setting(
+        1, _integer, "batches that a worker runs at a time, with one copy of the model", low=1, high=MAX_AT_A_TIME
+    )
+    preprocess_threads: int = _setting(
+        -1,
+        _integer,
+        "threads in which a worker prepares requests while batches run (request style; -1: 2 on a GPU, else 0)",
+        low=-1,
+        high=MAX_AT_A_TIME,
     )
     preload: tuple[str, ...] = _setting(
         (), _words, "modules that the fork server imports before the workers are forked"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from mms import wire
 from mms.backend.answers import Answer, Body, Streamed, answer, body_of, json_of
@@ -17,7 +17,13 @@ EVENTS = "text/event-stream"
 _LINES = "application/x-ndjson"
 _BODILESS = (204, 304)
 
-Write = Callable[[int, object, list[Body], int], None]
+
+class Replies(Protocol):
+    """Where frames go (Channel)."""
+
+    def reply(self, ids: Sequence[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None: ...
+
+    def write(self, kind: int, head: object, payloads: list[Body], size: int) -> None: ...
 
 
 class Stream:
@@ -184,11 +190,11 @@ class Item:
 class Streams:
     """Drives the streams of a batch round robin: one chunk of each that is live per round, one frame per round.
 
-    `write` sends a frame (Channel.write). `beat` is called before each round: the time limit of an answer counts anew.
+    `beat` is called before each round: the time limit of an answer counts anew.
     """
 
-    def __init__(self, write: Write, page: Any, beat: Callable[[], None]) -> None:
-        self._write = write
+    def __init__(self, channel: Replies, page: Any, beat: Callable[[], object]) -> None:
+        self._channel = channel
         self._page = page
         self._beat = beat
         self._seen = self._cancelled_count()
@@ -229,17 +235,13 @@ class Streams:
             if chunks:
                 bodies = [chunk for _, chunk in chunks]
                 sizes = list(map(len, bodies))
-                self._write(wire.STREAM, wire.Chunks([id for id, _ in chunks], sizes, first), bodies, sum(sizes))
+                head = wire.Chunks([id for id, _ in chunks], sizes, first)
+                self._channel.write(wire.STREAM, head, bodies, sum(sizes))
             self._finish(ended, [] if live else [times()])
 
     def _finish(self, ended: list[tuple[int, Answer]], batches: list[wire.BatchTimes]) -> None:
         if ended:
-            bodies = [body for _, (_, body) in ended]
-            sizes = list(map(len, bodies))
-            outcomes = wire.share([outcome for _, (outcome, _) in ended])
-            self._write(
-                wire.RESULT, wire.Result([id for id, _ in ended], sizes, *outcomes, batches), bodies, sum(sizes)
-            )
+            self._channel.reply([id for id, _ in ended], [one for _, one in ended], batches)
 
     def _close_cancelled(self, live: dict[int, Stream]) -> list[tuple[int, Answer]]:
         """Take out the streams whose clients have left since the last look; their ends."""

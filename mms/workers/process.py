@@ -42,6 +42,8 @@ class Launch:
     scratch: Path  # where each gets a folder for its temporary files
     sandbox: wire.Sandbox
     interpreter: str | None = None
+    threads: int = 1
+    preprocess_threads: int = 0
 
 
 class WorkerProcess:
@@ -71,6 +73,10 @@ class WorkerProcess:
             kept = wire.CANCELLED_COUNT
             kept.pack_into(self._page, wire.CANCELLED_JOBS_AT + count % wire.CANCELLED_KEPT * kept.size, job)
             kept.pack_into(self._page, wire.CANCELLED_AT, self._cancelled)
+
+    def running(self) -> list[tuple[float, tuple[int, ...]]]:
+        """Of a worker with several threads: when each of those at work began, and the places of its jobs."""
+        return list(wire.read_slots(self._page))
 
     def resident_bytes(self) -> int:
         """Memory that it holds now, with what it shares with others; 0 when it has ended."""
@@ -116,8 +122,8 @@ async def launch(how: Launch, forkservers: ForkServers) -> WorkerProcess:
     scratch = None
     try:
         scratch = new_scratch(how.scratch, how.name, how.sandbox)
-        os.ftruncate(page, wire.PAGE_SIZE)
-        shared = mmap.mmap(page, wire.PAGE_SIZE)
+        os.ftruncate(page, wire.page_size(how.threads, how.preprocess_threads))
+        shared = mmap.mmap(page, 0)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
         if how.interpreter is None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import msgspec
 
+from mms import wire
 from mms.logs import model_logger
 from mms.workers import environment
 from mms.workers.forkserver import ForkServerDied, ForkServers
@@ -15,6 +16,8 @@ from mms.workers.output import OutputReader
 from mms.workers.process import Launch, launch
 from mms.workers.settings import PoolSettings
 from mms.workers.worker import Worker, WorkerState
+
+PREPROCESS_THREADS = 2  # of a worker on a GPU, unless the model says otherwise; on CPUs they would take its cores
 
 
 class Starter:
@@ -48,8 +51,10 @@ class Starter:
     async def start(self, worker: Worker, threads: int) -> None:
         """Launch its process and tell it what to load; if that fails, it has no process, but a cause."""
         load = msgspec.structs.replace(self._settings.load, cpu_threads=threads)
+        if load.preprocess_threads < 0:
+            load.preprocess_threads = PREPROCESS_THREADS if worker.gpu is not None else 0
         try:
-            process = await launch(self._launch_of(worker, threads), self._forkservers)
+            process = await launch(self._launch_of(worker, load), self._forkservers)
         except (ForkServerDied, OSError) as error:
             worker.cause = f"could not be started: {error}"
             return
@@ -58,10 +63,16 @@ class Starter:
         if worker.state is not WorkerState.STARTING:
             worker.kill("stopped")
 
-    def _launch_of(self, worker: Worker, threads: int) -> Launch:
+    def _launch_of(self, worker: Worker, load: wire.Load) -> Launch:
         how = self._settings.launch
-        environ = {**how.environ, **environment.thread_counts(threads)}
+        environ = {**how.environ, **environment.thread_counts(load.cpu_threads)}
         for gpu in self._settings.gpus:
             if gpu.index == worker.gpu:
                 environ |= gpu.environment()
-        return replace(how, environ=environ, interpreter=self._interpreter or how.interpreter)
+        return replace(
+            how,
+            environ=environ,
+            interpreter=self._interpreter or how.interpreter,
+            threads=load.threads,
+            preprocess_threads=load.preprocess_threads,
+        )

@@ -30,6 +30,8 @@ from tests.conftest import (
     server,
 )
 
+CUT = http.client.IncompleteRead, ConnectionError
+
 
 @pytest.fixture(scope="module")
 def archives(make_archive: MakeArchive) -> tuple[Path, ...]:
@@ -38,6 +40,10 @@ def archives(make_archive: MakeArchive) -> tuple[Path, ...]:
         make_archive("streams", model_name="few", batch_size=4, max_batch_delay=5000),
         make_archive("streams", model_name="hurried", response_timeout=0.5),
         make_archive("streams_requests", batch_size=2, max_batch_delay=5000),
+        make_archive("streams", model_name="wide", threads=2, response_timeout=0.5),
+        make_archive(
+            "streams_requests", model_name="overlaps", batch_size=2, max_batch_delay=5000, preprocess_threads=2
+        ),
     )
 
 
@@ -192,7 +198,7 @@ def test_f5_a_killed_worker_cuts_the_stream_which_is_not_repeated(both: Server, 
     with stream(both, "one", wait_for(gate), "two") as answer:
         assert answer.read1() == b"one"
         os.kill(eventually(gate.begun)[0], signal.SIGKILL)
-        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        with pytest.raises(CUT):
             answer.read()
     gate.open()
     with stream(both, "next") as answer:
@@ -221,7 +227,7 @@ def test_f5_neighbours_of_a_cut_stream_are_run_again(plain: Server, make_gate: M
         answer = stack.enter_context(stream(plain, "one", {"nothing": 50}, "two", model="few"))
         assert answer.read1() == b"one"
         os.kill(eventually(begun.begun)[0], signal.SIGKILL)
-        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        with pytest.raises(CUT):
             answer.read()
     begun.open()
     assert [reply.body for reply in others.results()] == [b"whole", b"whole", b"later"]
@@ -244,7 +250,7 @@ def test_a_step_that_takes_too_long_is_cut_but_many_steps_are_not(plain: Server,
     gate = make_gate()
     with (
         stream(plain, "one", wait_for(gate), "two", model="hurried") as answer,
-        pytest.raises((http.client.IncompleteRead, ConnectionError)),
+        pytest.raises(CUT),
     ):
         answer.read()
     gate.open()
@@ -295,31 +301,64 @@ def test_a_client_that_does_not_read_is_cut(plain: Server, tmp_path: Path) -> No
         eventually(note.exists, 10)
 
 
-def test_request_style_yields_for_the_whole_batch(both: Server) -> None:
+@pytest.mark.parametrize("model", ["streams_requests", "overlaps"])
+def test_request_style_yields_for_the_whole_batch(both: Server, model: str) -> None:
     answering = Answering()
     for body in (b"a b c", b"d"):
-        answering.send(both, "streams_requests", body, content_type="text/plain")
+        answering.send(both, model, body, content_type="text/plain")
     one, two = answering.results()
     assert (one.body, two.body) == (b"ABC", b"D")
     assert one.headers["x-kind"] == "words"
 
 
-def test_request_style_an_item_refused_in_postprocess_fails_alone(plain: Server) -> None:
+@pytest.mark.parametrize("model", ["streams_requests", "overlaps"])
+def test_request_style_an_item_refused_in_postprocess_fails_alone(plain: Server, model: str) -> None:
     answering = Answering()
     for body in (b"a b", b"refuse x"):
-        answering.send(plain, "streams_requests", body, content_type="text/plain")
+        answering.send(plain, model, body, content_type="text/plain")
     one, two = answering.results()
     assert (one.status, one.body) == (200, b"AB")
     assert (two.status, two.message) == (422, "not this word")
 
 
-def test_request_style_a_bad_first_step_fails_alone(plain: Server) -> None:
+@pytest.mark.parametrize("model", ["streams_requests", "overlaps"])
+def test_request_style_a_bad_first_step_fails_alone(plain: Server, model: str) -> None:
     answering = Answering()
     for body in (b"a b", b"raise"):
-        answering.send(plain, "streams_requests", body, content_type="text/plain")
+        answering.send(plain, model, body, content_type="text/plain")
     one, two = answering.results()
     assert (one.status, one.body) == (200, b"AB")
     assert two.status == 500
+
+
+def test_a_worker_with_threads_drives_as_many_streams_at_a_time(plain: Server, make_gate: MakeGate) -> None:
+    one, two = make_gate(), make_gate()
+    with (
+        stream(plain, "a", {"nothing": 10}, wait_for(one), "b", model="wide") as first,
+        stream(plain, "c", {"nothing": 10}, wait_for(two), "d", model="wide") as second,
+    ):
+        assert (first.read1(), second.read1()) == (b"a", b"c")
+        assert eventually(one.begun) == eventually(two.begun)
+        two.open()
+        one.open()
+        assert (first.read(), second.read()) == (b"b", b"d")
+
+
+def test_response_timeout_counts_per_chunk_in_each_thread(plain: Server, make_gate: MakeGate) -> None:
+    gate = make_gate()
+    with stream(plain, *["a", {"nothing": 20}] * 4, model="wide") as answer:
+        assert answer.read() == b"aaaa"
+    with stream(plain, "one", wait_for(gate), "two", model="wide") as answer, pytest.raises(CUT):
+        answer.read()
+    gate.open()
+    assert plain.metric("mms_errors_total", model="wide", cause="DeadlineExceededException") == 1
+
+
+def test_a_client_that_leaves_frees_its_thread(plain: Server, tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    with stream(plain, {"note": str(note)}, "one", {"nothing": 1_000_000}, model="wide") as answer:
+        assert answer.read1() == b"one"
+    eventually(note.exists)
 
 
 def test_a_stop_waits_for_streams_until_drain_timeout(make_archive: MakeArchive, make_gate: MakeGate) -> None:
@@ -330,7 +369,7 @@ def test_a_stop_waits_for_streams_until_drain_timeout(make_archive: MakeArchive,
             running.signal(signal.SIGTERM)
             freed.open()
             assert two.read() == b"end"
-            with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            with pytest.raises(CUT):
                 one.read()
         held.open()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -28,7 +28,7 @@ class Server:
     """What a batch's streams send: `rounds` are the frames, as lists of chunks by job or ends by job."""
 
     def __init__(self) -> None:
-        self.page = bytearray(wire.PAGE_SIZE)
+        self.page = bytearray(wire.PAGE)
         self.beats = 0
         self.heads: dict[int, bytes] = {}
         self.chunks: list[dict[int, bytes]] = []
@@ -40,7 +40,7 @@ class Server:
         answers = stages.run(list(requests))
         ids = range(1, len(answers) + 1)
         times = wire.BatchTimes(len(answers), 0.0, 0.0, 0.0, 0.0, 0.0)
-        Streams(self._write, self.page, self._beat).run(ids, answers, lambda: times)
+        Streams(self, self.page, self._beat).run(ids, answers, lambda: times)
         return self
 
     def cancel(self, *jobs: int) -> None:
@@ -58,19 +58,17 @@ class Server:
     def _beat(self) -> None:
         self.beats += 1
 
-    def _write(self, kind: int, head: object, payloads: list[Body], size: int) -> None:
-        assert size == sum(map(len, payloads))
-        if kind == wire.STREAM:
-            assert isinstance(head, wire.Chunks)
-            self.chunks.append(dict(zip(head.ids, map(bytes, payloads), strict=True)))
-            self.heads |= {job: outcome.head for job, outcome in head.first.items()}
-        else:
-            assert isinstance(head, wire.Result)
-            for job, outcome, body in zip(
-                head.ids, wire.spread(head.outcomes, head.outcome_of, len(head.ids)), payloads, strict=True
-            ):
-                self.ends[job] = outcome.status, outcome.error, bytes(body)
-            self.batches.append(head.batches)
+    def write(self, kind: int, head: object, payloads: list[Body], size: int) -> None:
+        assert kind == wire.STREAM and isinstance(head, wire.Chunks)
+        assert (size, head.sizes) == (sum(map(len, payloads)), list(map(len, payloads)))
+        self.chunks.append(dict(zip(head.ids, map(bytes, payloads), strict=True)))
+        self.heads |= {job: outcome.head for job, outcome in head.first.items()}
+        self.after()
+
+    def reply(self, ids: Sequence[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
+        for job, (outcome, body) in zip(ids, answers, strict=True):
+            self.ends[job] = outcome.status, outcome.error, bytes(body)
+        self.batches.append(batches)
         self.after()
 
 
