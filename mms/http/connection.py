@@ -214,14 +214,15 @@ class Connection(asyncio.Protocol):
         elif self._last and not pending:
             self._finish()
 
-    def send_part(self, exchange: Exchange, parts: list[Buffer]) -> bool:
+    def send_part(self, exchange: Exchange, parts: list[bytes]) -> bool:
         """Send parts of the exchange's answer, if it is its turn; whether it is. Dropped when the client has gone."""
         if self._pending and self._pending[0] is not exchange:
             return False
         if self._pending and not self._transport.is_closing():
+            data = b"".join(parts)  # one object: many small ones may wait for a slow client
             if self._write_paused:
-                self._untaken += sum(map(len, parts))
-            self._transport.writelines(parts)
+                self._untaken += len(data)
+            self._transport.write(data)
             if self._unsent > self._limits.max_response_size:
                 self.abort()
         return True

@@ -28,7 +28,7 @@ class Streaming:
         self._over = False
         if not self._chunked:
             exchange.keep_alive = False  # the end of the connection is the only end that such a client knows
-        self._kept: list[Buffer] = [_head(exchange, status, head, chunked=self._chunked)]
+        self._kept = [_head(exchange, status, head, chunked=self._chunked)]
         self._size = 0  # of what is kept, as the connection was told
         exchange.stream = self
         if exchange.head.method == b"HEAD":
@@ -43,7 +43,7 @@ class Streaming:
             return
         size = len(data)
         if size:
-            self._kept += (b"%x\r\n" % size, data, b"\r\n") if self._chunked else (data,)
+            self._kept.append(b"%x\r\n%b\r\n" % (size, data) if self._chunked else bytes(data))
         if not self.take_turn():
             self._size += size
             self._exchange.connection.keep(size)
