@@ -37,8 +37,8 @@ class _Caller:
     def begin(self, status: int, head: bytes) -> _Caller:
         return self
 
-    def chunk(self, data: bytes | memoryview) -> None:
-        self._chunks.append(bytes(data))
+    def chunk(self, data: bytes) -> None:
+        self._chunks.append(data)
 
     def fail(self, error: MMSError) -> None:
         # the handler, or a decoder, refuses this request: that is an answer

@@ -37,13 +37,13 @@ class Streaming:
             if work is not None:
                 work.cancel()
 
-    def chunk(self, data: Buffer) -> None:
+    def chunk(self, data: bytes) -> None:
         """Send, or keep, the next chunk."""
         if self._over:
             return
         size = len(data)
         if size:
-            self._kept.append(b"%x\r\n%b\r\n" % (size, data) if self._chunked else bytes(data))
+            self._kept.append(b"%x\r\n%b\r\n" % (size, data) if self._chunked else data)
         if not self.take_turn():
             self._size += size
             self._exchange.connection.keep(size)
