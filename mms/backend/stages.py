@@ -134,7 +134,7 @@ class RequestStages:
 
     def __init__(self, handler: Handler, context: Context, *, isolate: bool, limit: int) -> None:
         self.streams = False
-        self._handler = handler
+        self.handler = handler
         self._context = context
         self.metrics = context.metrics
         self._isolate = isolate
@@ -142,7 +142,7 @@ class RequestStages:
         self._times = [0.0, 0.0, 0.0]
 
     def for_thread(self) -> RequestStages:
-        return RequestStages(self._handler, self._context.for_thread(), isolate=self._isolate, limit=self._limit)
+        return RequestStages(self.handler, self._context.for_thread(), isolate=self._isolate, limit=self._limit)
 
     def run(self, requests: list[Request]) -> list[Answer]:
         self._context.begin_batch(requests)
@@ -170,7 +170,7 @@ class RequestStages:
 
     def prepare(self, request: Request) -> Prepared:
         """Never raises."""
-        handler = self._handler
+        handler = self.handler
         try:
             item = handler.preprocess(request)
             bucket = handler.bucket_by(item)
@@ -182,7 +182,7 @@ class RequestStages:
     def infer(self, batch: list[Prepared]) -> None:
         """Each item becomes its output; those that fail get their answer. Never raises."""
         try:
-            outputs = self._handler.inference(self._handler.collate([one.item for one in batch]))
+            outputs = self.handler.inference(self.handler.collate([one.item for one in batch]))
             fault = miscount(outputs, len(batch), "inference")
             if fault and hasattr(outputs, "__next__"):
                 self._take_steps(outputs, batch)
@@ -205,7 +205,7 @@ class RequestStages:
         """`inference` yields: each item is answered with a stream. Raises as the first step does."""
         steps = Steps(outputs, len(batch), miscount)
         self.streams = True
-        for one, part in zip(batch, steps.items(self._handler.postprocess), strict=True):
+        for one, part in zip(batch, steps.items(self.handler.postprocess), strict=True):
             one.answer = stream(Response(part), one.request, self._limit)
 
     def finish(self, one: Prepared) -> Answer:
@@ -213,7 +213,7 @@ class RequestStages:
         if one.answer is not None:
             return one.answer
         try:
-            result = self._handler.postprocess(one.item)
+            result = self.handler.postprocess(one.item)
         except BaseException as error:
             result = error
         try:
