@@ -226,7 +226,7 @@ class ModelSettings:
         high=MAX_WORKERS,
     )
     response_timeout: float = _setting(
-        120.0, _number, "seconds one batch may run before its worker is killed", low=0.001
+        120.0, _number, "seconds one batch, or a chunk of its streams, may take before its worker is killed", low=0.001
     )
     startup_timeout: float = _setting(300.0, _number, "seconds a worker may take to load", low=0.001)
     queue_size: int = _setting(
@@ -331,7 +331,9 @@ class Config:
     log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "how much is logged")
     log_file: Path | None = _setting(None, _path, "log to this file instead of standard error (rotated at 100 MB)")
     max_request_size: int = _setting(100 << 20, _size, "largest request body, before and after unpacking", low=1)
-    max_response_size: int = _setting(100 << 20, _size, "largest answer of a handler", low=1)
+    max_response_size: int = _setting(
+        100 << 20, _size, "largest answer of a handler, or chunk of a streamed one", low=1
+    )
     max_connections: int = _setting(10_000, _integer, "connections the front end holds open", low=1)
     max_bytes_in_flight: int = _setting(
         0, _size, "bytes of requests and answers that the front end holds (0: a quarter of the memory)", low=0

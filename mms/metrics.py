@@ -31,6 +31,10 @@ class VersionMetrics:
         self.inference = Histogram(SECONDS)
         self.postprocess = Histogram(SECONDS)
         self.batch_size = Histogram(BATCH_SIZES)
+        self.first_chunk = Histogram(SECONDS)
+        self.streams = 0  # answers that came in chunks
+        self.chunks = 0
+        self.streams_cut = 0  # that did not come to their end
         self.load_seconds = 0.0
         self.tallies = Tallies(label)  # of the handler
 
@@ -108,6 +112,7 @@ _HISTOGRAMS = (
     ("mms_inference_duration_seconds", "Inference of one batch (request-style handlers).", "inference"),
     ("mms_postprocess_duration_seconds", "Postprocess of one batch (request-style handlers).", "postprocess"),
     ("mms_batch_size", "Requests per batch.", "batch_size"),
+    ("mms_first_chunk_seconds", "From the request's last byte to the first chunk of a streamed answer.", "first_chunk"),
 )
 
 
@@ -163,8 +168,16 @@ class Collector:
         retries = CounterMetricFamily(
             "mms_retries", "Requests run again because their worker died.", labels=["model", "version"]
         )
+        streams = CounterMetricFamily("mms_streams", "Answers that were begun in chunks.", labels=["model", "version"])
+        chunks = CounterMetricFamily("mms_stream_chunks", "Chunks of such answers.", labels=["model", "version"])
+        cut = CounterMetricFamily(
+            "mms_streams_cut", "Such answers that ended with an error: they were cut.", labels=["model", "version"]
+        )
         for facts in versions:
             labels = [facts.model, facts.version]
+            streams.add_metric(labels, facts.metrics.streams)
+            chunks.add_metric(labels, facts.metrics.chunks)
+            cut.add_metric(labels, facts.metrics.streams_cut)
             for status, count in sorted(facts.metrics.requests.items()):
                 requests.add_metric([*labels, str(status)], count)
             for cause, count in sorted(facts.metrics.errors.items()):
@@ -182,7 +195,7 @@ class Collector:
             requests.add_metric(["unknown", "", str(status)], count)
         for cause, count in sorted(causes.items()):
             errors.add_metric(["unknown", "", cause], count)
-        yield from (requests, errors, restarts, cancelled, retries)
+        yield from (requests, errors, restarts, cancelled, retries, streams, chunks, cut)
 
     def _gauges(self, versions: list[VersionFacts]) -> Iterator[Metric]:
         gauges: tuple[tuple[str, str, Callable[[VersionFacts], float]], ...] = (

@@ -185,16 +185,16 @@ class BatchQueue:
     ) -> list[tuple[Job, MMSError]]:
         """The worker died after it had begun `started` jobs: requeue what can be run again, return what cannot.
 
-        Jobs of the batch in hand are retried once, each alone, within the budget; jobs sent ahead go back to the front,
-        and so do those that were `done` but not yet answered.
+        Jobs of the batch in hand are retried once, each alone, within the budget, unless their answers have begun to
+        stream; jobs sent ahead go back to the front, and so do those that were `done` but not yet answered.
         """
         lost = self._part(worker, started, done)
-        retryable = [job for job in lost if job.attempts < self.retry]
+        retryable = [job for job in lost if job.attempts < self.retry and not job.streams]
         affordable = bool(retryable) and not self.closed and self._spend_retry(now)
         failed: list[tuple[Job, MMSError]] = []
         for job in lost:
             job.attempts += 1
-            if not affordable or job.attempts > self.retry:
+            if not affordable or job.attempts > self.retry or job.streams:
                 if job.attempts > 1 and _is_crash(cause):
                     self._remember_poison(job, now)
                 failed.append((job, self._death(job, cause)))
@@ -258,7 +258,7 @@ class BatchQueue:
         back: list[Job] = []
         for place, job in worker.take_all():
             if not job.settled:
-                (begun if finished <= place < started else back).append(job)
+                (begun if finished <= place < started or job.streams else back).append(job)
         for job in back:
             job.taken = 0.0
             (self._alone if job.attempts else self._waiting).append(job)
@@ -354,6 +354,8 @@ class BatchQueue:
                                   status=500)  # fmt: skip
 
     def _death(self, job: Job, cause: str) -> WorkerDiedError:
+        if job.streams:
+            return WorkerDiedError(f"the worker process died in the middle of this answer ({cause})")
         if job.attempts > 1:
             return WorkerDiedError(f"the worker process died twice running this request ({cause})", status=500)
         why = "too many requests were retried lately"

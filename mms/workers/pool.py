@@ -136,6 +136,7 @@ class WorkerPool:
         """The job's outcome is `error`; counted."""
         if not job.settled:
             self.count_failure(error)
+            self._metrics.streams_cut += job.streams
             job.fail(error)
 
     def count_failure(self, error: MMSError) -> None:

@@ -22,7 +22,7 @@ from mms.errors import DeadlineError, MMSError, OverloadError, ServiceUnavailabl
 from mms.wire import RequestFacts
 from mms.workers.batching import MAX_RETRY_AFTER, STANDING_SECONDS, BatchQueue
 from mms.workers.inflight import InFlight
-from mms.workers.job import Job
+from mms.workers.job import Job, StreamCaller
 
 SEEDS = int(os.environ.get("SEEDS", "10000"))
 SEED = int(os.environ["SEED"]) if "SEED" in os.environ else None
@@ -44,6 +44,9 @@ class Client:
         self.hangs = False
         self.runs = 0
         self.killed = 0
+
+    def begin(self, status: int, head: bytes) -> StreamCaller:
+        raise AssertionError("nothing streams here")
 
     def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None:
         assert self.outcome is None, f"a second outcome: {status} after {self.outcome}"
