@@ -20,7 +20,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from mms.caching import CacheSettings, parse_cache
 from mms.errors import ConfigError
+from mms.sizes import parse_size as _size
 
 MAX_FILE = 1 << 20
 MAX_DEPTH = 32
@@ -32,8 +34,6 @@ MAX_THREADS = 1024
 MAX_AT_A_TIME = 64
 
 _PORTS = {"http": 80, "https": 443}
-_SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)
-_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def _integer(value: Any) -> int:
@@ -59,13 +59,6 @@ def _number(value: Any) -> float:
 
 def _milliseconds(value: Any) -> float:
     return _number(value) / 1000
-
-
-def _size(value: Any) -> int:
-    match = _SIZE.fullmatch(str(value).strip())
-    if match is None or isinstance(value, bool):
-        raise ValueError("a size is needed, such as 1048576, 100MiB or 2GB")
-    return int(match[1]) * _UNITS[match[2].lower()]
 
 
 def _boolean(value: Any) -> bool:
@@ -240,6 +233,11 @@ class ModelSettings:
         "adaptive",
         _one_of("adaptive", "fifo"),
         "which request is served next (adaptive: the oldest, or while the queue does not empty any more the newest)",
+    )
+    cache: CacheSettings | None = _setting(
+        None,
+        parse_cache,
+        "keep answers and give them to identical requests: {size: 64MiB, ttl_s: 60, headers: []} (empty: off)",
     )
     retry: int = _setting(1, _integer, "times a request is run again after its worker died (0 or 1)", low=0, high=1)
     isolate_errors: str = _setting(
