@@ -234,11 +234,6 @@ class ModelSettings:
         _one_of("adaptive", "fifo"),
         "which request is served next (adaptive: the oldest, or while the queue does not empty any more the newest)",
     )
-    cache: CacheSettings | None = _setting(
-        None,
-        parse_cache,
-        "keep answers and give them to identical requests: {size: 64MiB, ttl_s: 60, headers: []} (empty: off)",
-    )
     retry: int = _setting(1, _integer, "times a request is run again after its worker died (0 or 1)", low=0, high=1)
     isolate_errors: str = _setting(
         "auto",
@@ -279,6 +274,11 @@ class ModelSettings:
     worker_network: str = _setting("open", _one_of("open", "none"), "none: workers can open no network sockets")
     worker_memory: int = _setting(
         0, _size, "address space that a worker may use, for models on CPUs (0: no bound); prefer max_rss", low=0
+    )
+    cache: CacheSettings | None = _setting(
+        None,
+        parse_cache,
+        "keep answers and give them to identical requests: {size: 64MiB, ttl_s: 60, headers: []} (empty: off)",
     )
 
     @property
