@@ -17,7 +17,7 @@ import msgspec
 
 from mms import wire
 from mms.archive import HANDLER, MODEL_NAME, ModelArchive
-from mms.config import Config, ModelSettings, merge_settings, read_yaml
+from mms.config import Config, ModelSettings, merge_settings
 from mms.errors import (
     ArchiveError,
     BadRequestError,
@@ -35,12 +35,14 @@ from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
 from mms.rundir import CacheDirectory
+from mms.safe_yaml import read_yaml
 from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
 from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch, reap_orphans
+from mms.workers.requirements import Installer
 from mms.workers.restarts import MAX_BOOT_FAILURES, Restarts
 from mms.workers.sandbox import Sandboxes, only_stricter
 from mms.workers.settings import PoolSettings
@@ -433,7 +435,7 @@ class ControlPlane:
             label=version.label,
             load=load,
             launch=how,
-            interpreter=self._interpreter(version, folder),
+            interpreter=self._interpreter(version, folder, sandbox),
             gpus=[self.gpus[index] for index in settings.gpus],
             response_timeout=settings.response_timeout,
             startup_timeout=settings.startup_timeout,
@@ -444,7 +446,9 @@ class ControlPlane:
         )
         return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, self._restarts)
 
-    def _interpreter(self, version: ModelVersion, folder: Path) -> Callable[[], Awaitable[str]] | None:
+    def _interpreter(
+        self, version: ModelVersion, folder: Path, sandbox: wire.Sandbox
+    ) -> Callable[[], Awaitable[str]] | None:
         """What makes the archive's own Python, if it brings requirements and may install them."""
         file = version.archive.manifest.requirements_file
         if not file:
@@ -452,5 +456,12 @@ class ControlPlane:
         if not self.config.install_requirements:
             log.warning("%s brings %s, which is not installed: install_requirements is off", version.label, file)
             return None
-        make, output = environment.own_interpreter, model_logger(version.name)
-        return partial(make, folder / file, self._cache.venvs, self._cache.own, output, version.label)
+        installer = Installer(
+            venvs=self._cache.venvs,
+            scratch=self._sandboxes.scratch,
+            sandbox=sandbox,
+            worker_env=self.config.worker_env,
+            wheelhouse=self.config.wheelhouse,
+            require_hashes=self.config.require_hashes,
+        )
+        return partial(installer.interpreter, folder / file, model_logger(version.name), version.label)

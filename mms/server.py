@@ -33,7 +33,7 @@ from mms.rundir import CacheDirectory, RunDirectory, Running, note
 from mms.signature import TrustedKeys
 from mms.startup import HEARTBEAT, Plan, Startup
 from mms.systemd import Notifier, passed_sockets
-from mms.token import TokenFile
+from mms.token import Token, take_token
 from mms.workers.environment import memory
 from mms.workers.gpus import GpuMonitor
 from mms.workers.process import prepare_process
@@ -65,6 +65,7 @@ class ModelServer:
         self._at_terminal = os.isatty(0)
         self._addresses = Addresses(config, passed_sockets(os.environ, LISTENERS))
         self._token = self._management_token()
+        inference_token = take_token("inference", config.inference_token_file, os.environ)
         keys = None if config.trusted_keys is None else TrustedKeys(config.trusted_keys)
         store = ModelStore(config.model_store, keys)
         self._registry = ModelRegistry()
@@ -73,7 +74,7 @@ class ModelServer:
         self._control = ControlPlane(config, self._registry, store, self._cache, config.state)
         self._startup = Startup(Plan(config, self._control, fresh=fresh), self._control, say, self._manager)
         self._run_dir = RunDirectory(config.run_dir)
-        self._inference = InferenceApi(DataPlane(self._registry), self._readiness)
+        self._inference = InferenceApi(DataPlane(self._registry), self._readiness, inference_token)
         self._edge = Edge(config, self._addresses, self._run_dir, self._cache, say, self._edge_lost)
         self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
         self._http = HttpServer(self._inference, self._limits(), edge=self._edge.wanted)
@@ -109,7 +110,6 @@ class ModelServer:
             await self._serve(sockets)
             self._edge.start()
             self._tick()
-            self._watchdog()
             await self._startup.wait(self._stop_asked)
             if not self._stop_asked.is_set():
                 self._startup.check(self._run_dir.logs)
@@ -124,6 +124,7 @@ class ModelServer:
         gc.freeze()
         line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.what())
         self._manager.ready(line)
+        self._watchdog()
         self._say(line)
 
     async def run_until_stopped(self) -> int:
@@ -131,15 +132,16 @@ class ModelServer:
         await self._stop_asked.wait()
         return self._exit_code
 
-    def _management_token(self) -> TokenFile | None:
+    def _management_token(self) -> Token | None:
         """Whoever can register a model runs code here: only this machine may do that without a token."""
-        address, file = self._addresses.of["management"], self._config.management_token_file
-        if file is None and not is_loopback(address):
+        address = self._addresses.of["management"]
+        token = take_token("management", self._config.management_token_file, os.environ)
+        if token is None and not is_loopback(address):
             raise ConfigError(
                 f"management_address = {address}: other machines reach it, and whoever registers a model runs code "
                 "here; set management_token_file, or keep it on 127.0.0.1 or a Unix socket"
             )
-        return None if file is None else TokenFile(file)
+        return token
 
     def _limits(self) -> Limits:
         config = self._config
@@ -153,8 +155,15 @@ class ModelServer:
         )
 
     def _running(self) -> Running:
-        token_file = str(self._config.management_token_file or "")
-        return Running(os.getpid(), *self._edge.places(), self._stop_limit(), token_file, self._edge.certificate)
+        config = self._config
+        return Running(
+            os.getpid(),
+            *self._edge.places(),
+            self._stop_limit(),
+            management_token_file=str(config.management_token_file or ""),
+            inference_token_file=str(config.inference_token_file or ""),
+            tls_cert=self._edge.certificate,
+        )
 
     def _stop_limit(self) -> float:
         return self._config.drain_delay + self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
@@ -215,6 +224,7 @@ class ModelServer:
         # first: whatever fails below, the clock goes on
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
         self._edge.renew_certificate()
+        self._inference.renew_token()
         self._control.reap_orphans(self._edge.pids)
         for name, sock in self._addresses.bind_anew().items():
             listening = asyncio.create_task(self._listen[name](sock))
@@ -222,10 +232,10 @@ class ModelServer:
             listening.add_done_callback(self._listening.discard)
 
     def _watchdog(self) -> None:
-        """Tell the service manager that the event loop turns."""
+        """Tell the service manager that the event loop turns; it wants to know from the ready message on."""
         if self._manager.watchdog:
             asyncio.get_running_loop().call_later(self._manager.watchdog, self._watchdog)
-            self._manager.send("WATCHDOG=1")
+            self._manager.alive()
 
     # what happens to it while it runs
 

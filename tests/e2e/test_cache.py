@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import Answering, MakeArchive, MakeGate, Server, ask, connect, eventually, server
+from tests.conftest import MakeArchive, MakeGate, Server, ask, connect, eventually, server
+from tests.traffic import Answering
 
 RESET = b"\1\0\0\0\0\0\0\0"  # struct linger: close with RST
 CACHE = {"size": "1MiB", "ttl_s": 600}

@@ -16,11 +16,9 @@ from mms_nginx.find import find_nginx
 
 from tests.conftest import (
     CLIENT_TIMEOUT,
-    Answering,
     MakeArchive,
     MakeGate,
     Server,
-    Traffic,
     ask,
     connect,
     eventually,
@@ -28,6 +26,7 @@ from tests.conftest import (
     needs_nginx,
     server,
 )
+from tests.traffic import Answering, Traffic
 
 pytestmark = needs_nginx
 
