@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mms.caching import CacheSettings, parse_cache
 from mms.errors import ConfigError
 from mms.safe_yaml import read_yaml
+from mms.sizes import parse_size as _size
 from mms.token import VARIABLES
 
 MAX_SHOWN = 200  # characters of a wrong value in an error
@@ -30,8 +32,6 @@ MAX_THREADS = 1024
 MAX_AT_A_TIME = 64
 
 _PORTS = {"http": 80, "https": 443}
-_SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)
-_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def _integer(value: Any) -> int:
@@ -57,13 +57,6 @@ def _number(value: Any) -> float:
 
 def _milliseconds(value: Any) -> float:
     return _number(value) / 1000
-
-
-def _size(value: Any) -> int:
-    match = _SIZE.fullmatch(str(value).strip())
-    if match is None or isinstance(value, bool):
-        raise ValueError("a size is needed, such as 1048576, 100MiB or 2GB")
-    return int(match[1]) * _UNITS[match[2].lower()]
 
 
 def _boolean(value: Any) -> bool:
@@ -279,6 +272,11 @@ class ModelSettings:
     worker_network: str = _setting("open", _one_of("open", "none"), "none: workers can open no network sockets")
     worker_memory: int = _setting(
         0, _size, "address space that a worker may use, for models on CPUs (0: no bound); prefer max_rss", low=0
+    )
+    cache: CacheSettings | None = _setting(
+        None,
+        parse_cache,
+        "keep answers and give them to identical requests: {size: 64MiB, ttl_s: 60, headers: []} (empty: off)",
     )
 
     @property

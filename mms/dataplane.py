@@ -7,7 +7,7 @@ import itertools
 from mms.models.registry import ModelRegistry
 from mms.models.version import ModelVersion
 from mms.wire import RequestFacts
-from mms.workers.job import Caller, Job
+from mms.workers.job import Caller, Job, Work
 
 
 class DataPlane:
@@ -30,11 +30,9 @@ class DataPlane:
         size: int,
         caller: Caller,
         arrived: float,
-    ) -> Job:
+    ) -> Work:
         """Queue a request; `caller` is told its one outcome. Raises OverloadError or ServiceUnavailableError instead.
 
         `parts` are the pieces of its body, `size` their bytes in all, `arrived` is monotonic seconds.
         """
-        job = Job(self._next_id(), facts, request_id, parts, size, caller, arrived)
-        version.submit(job)
-        return job
+        return version.submit(Job(self._next_id(), facts, request_id, parts, size, caller, arrived))

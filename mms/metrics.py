@@ -50,6 +50,16 @@ class WorkerFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheFacts:
+    """The cache of one model version at scrape time; `results` counts its requests by what became of them."""
+
+    results: dict[str, int]
+    evictions: int
+    bytes: int
+    answers: int
+
+
+@dataclass(frozen=True, slots=True)
 class VersionFacts:
     """One model version at scrape time; `failed_workers` have no process and wait for their next start."""
 
@@ -66,6 +76,7 @@ class VersionFacts:
     in_flight: int
     workers: list[WorkerFacts]
     failed_workers: int
+    cache: CacheFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +156,7 @@ class Collector:
                 family.add_metric([facts.model, facts.version], histogram.buckets(), histogram.total)
             yield family
         yield from self._gauges(versions)
+        yield from self._cache_families(versions)
         yield from self._worker_families(versions)
         yield from self._restart_families()
         yield from self._host()
@@ -224,6 +236,26 @@ class Collector:
             for facts in versions:
                 family.add_metric([facts.model, facts.version], value(facts))
             yield family
+
+    def _cache_families(self, versions: list[VersionFacts]) -> Iterator[Metric]:
+        labels = ["model", "version"]
+        requests = CounterMetricFamily(
+            "mms_cache_requests", "Requests to a version with a cache, by result.", labels=[*labels, "result"]
+        )
+        evictions = CounterMetricFamily(
+            "mms_cache_evictions", "Answers that made room for newer ones in the cache.", labels=labels
+        )
+        size = GaugeMetricFamily("mms_cache_bytes", "Bytes that the kept answers fill.", labels=labels)
+        answers = GaugeMetricFamily("mms_cache_answers", "Answers that are kept.", labels=labels)
+        for facts in versions:
+            if facts.cache is not None:
+                named = [facts.model, facts.version]
+                for result, count in facts.cache.results.items():
+                    requests.add_metric([*named, result], count)
+                evictions.add_metric(named, facts.cache.evictions)
+                size.add_metric(named, facts.cache.bytes)
+                answers.add_metric(named, facts.cache.answers)
+        yield from (requests, evictions, size, answers)
 
     def _worker_families(self, versions: list[VersionFacts]) -> Iterator[Metric]:
         labels = ["model", "version", "worker"]

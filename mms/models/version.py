@@ -16,7 +16,7 @@ from mms.config import ModelSettings
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
 from mms.workers.batching import BatchQueue
-from mms.workers.job import Job
+from mms.workers.job import Job, Work
 from mms.workers.pool import WorkerPool, failed_to_load
 from mms.workers.worker import describe_worker
 
@@ -70,8 +70,11 @@ class ModelVersion:
             return VersionState.FAILED
         return VersionState.READY if pool.was_ready else VersionState.LOADING
 
-    def submit(self, job: Job) -> None:
-        """Queue the job. Raises OverloadError, or ServiceUnavailableError with the reason; both are counted."""
+    def submit(self, job: Job) -> Work:
+        """Queue the job; returns what its caller can cancel.
+
+        Raises OverloadError, or ServiceUnavailableError with the reason; both are counted.
+        """
         pool = self.pool
         try:
             if pool is None or not (pool.ready_workers or self._can_wait()):
@@ -80,6 +83,7 @@ class ModelVersion:
         except MMSError as error:
             self.count(error)
             raise
+        return job
 
     def refusal(self, size: int) -> MMSError | None:
         """Why a request with a body of `size` bytes would be refused now, before the body is read."""

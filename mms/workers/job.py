@@ -37,6 +37,14 @@ class StreamCaller(Protocol):
     def fail(self, error: MMSError) -> None: ...
 
 
+class Work(Protocol):
+    """What is under way for a caller."""
+
+    def cancel(self) -> None:
+        """The caller waits for it no longer."""
+        ...
+
+
 class Job(msgspec.Struct, eq=False):
     """One request on its way through the queue and a worker; `parts` are the pieces in which its body arrived.
 
