@@ -12,13 +12,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
+from typing import cast
 
 import msgspec
 
 from mms.caching import CacheSettings
 from mms.errors import MMSError
 from mms.metrics import CacheFacts, VersionMetrics
-from mms.workers.job import Caller, Job, Work
+from mms.workers.job import Caller, Job, StreamCaller, Work
 
 log = logging.getLogger("mms.cache")
 
@@ -28,6 +29,7 @@ HIT = b"x-mms-cache: hit\r\n"
 JOINED = b"x-mms-cache: joined\r\n"
 
 _NOT_KEPT = re.compile(rb"^(?:set-cookie:|cache-control:.*\b(?:no-store|private)\b)", re.IGNORECASE | re.MULTILINE)
+_EVENTS = b"text/event-stream"
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -85,7 +87,7 @@ class AnswerCache:
         if flight is not None:
             self.joined += 1
             job.parts.clear()
-            return flight.join(job.caller)
+            return flight.join(cast(Caller, job.caller))
         kept = self._find(key, job.arrived) if serves else None
         if kept is not None:
             self.hits += 1
@@ -155,10 +157,11 @@ class AnswerCache:
     def _key(self, job: Job) -> bytes:
         """All that the handler may go by: the body as it came, and of the headers those that describe or choose it."""
         facts = job.facts
-        values = [_values(facts.headers, name) for name in self._names]
-        known = blake2b(
-            _encode((facts.content_type, facts.encoding, facts.query, facts.query_is_input, values)), digest_size=32
-        )
+        headers = facts.headers
+        events = any(_EVENTS in value.lower() for value in _values(headers, b"accept"))  # a stream has that form then
+        values = [_values(headers, name) for name in self._names]
+        about = _encode((facts.content_type, facts.encoding, facts.query, facts.query_is_input, events, values))
+        known = blake2b(about, digest_size=32)
         for part in job.parts:
             known.update(part)
         return known.digest()
@@ -171,10 +174,13 @@ class Waiting:
 
     def __init__(self, flight: Flight, caller: Caller) -> None:
         self._flight = flight
-        self.caller = caller
+        self.caller: Caller | StreamCaller = caller
 
     def cancel(self) -> None:
         self._flight.leave(self)
+
+    def begin(self, status: int, head: bytes) -> None:
+        self.caller = cast(Caller, self.caller).begin(status, head)
 
 
 class Flight:
@@ -182,7 +188,7 @@ class Flight:
 
     def __init__(self, cache: AnswerCache, key: bytes, job: Job) -> None:
         self.key = key
-        self.leader = Waiting(self, job.caller)
+        self.leader = Waiting(self, cast(Caller, job.caller))
         self._cache = cache
         self._job: Job | None = job
         self._waiting = {self.leader: None}  # in the order of their arrival
@@ -211,6 +217,17 @@ class Flight:
             self._cache.keep(self.key, head, body)
         for one in self._end(status, ""):
             self._tell(one.caller.answer, status, head if one is self.leader else head + JOINED, body)
+
+    def begin(self, status: int, head: bytes) -> Flight:
+        """The answer is a stream: it goes to those that wait now, nobody joins any more, and it is not kept."""
+        self._cache.land(self)
+        for one in list(self._waiting):
+            self._tell(one.begin, status, head if one is self.leader else head + JOINED)
+        return self
+
+    def chunk(self, data: bytes | memoryview) -> None:
+        for one in list(self._waiting):
+            self._tell(cast(StreamCaller, one.caller).chunk, data)
 
     def fail(self, error: MMSError) -> None:
         self._cache.land(self)

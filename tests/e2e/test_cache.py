@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ def running(make_archive: MakeArchive) -> Iterator[Server]:
         make_archive("gate", cache={**CACHE, "headers": ["X-Tenant"]}),
         make_archive("crashes_on_predict", cache=CACHE),
         make_archive("gate", model_name="plain"),
+        make_archive("streams", cache=CACHE),
         spare=(make_archive("gate", model_name="other", cache=CACHE),),
     ) as started:
         yield started
@@ -110,6 +112,19 @@ def test_a_failure_is_not_kept(running: Server) -> None:
         reply = running.predict("crashes_on_predict", b"x")
         assert reply.status >= 400 and "x-mms-cache" not in reply.headers
     assert results(running, "miss", "crashes_on_predict") == 2
+
+
+def test_a_stream_is_joined_and_not_kept(running: Server, make_gate: MakeGate) -> None:
+    gate, answering = make_gate(), Answering()
+    body = json.dumps([{"gate": gate.body.decode()}, "first ", "last"]).encode()
+    answering.send(running, "streams", body)
+    eventually(gate.begun)
+    answering.send(running, "streams", body)
+    eventually(lambda: results(running, "joined", "streams") == 1)
+    gate.open()
+    first, second = answering.results()
+    assert first.body == second.body == b"first last" and second.headers["x-mms-cache"] == "joined"
+    assert running.describe("streams")["cache"]["answers"] == 0 and len(gate.begun()) == 1
 
 
 def test_headers_count_where_the_setting_names_them(running: Server, make_gate: MakeGate) -> None:

@@ -30,6 +30,13 @@ class Client:
     def fail(self, error: MMSError) -> None:
         self.outcomes.append(error)
 
+    def begin(self, status: int, head: bytes) -> Client:
+        self.outcomes.append((status, head))
+        return self
+
+    def chunk(self, data: bytes | memoryview) -> None:
+        self.outcomes.append(bytes(data))
+
 
 class Rig:
     """A cache, and the jobs that it has run."""
@@ -258,6 +265,28 @@ def test_a_caller_that_leaves_while_others_are_told() -> None:
     _, follows = rig.send()
     rig.reply()
     assert len(leader.outcomes) == 1 and rig.ask().outcomes
+
+
+def test_a_stream_goes_to_all_that_wait_for_it_and_is_not_kept() -> None:
+    rig = Rig()
+    (leader, leads), (follower, _) = rig.send(), rig.send()
+    stream = rig.jobs[0].caller.begin(200, HEAD)  # type: ignore[union-attr]
+    late = rig.ask()
+    stream.chunk(b"a")
+    leads.cancel()
+    stream.chunk(b"b")
+    stream.answer(200, HEAD, b"")
+    assert leader.outcomes == [(200, HEAD), b"a"] and late.outcomes == []
+    joined = HEAD + JOINED
+    assert follower.outcomes == [(200, joined), b"a", b"b", (200, joined, b"")]
+    assert len(rig.jobs) == 2 and len(rig.cache) == 0
+
+
+def test_who_asks_for_events_joins_nobody_else() -> None:
+    rig = Rig()
+    rig.ask()
+    rig.ask(facts=RequestFacts("text/plain", "", b"", False, [b"Accept", b"text/event-stream"]))
+    assert len(rig.jobs) == 2
 
 
 def test_what_was_cleared_comes_back_neither_from_memory_nor_from_a_worker() -> None:
