@@ -439,7 +439,7 @@ def check(archive: Path, request: Path | None, content_type: str) -> None:
 @click.option("--version", "number", default="", help="a version (default: the default one)")
 @_run_dir_option
 def predict(model: str, request: Path, content_type: str, number: str, run_dir: Path | None) -> None:
-    """Send the file REQUEST to MODEL on the running server and print the answer."""
+    """Send the file REQUEST to MODEL on the running server and print the answer, a streamed one as it comes."""
     from mms.client import read_request, send
 
     directory, running = _running(run_dir)
@@ -447,8 +447,13 @@ def predict(model: str, request: Path, content_type: str, number: str, run_dir: 
         _fail(_nobody(directory), NOT_READY)
     content, guessed = read_request(request)
     path = "/".join(quote(word, safe="") for word in (model, number) if word)
+
+    def show(piece: bytes) -> None:
+        sys.stdout.buffer.write(piece)
+        sys.stdout.flush()
+
     try:
-        code, body = send(
+        code, _ = send(
             running.inference_address,
             "POST",
             f"/predictions/{path}",
@@ -456,11 +461,10 @@ def predict(model: str, request: Path, content_type: str, number: str, run_dir: 
             content_type or guessed,
             token=_token("inference", running.inference_token_file),
             certificate=running.tls_cert,
+            show=show,
         )
     except OSError as error:
         _fail(f"no answer from {running.inference_address}: {error}")
-    sys.stdout.buffer.write(body)
-    sys.stdout.flush()
     sys.exit(0 if code < 400 else 1)
 
 

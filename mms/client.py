@@ -7,6 +7,7 @@ import json
 import mimetypes
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -36,10 +37,12 @@ def send(
     *,
     token: bytes = b"",
     certificate: str = "",
+    show: Callable[[bytes], object] | None = None,
 ) -> tuple[int, bytes]:
     """One request to host:port, https://host:port or unix:/path; status and body. Raises OSError.
 
-    With https, the server must have that certificate: its file is here, so nobody else needs to vouch for it.
+    With https, the server must have that certificate: its file is here, so nobody else needs to vouch for it. With
+    `show`, each piece of the body is handed to it as it comes, and none is returned.
     """
     if address.startswith("unix:"):
         connection: http.client.HTTPConnection = _UnixConnection(address.removeprefix("unix:"))
@@ -57,7 +60,15 @@ def send(
             headers["Authorization"] = f"Bearer {token.decode()}"
         connection.request(method, path, body or None, headers)
         response = connection.getresponse()
-        return response.status, response.read()
+        if show is None:
+            return response.status, response.read()
+        while piece := response.read1():
+            show(piece)
+        if response.length:
+            raise http.client.IncompleteRead(b"", response.length)
+        return response.status, b""
+    except http.client.IncompleteRead:
+        raise OSError("the answer was cut off before its end") from None
     except http.client.HTTPException as error:
         raise OSError(f"not an HTTP answer: {error!r}") from None
     finally:

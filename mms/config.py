@@ -20,8 +20,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from mms.caching import CacheSettings, parse_cache
 from mms.errors import ConfigError
 from mms.safe_yaml import read_yaml
+from mms.sizes import parse_size as _size
 from mms.token import VARIABLES
 
 MAX_SHOWN = 200  # characters of a wrong value in an error
@@ -35,8 +37,6 @@ MAX_TIMEOUT = 86_400  # seconds: beyond a day nobody waits
 MAX_OUTPUT = 64 << 10
 
 _PORTS = {"http": 80, "https": 443}
-_SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)
-_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def _integer(value: Any) -> int:
@@ -62,13 +62,6 @@ def _number(value: Any) -> float:
 
 def _milliseconds(value: Any) -> float:
     return _number(value) / 1000
-
-
-def _size(value: Any) -> int:
-    match = _SIZE.fullmatch(str(value).strip())
-    if match is None or isinstance(value, bool):
-        raise ValueError("a size is needed, such as 1048576, 100MiB or 2GB")
-    return int(match[1]) * _UNITS[match[2].lower()]
 
 
 def _boolean(value: Any) -> bool:
@@ -255,7 +248,7 @@ class ModelSettings:
         high=MAX_WORKERS,
     )
     response_timeout: float = _setting(
-        120.0, _number, "seconds one batch may run before its worker is killed", low=0.001
+        120.0, _number, "seconds one batch, or a chunk of its streams, may take before its worker is killed", low=0.001
     )
     startup_timeout: float = _setting(300.0, _number, "seconds a worker may take to load", low=0.001)
     queue_size: int = _setting(
@@ -339,6 +332,11 @@ class ModelSettings:
     worker_memory: int = _setting(
         0, _size, "address space that a worker may use, for models on CPUs (0: no bound); prefer max_rss", low=0
     )
+    cache: CacheSettings | None = _setting(
+        None,
+        parse_cache,
+        "keep answers and give them to identical requests: {size: 64MiB, ttl_s: 60, headers: []} (empty: off)",
+    )
 
     @property
     def worker_limit(self) -> int:
@@ -390,7 +388,9 @@ class Config:
     log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "how much is logged")
     log_file: Path | None = _setting(None, _path, "log to this file instead of standard error (rotated at 100 MB)")
     max_request_size: int = _setting(100 << 20, _size, "largest request body, before and after unpacking", low=1)
-    max_response_size: int = _setting(100 << 20, _size, "largest answer of a handler", low=1)
+    max_response_size: int = _setting(
+        100 << 20, _size, "largest answer of a handler, or chunk of a streamed one", low=1
+    )
     max_connections: int = _setting(10_000, _integer, "connections the front end holds open", low=1)
     max_bytes_in_flight: int = _setting(
         0, _size, "bytes of requests and answers that the front end holds (0: a quarter of the memory)", low=0

@@ -30,6 +30,7 @@ from mms.errors import (
 )
 from mms.logs import close_model_log, model_logger, open_model_log
 from mms.metrics import RestartFacts
+from mms.models.cached import CachedVersion, new_version
 from mms.models.download import Downloads, is_remote, split_pin
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
@@ -224,6 +225,13 @@ class ControlPlane:
                 self._waiting[waiting, number] = saved, False
         await self._save()
 
+    def clear_cache(self, name: str, version: str) -> int:
+        """Forget the answers that the version's cache keeps; how many there were. Raises NotFoundError without one."""
+        found = self.registry.version(name, version)
+        if not isinstance(found, CachedVersion):
+            raise NotFoundError(f"model {found.label} has no cache; its setting cache is off")
+        return found.cache.clear()
+
     async def unregister(self, name: str, version: str = "") -> None:
         """Stop serving a version (default: all of the model's), after its requests in hand are answered."""
         self._check_thawed()
@@ -342,7 +350,7 @@ class ControlPlane:
             await self._sandboxes.check(sandbox)
             if owned is not None:
                 await asyncio.to_thread(self._sandboxes.hand_over, owned)
-            version = ModelVersion(name, number, archive, settings)
+            version = new_version(name, number, archive, settings)
             version.directory = owned
             version.at_start = at_start
             version.handler = saved.handler or version.handler

@@ -7,7 +7,7 @@ import itertools
 from mms.models.registry import ModelRegistry
 from mms.models.version import ModelVersion
 from mms.wire import RequestFacts
-from mms.workers.job import Caller, Job, Terms
+from mms.workers.job import Caller, Job, Terms, Work
 
 
 class DataPlane:
@@ -31,12 +31,10 @@ class DataPlane:
         caller: Caller,
         arrived: float,
         terms: Terms | None = None,
-    ) -> Job:
+    ) -> Work:
         """Queue a request; `caller` is told its one outcome. Raises OverloadError or ServiceUnavailableError instead.
 
         `parts` are the pieces of its body, `size` their bytes in all, `arrived` is monotonic seconds. `terms`: with
         a deadline or a priority.
         """
-        job = Job(self._next_id(), facts, request_id, parts, size, caller, arrived, terms)
-        version.submit(job)
-        return job
+        return version.submit(Job(self._next_id(), facts, request_id, parts, size, caller, arrived, terms))

@@ -32,6 +32,10 @@ class VersionMetrics:
         self.inference = Histogram(SECONDS)
         self.postprocess = Histogram(SECONDS)
         self.batch_size = Histogram(BATCH_SIZES)
+        self.first_chunk = Histogram(SECONDS)
+        self.streams = 0  # answers that came in chunks
+        self.chunks = 0
+        self.streams_cut = 0  # that did not come to their end
         self.load_seconds = 0.0
         self.tallies = Tallies(label)  # of the handler
         self.defaults = 0  # requests that got the default output
@@ -59,6 +63,16 @@ class WorkerFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheFacts:
+    """The cache of one model version at scrape time; `results` counts its requests by what became of them."""
+
+    results: dict[str, int]
+    evictions: int
+    bytes: int
+    answers: int
+
+
+@dataclass(frozen=True, slots=True)
 class VersionFacts:
     """One model version at scrape time; `failed_workers` have no process and wait for their next start."""
 
@@ -75,6 +89,7 @@ class VersionFacts:
     in_flight: int
     workers: list[WorkerFacts]
     failed_workers: int
+    cache: CacheFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +136,7 @@ _HISTOGRAMS = (
     ("mms_inference_duration_seconds", "Inference of one batch (request-style handlers).", "inference"),
     ("mms_postprocess_duration_seconds", "Postprocess of one batch (request-style handlers).", "postprocess"),
     ("mms_batch_size", "Requests per batch.", "batch_size"),
+    ("mms_first_chunk_seconds", "From the request's last byte to the first chunk of a streamed answer.", "first_chunk"),
 )
 
 
@@ -153,6 +169,7 @@ class Collector:
                 family.add_metric([facts.model, facts.version], histogram.buckets(), histogram.total)
             yield family
         yield from self._gauges(versions)
+        yield from self._cache_families(versions)
         yield from self._worker_families(versions)
         yield from self._restart_families()
         yield from self._host()
@@ -181,8 +198,16 @@ class Collector:
             "Requests answered with default_output, because their objective was missed.",
             labels=["model", "version"],
         )
+        streams = CounterMetricFamily("mms_streams", "Answers that were begun in chunks.", labels=["model", "version"])
+        chunks = CounterMetricFamily("mms_stream_chunks", "Chunks of such answers.", labels=["model", "version"])
+        cut = CounterMetricFamily(
+            "mms_streams_cut", "Such answers that ended with an error: they were cut.", labels=["model", "version"]
+        )
         for facts in versions:
             labels = [facts.model, facts.version]
+            streams.add_metric(labels, facts.metrics.streams)
+            chunks.add_metric(labels, facts.metrics.chunks)
+            cut.add_metric(labels, facts.metrics.streams_cut)
             for status, count in sorted(facts.metrics.requests.items()):
                 requests.add_metric([*labels, str(status)], count)
             for cause, count in sorted(facts.metrics.errors.items()):
@@ -201,7 +226,7 @@ class Collector:
             requests.add_metric(["unknown", "", str(status)], count)
         for cause, count in sorted(causes.items()):
             errors.add_metric(["unknown", "", cause], count)
-        yield from (requests, errors, restarts, cancelled, retries, defaults)
+        yield from (requests, errors, restarts, cancelled, retries, defaults, streams, chunks, cut)
 
     def _gauges(self, versions: list[VersionFacts]) -> Iterator[Metric]:
         gauges: tuple[tuple[str, str, Callable[[VersionFacts], float]], ...] = (
@@ -230,6 +255,26 @@ class Collector:
             for facts in versions:
                 family.add_metric([facts.model, facts.version], value(facts))
             yield family
+
+    def _cache_families(self, versions: list[VersionFacts]) -> Iterator[Metric]:
+        labels = ["model", "version"]
+        requests = CounterMetricFamily(
+            "mms_cache_requests", "Requests to a version with a cache, by result.", labels=[*labels, "result"]
+        )
+        evictions = CounterMetricFamily(
+            "mms_cache_evictions", "Answers that made room for newer ones in the cache.", labels=labels
+        )
+        size = GaugeMetricFamily("mms_cache_bytes", "Bytes that the kept answers fill.", labels=labels)
+        answers = GaugeMetricFamily("mms_cache_answers", "Answers that are kept.", labels=labels)
+        for facts in versions:
+            if facts.cache is not None:
+                named = [facts.model, facts.version]
+                for result, count in facts.cache.results.items():
+                    requests.add_metric([*named, result], count)
+                evictions.add_metric(named, facts.cache.evictions)
+                size.add_metric(named, facts.cache.bytes)
+                answers.add_metric(named, facts.cache.answers)
+        yield from (requests, evictions, size, answers)
 
     def _worker_families(self, versions: list[VersionFacts]) -> Iterator[Metric]:
         labels = ["model", "version", "worker"]

@@ -199,6 +199,7 @@ class ModelServer:
             body_timeout=config.body_timeout,
             keepalive_timeout=config.keepalive_timeout,
             max_bytes_in_flight=config.max_bytes_in_flight or memory() // 4,
+            max_response_size=config.max_response_size,
         )
 
     def _running(self) -> Running:

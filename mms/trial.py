@@ -28,10 +28,17 @@ class _Caller:
 
     def __init__(self, outcome: asyncio.Future[tuple[int, str]]) -> None:
         self._outcome = outcome
+        self._chunks: list[bytes] = []
 
     def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None:
-        text = str(body, "utf-8", "backslashreplace")
+        text = str(b"".join((*self._chunks, body)), "utf-8", "backslashreplace")
         self._outcome.set_result((status, f"{status}\n{head.decode('latin-1')}\n{text}"))
+
+    def begin(self, status: int, head: bytes) -> _Caller:
+        return self
+
+    def chunk(self, data: bytes) -> None:
+        self._chunks.append(data)
 
     def fail(self, error: MMSError) -> None:
         # the handler, or a decoder, refuses this request: that is an answer

@@ -23,7 +23,7 @@ MAX_HEAD = 64 << 20
 MAX_PAYLOAD = 16 << 30
 
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
-READY, FAILED, RESULT, MEASURED = 16, 17, 18, 19  # worker -> server
+READY, FAILED, RESULT, MEASURED, STREAM = 16, 17, 18, 19, 20  # worker -> server
 
 # What a worker tells of its progress in the memory page that it shares with the server: how many jobs it has finished
 # and how many it has begun since its start, and when it began the batch in hand (time.monotonic(); 0 while idle).
@@ -34,6 +34,13 @@ PAGE = 4096
 _SLOT = struct.Struct("<dI")
 MAX_PLACES = (PAGE - _SLOT.size) // 8
 _write_time = struct.Struct("<d").pack_into
+
+# Further on in its first page, what the server tells the worker while it is at work: how many streams were cancelled so
+# far, and the jobs of the last CANCELLED_KEPT of them.
+CANCELLED_AT = 64
+CANCELLED_KEPT = 256
+CANCELLED_COUNT = struct.Struct("<Q")
+CANCELLED_JOBS_AT = CANCELLED_AT + CANCELLED_COUNT.size
 
 
 class Load(msgspec.Struct, array_like=True):
@@ -130,7 +137,8 @@ class BatchTimes(msgspec.Struct, array_like=True, gc=False):
 class Result(msgspec.Struct, array_like=True):
     """Finished jobs in the order in which they ran, and the times of their batches.
 
-    `outcomes` and `outcome_of` are to each other as `facts` and `facts_of` of Predict.
+    `outcomes` and `outcome_of` are to each other as `facts` and `facts_of` of Predict. Of a batch with streams, jobs
+    come as they finish, in several frames; the last of these has the times of the whole batch.
     """
 
     ids: list[int]
@@ -138,6 +146,17 @@ class Result(msgspec.Struct, array_like=True):
     outcomes: list[Outcome]
     outcome_of: list[int]
     batches: list[BatchTimes]
+
+
+class Chunks(msgspec.Struct, array_like=True):
+    """A STREAM frame: the next piece of each of these jobs' answers, whose ends are RESULTs without a body.
+
+    `first` has, by job, the outcomes of those that begin with this frame.
+    """
+
+    ids: list[int]
+    sizes: list[int]
+    first: dict[int, Outcome]
 
 
 class Series(msgspec.Struct, array_like=True, gc=False):
@@ -231,7 +250,7 @@ class ForkReply(msgspec.Struct, array_like=True):
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Load, PredictView, Result, Measured, Ready, Failed, Preloaded, ForkRequest, ForkReply)
+    for kind in (Load, PredictView, Result, Chunks, Measured, Ready, Failed, Preloaded, ForkRequest, ForkReply)
 }
 EMPTY_HEADERS = msgspec.Raw(_encoder.encode([]))
 decode_headers = msgspec.msgpack.Decoder(list[bytes]).decode

@@ -243,6 +243,13 @@ async def _unregister(request: web.Request, parameters: _Parameters) -> web.Resp
     return _status(f'Model "{name}" unregistered')
 
 
+async def _clear_cache(request: web.Request, parameters: _Parameters) -> web.Response:
+    name, number = request.match_info["model"], request.match_info["version"]
+    count = request.app[CONTROL].clear_cache(name, number)
+    log.info("cleared the cache of %s %s", name, number)
+    return _status(f'Cache of model "{name}" Version: {number} cleared, answers: {count}')
+
+
 async def _openapi(request: web.Request, parameters: _Parameters) -> web.Response:
     operations = (replace(row[0], statuses=tuple(sorted((*row[0].statuses, 401, 403)))) for row in _TABLE)
     return _json(document("MMS management API", "Register, scale, describe, retry, unregister.", operations))
@@ -395,6 +402,13 @@ _TABLE: tuple[tuple[Operation, _Handler], ...] = (
             operation_id="unregister_version",
         ),
         _unregister,
+    ),
+    (
+        Operation(
+            "delete", "/models/{model}/{version}/cache", "Forget the answers that a version's cache keeps.",
+            (200, 400, 404), operation_id="clear_cache",
+        ),
+        _clear_cache,
     ),
     *zip(health("management"), (_livez, _readyz), strict=True),
     (Operation("get", "/openapi.json", "This document.", (200, 400), operation_id="management_openapi"), _openapi),

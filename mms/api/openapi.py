@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import mms
+from mms.caching import MAX_HEADERS, MAX_TTL
 from mms.config import MAX_TIMEOUT, ModelSettings, OneOf
 
 _ERROR = {
@@ -42,6 +43,15 @@ _KINDS = {
     "str": "string",
     "bool": "boolean",
 }  # of a setting's field -> JSON schema
+_CACHE = {
+    "type": "object",
+    "properties": {
+        "size": {"oneOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]},
+        "ttl_s": {"type": "number", "minimum": 0, "exclusiveMinimum": True, "maximum": MAX_TTL},
+        "headers": {"type": "array", "maxItems": MAX_HEADERS, "items": {"type": "string"}},
+    },
+}
+_OBJECTS: dict[str, Mapping[str, Any]] = {"CacheSettings | None": _CACHE}
 _ITEMS = {"tuple[int, ...]": "integer", "tuple[str, ...]": "string"}
 
 
@@ -148,6 +158,10 @@ def setting_parameters(names: Iterable[str]) -> tuple[Parameter, ...]:
 
 def _setting_parameter(setting: Field[Any]) -> Parameter:
     kind, meta = str(setting.type), setting.metadata
+    if (schema_in_json := _OBJECTS.get(kind)) is not None:
+        return Parameter(
+            setting.name, {"type": "string"}, f"{meta['help']}; in the query as JSON", in_json=schema_in_json
+        )
     item = _ITEMS.get(kind)
     if item is not None:
         text = f"{meta['help']}; in the query separated by commas"

@@ -13,7 +13,7 @@ import msgspec
 from mms.api.openapi import inference_document
 from mms.dataplane import DataPlane
 from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, NotFoundError, UnauthorizedError
-from mms.http.connection import Exchange
+from mms.http.exchange import Exchange
 from mms.http.request import Head
 from mms.http.response import JSON, json_body
 from mms.http.shedding import NO_REQUESTS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -26,8 +26,17 @@ _JSON = Outcome(200, b"content-type: application/json\r\n", "")
 Body = bytes | bytearray | memoryview
 
 # What became of one request, and its body; with an error the body is its message. A plain tuple, because one is made
-# per request, and with an Outcome that is shared wherever the handler has set nothing.
-Answer = tuple[Outcome, Body]
+# per request, and with an Outcome that is shared wherever the handler has set nothing. In the place of the body may be
+# a Stream, which then has the outcome; Stages.streams tells whether to look for one.
+Answer = tuple[Outcome, Any]
+
+
+class Streamed(Exception):
+    """Raised for a result that is an iterator: an answer that is made of `chunks`, and what the handler set for it."""
+
+    def __init__(self, chunks: Iterator[Any]) -> None:
+        super().__init__()
+        self.response = Response(chunks)
 
 
 def is_error_status(status: Any) -> bool:
@@ -42,13 +51,17 @@ def failure(error: MMSError | PredictionError) -> Answer:
 
 
 def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str], limit: int) -> Answer:
-    """A handler's result, as bytes. Raises HandlerError when it cannot be sent as it is."""
+    """A handler's result, as bytes. Raises HandlerError when it cannot be sent as it is, Streamed for an iterator."""
     if isinstance(value, Response):
         if not isinstance(value.headers, Mapping):
             raise HandlerError(f"the handler set headers to {type(value.headers).__name__}; a dict is needed")
         status, content_type, headers = value.status, value.content_type or content_type, {**headers, **value.headers}
         value = value.body
-    body, plain = _body(value)
+    try:
+        body, plain = body_of(value)
+    except Streamed as streamed:
+        streamed.response = Response(streamed.response.body, status, content_type, headers)
+        raise
     if len(body) > limit:
         raise HandlerError(f"the handler's answer of {len(body)} bytes is over max_response_size ({limit} bytes)")
     if status == 200 and not content_type and not headers:
@@ -71,7 +84,8 @@ def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str
     return Outcome(status, head + extra, ""), body
 
 
-def _body(value: Any) -> tuple[Body, Outcome]:
+def body_of(value: Any) -> tuple[Body, Outcome]:
+    """The bytes of a result, and the outcome that it has unless the handler says more. Raises as `answer`."""
     if isinstance(value, bytes | bytearray):
         return value, PLAIN_BYTES
     if isinstance(value, memoryview):
@@ -84,10 +98,24 @@ def _body(value: Any) -> tuple[Body, Outcome]:
     try:
         return _encode_json(value), _JSON
     except Exception as error:  # encoding runs the tolist() of any library
-        raise HandlerError(
-            f"the handler returned {type(value).__name__}, which cannot be sent ({_scrubbed(str(error))}); "
-            "return bytes, str, or something JSON can hold"
-        ) from None
+        raise _no_json(value, error) from None
+
+
+def json_of(value: Any) -> bytes:
+    """The result as JSON, also if it is text. Raises as `answer`."""
+    try:
+        return _encode_json(value)
+    except Exception as error:
+        raise _no_json(value, error) from None
+
+
+def _no_json(value: Any, error: Exception) -> HandlerError | Streamed:
+    if hasattr(value, "__next__"):
+        return Streamed(value)
+    return HandlerError(
+        f"the handler returned {type(value).__name__}, which cannot be sent ({_scrubbed(str(error))}); "
+        "return bytes, str, or something JSON can hold"
+    )
 
 
 def _scrubbed(text: str) -> str:

@@ -17,6 +17,7 @@ from mms.backend.channel import Channel, requests_of
 from mms.backend.loader import device_of, load_handler
 from mms.backend.pipeline import Pipeline
 from mms.backend.stages import RequestStages, Stages
+from mms.backend.streams import Stream, Streams
 from mms.errors import ModelLoadError
 
 ANSWER_WITHIN = 0.0005  # seconds that a finished answer may wait for the next batches of its frame
@@ -47,6 +48,11 @@ class Replies:
             self._channel.reply(self._ids[self._sent : self._sent + len(answers)], answers, self._batches)
             self._sent += len(answers)
             self._answers, self._batches = [], []
+
+    def skip(self, count: int) -> None:
+        """The next `count` jobs are answered by somebody else; what came before them goes first."""
+        self.flush()
+        self._sent += count
 
 
 class Loop:
@@ -80,12 +86,29 @@ class Loop:
             self._started = done + len(batch)
             _pack_progress(progress, 0, done, self._started, begun)
             answers = stages.run(batch)
+            if stages.streams and any([type(body) is Stream for _, body in answers]):
+                replies.skip(len(batch))
+                self._stream(frame.ids[first : first + size], answers, done, received, begun)
+                begun = flushed = _monotonic()
+                continue
             ended = _monotonic()
             times = wire.BatchTimes(len(batch), begun - received, ended - begun, *stages.take_times())
             replies.add(answers, times)
             begun = ended
         _pack_progress(progress, 0, self._started, self._started, 0.0)
         replies.flush()
+
+    def _stream(self, ids: list[int], answers: list[Answer], done: int, received: float, begun: float) -> None:
+        """The rest of a batch that answers with streams."""
+        progress, started = self._progress, self._started
+
+        def beat() -> None:
+            _pack_progress(progress, 0, done, started, _monotonic())
+
+        def times() -> wire.BatchTimes:
+            return wire.BatchTimes(len(ids), begun - received, _monotonic() - begun, *self._stages.take_times())
+
+        Streams(self._channel, progress, beat).run(ids, answers, times)
 
 
 def serve(sock: socket.socket, page: mmap.mmap) -> int:

@@ -2,7 +2,8 @@
 
 The main thread reads. Preprocess threads (request style only) take requests in the order in which they came; each
 execution thread forms a batch from what is ready when it is free; one more thread postprocesses and replies. Without
-preprocess threads a batch passes through all its stages in its execution thread. Answers leave as batches end.
+preprocess threads a batch passes through all its stages in its execution thread. Answers leave as batches end; a batch
+with streams is driven to its end by an execution thread.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 
 from mms import wire
-from mms.backend.answers import Answer
+from mms.backend.answers import Answer, Body
 from mms.backend.channel import Channel, requests_of
 from mms.backend.device import own_stream
 from mms.backend.stages import Prepared, RequestStages, Stages
+from mms.backend.streams import Stream, Streams
 from mms.handler import Request
 
 _monotonic = time.monotonic
@@ -52,6 +54,15 @@ class Ended:
     tickets: list[Ticket]
     begun: float
     inference: float
+
+
+class Streaming(list[Ticket]):
+    """The requests of a batch that is answered with streams: work for an execution thread, as a batch is."""
+
+    def __init__(self, batch: Ended, answers: list[Answer]) -> None:
+        super().__init__(batch.tickets)
+        self.batch = batch
+        self.answers = answers
 
 
 class Account:
@@ -117,6 +128,8 @@ class Pipeline:
         self._waiting: deque[Ticket] = deque()
         self._ready: deque[Ticket] = deque()
         self._ended: SimpleQueue[Ended | None] = SimpleQueue()
+        self._streaming: deque[Streaming] = deque()
+        self._page = page
         self._replying = threading.Lock()
 
     def run(self) -> None:
@@ -175,6 +188,9 @@ class Pipeline:
                 begun = account.begin(thread, batch)
                 answers = stages.run([ticket.request for ticket in batch])
                 wait()
+                if stages.streams and any([type(body) is Stream for _, body in answers]):
+                    self._stream(thread, batch, answers, partial(_times_of, batch, begun, stages))
+                    continue
                 seconds = _monotonic() - begun
                 account.idle(thread)
                 waited = begun - batch[0].received
@@ -207,6 +223,9 @@ class Pipeline:
         with own_stream(self._device) as wait:
             while batch := self._next_batch():
                 begun = account.begin(thread, batch)
+                if isinstance(batch, Streaming):
+                    self._stream(thread, batch, batch.answers, partial(_times_with, batch.batch, begun))
+                    continue
                 stages.infer([ticket.prepared for ticket in batch if ticket.prepared is not None])
                 wait()
                 account.idle(thread)
@@ -227,14 +246,47 @@ class Pipeline:
                 answers += [stages.finish(ticket.prepared) for ticket in batch.tickets if ticket.prepared is not None]
                 tickets += batch.tickets
                 times.append(_times(batch, _monotonic() - begun))
+            if stages.streams:
+                tickets, answers, times = self._hand_over_streams(batches, answers, times)
             account.idle(thread)
-            self._send(tickets, answers, times)
+            if tickets:
+                self._send(tickets, answers, times)
+
+    def _hand_over_streams(
+        self, batches: list[Ended], answers: list[Answer], times: list[wire.BatchTimes]
+    ) -> tuple[list[Ticket], list[Answer], list[wire.BatchTimes]]:
+        """Batches with streams go to the execution threads as they are; what is left is answered here."""
+        whole: tuple[list[Ticket], list[Answer], list[wire.BatchTimes]] = [], [], []
+        at = 0
+        for batch, of_batch in zip(batches, times, strict=True):
+            mine, at = answers[at : at + len(batch.tickets)], at + len(batch.tickets)
+            if any([type(body) is Stream for _, body in mine]):
+                with self._prepared:
+                    self._streaming.append(Streaming(batch, mine))
+                    self._prepared.notify()
+            else:
+                whole[0].extend(batch.tickets)
+                whole[1].extend(mine)
+                whole[2].append(of_batch)
+        return whole
+
+    def _stream(
+        self, thread: int, batch: list[Ticket], answers: list[Answer], times: Callable[[], wire.BatchTimes]
+    ) -> None:
+        """Send the answers of a batch, and drive those of them that are streams."""
+        account = self._account
+        streams = Streams(self, self._page, partial(account.begin, thread, batch))
+        streams.run([ticket.id for ticket in batch], answers, times)
+        account.idle(thread)
+        account.done(batch)
 
     def _next_batch(self) -> list[Ticket]:
         """The oldest ready request and those behind it that share its bucket; empty when the channel has ended."""
         prepared, ready = self._prepared, self._ready
         with prepared:
-            while not ready:
+            while not ready or self._streaming:
+                if self._streaming:
+                    return self._streaming.popleft()
                 if self._closed:
                     return []
                 prepared.wait()
@@ -252,12 +304,30 @@ class Pipeline:
 
     def _send(self, tickets: list[Ticket], answers: list[Answer], times: list[wire.BatchTimes]) -> None:
         self._account.done(tickets)
+        self.reply([ticket.id for ticket in tickets], answers, times)
+
+    def reply(self, ids: Sequence[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
+        """As Channel.reply, from any thread."""
         with self._replying:
-            self._channel.reply([ticket.id for ticket in tickets], answers, times)
+            self._channel.reply(ids, answers, batches)
+
+    def write(self, kind: int, head: object, payloads: list[Body], size: int) -> None:
+        """As Channel.write, from any thread."""
+        with self._replying:
+            self._channel.write(kind, head, payloads, size)
 
 
 def _bucket(ticket: Ticket) -> object:
     return ticket.prepared.bucket if ticket.prepared is not None else None
+
+
+def _times_of(batch: list[Ticket], begun: float, stages: Stages) -> wire.BatchTimes:
+    return wire.BatchTimes(len(batch), begun - batch[0].received, _monotonic() - begun, *stages.take_times())
+
+
+def _times_with(batch: Ended, since: float) -> wire.BatchTimes:
+    """The times of a batch whose streams were driven since then."""
+    return _times(batch, _monotonic() - since)
 
 
 def _times(batch: Ended, postprocess: float) -> wire.BatchTimes:

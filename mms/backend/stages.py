@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from mms.backend.answers import PLAIN_BYTES, Answer, answer, failure, is_error_status
+from mms.backend.answers import PLAIN_BYTES, Answer, Streamed, answer, failure, is_error_status
+from mms.backend.streams import Steps, Stream
 from mms.errors import HandlerError, MMSError
-from mms.handler import Context, Handler, PredictionError, Request
+from mms.handler import Context, Handler, PredictionError, Request, Response
 from mms.handler_metrics import Metrics
 
 _now = time.perf_counter
@@ -22,10 +24,11 @@ class Stages(Protocol):
     """One loaded handler."""
 
     style: str
+    streams: bool  # whether it has ever answered with a stream
     metrics: Metrics  # the handler's own
 
     def run(self, requests: list[Request]) -> list[Answer]:
-        """One outcome per request, in order. Never raises."""
+        """One outcome per request, in order, or with `streams` a Stream that is to be driven. Never raises."""
         ...
 
     def take_times(self) -> tuple[float, float, float]:
@@ -43,6 +46,7 @@ class BatchStages:
     style = "batch"
 
     def __init__(self, handle: Callable[[Any, Context], Any], context: Context, *, isolate: bool, limit: int) -> None:
+        self.streams = False
         self._handle = handle
         self._context = context
         self.metrics = context.metrics
@@ -97,14 +101,18 @@ class BatchStages:
                 else answer(result, 200, "", _NO_HEADERS, limit)
                 for result in results
             ]
-        except MMSError:
+        except (MMSError, Streamed):
             return [self._answer(index, result, requests) for index, result in enumerate(results)]
 
     def _answer(self, index: int, result: Any, requests: list[Request]) -> Answer:
         head = self._context.responses.get(index)
-        if head is None:
-            return one_answer(result, requests[index], self._limit)
-        return one_answer(result, requests[index], self._limit, head.status, head.content_type, head.headers)
+        try:
+            if head is None:
+                return one_answer(result, requests[index], self._limit)
+            return one_answer(result, requests[index], self._limit, head.status, head.content_type, head.headers)
+        except Streamed as streamed:
+            self.streams = True
+            return stream(streamed.response, requests[index], self._limit)
 
 
 class Prepared:
@@ -125,6 +133,7 @@ class RequestStages:
     style = "request"
 
     def __init__(self, handler: Handler, context: Context, *, isolate: bool, limit: int) -> None:
+        self.streams = False
         self.handler = handler
         self._context = context
         self.metrics = context.metrics
@@ -175,6 +184,9 @@ class RequestStages:
         try:
             outputs = self.handler.inference(self.handler.collate([one.item for one in batch]))
             fault = miscount(outputs, len(batch), "inference")
+            if fault and hasattr(outputs, "__next__"):
+                self._take_steps(outputs, batch)
+                return
             if fault:
                 raise HandlerError(fault)
             for one, output in zip(batch, outputs, strict=True):
@@ -189,6 +201,13 @@ class RequestStages:
             for one in batch:
                 one.answer = failed
 
+    def _take_steps(self, outputs: Iterator[Any], batch: list[Prepared]) -> None:
+        """`inference` yields: each item is answered with a stream. Raises as the first step does."""
+        steps = Steps(outputs, len(batch), miscount)
+        self.streams = True
+        for one, part in zip(batch, steps.items(self.handler.postprocess), strict=True):
+            one.answer = stream(Response(part), one.request, self._limit)
+
     def finish(self, one: Prepared) -> Answer:
         """The answer of a request that has its output, or has failed. Never raises."""
         if one.answer is not None:
@@ -197,7 +216,11 @@ class RequestStages:
             result = self.handler.postprocess(one.item)
         except BaseException as error:
             result = error
-        return one_answer(result, one.request, self._limit)
+        try:
+            return one_answer(result, one.request, self._limit)
+        except Streamed as streamed:
+            self.streams = True
+            return stream(streamed.response, one.request, self._limit)
 
 
 def one_answer(
@@ -208,13 +231,23 @@ def one_answer(
     content_type: str = "",
     headers: Mapping[str, str] = _NO_HEADERS,
 ) -> Answer:
-    """The outcome of one request whose result may be an exception. Never raises."""
+    """The outcome of one request whose result may be an exception. Raises nothing but Streamed."""
     try:
         if isinstance(result, BaseException):
             return failure(client_error(result, [request]))
         return answer(result, status, content_type, headers, limit)
     except MMSError as error:
         return failure(client_error(error, [request]))
+
+
+def stream(response: Response, request: Request, limit: int) -> Answer:
+    """An answer whose body is an iterator of chunks."""
+    fail = partial(_failed, request)
+    return PLAIN_BYTES, Stream(response.body, request, response, limit, fail)
+
+
+def _failed(request: Request, error: BaseException) -> Answer:
+    return failure(client_error(error, [request]))
 
 
 def miscount(results: Any, wanted: int, function: str) -> str:

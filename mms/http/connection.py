@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import socket
+import struct
 from collections import deque
 from time import monotonic
-from typing import Protocol, cast
-
-import msgspec
+from typing import cast
 
 from mms.errors import BadRequestError, DeadlineError, MMSError
+from mms.http.exchange import Application, Buffer, Exchange
 from mms.http.limits import (
     LEAST_READ,
     LINGER_BODY_BYTES,
@@ -28,14 +29,12 @@ from mms.http.limits import (
 )
 from mms.http.reader import RequestReader
 from mms.http.request import Head, KnownHeads
-from mms.http.response import CONTINUE, JOIN_BELOW, ResponseHeads, error_response, length_lines
+from mms.http.response import CONTINUE, ResponseHeads
 from mms.http.shedding import Shedding
 
 _HEAD_END = b"\r\n\r\n"
-_ID = b"x-request-id: "
+_RESET = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER: on, for no time at all
 IDLE_WHILE_SHEDDING = 1.0
-
-Buffer = bytes | bytearray | memoryview
 
 _id_prefix = os.urandom(6).hex().encode()
 _numbers = itertools.count(1)
@@ -45,69 +44,8 @@ def _next_id() -> bytes:
     return b"%b-%x" % (_id_prefix, next(_numbers))
 
 
-class Application(Protocol):
-    """What the requests are handed to. `handle` must not block and must not raise anything but MMSError."""
-
-    def handle(self, exchange: Exchange) -> None: ...
-
-    def objection(self, head: Head, size: int) -> MMSError | None:
-        """What speaks against a request whose body, of `size` bytes as far as is known, is still to come; counted."""
-        ...
-
-    def refused(self, error: MMSError) -> None:
-        """A request was answered with `error` before it was complete."""
-        ...
-
-    def held(self) -> int:
-        """Bytes of the bodies that were handed over and are not answered yet."""
-        ...
-
-
 def new_shedding(application: Application, limits: Limits) -> Shedding:
     return Shedding(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections, held=application.held)
-
-
-class Cancellable(Protocol):
-    """The work behind an exchange, told when the client leaves."""
-
-    def cancel(self) -> None: ...
-
-
-class Exchange(msgspec.Struct, eq=False):
-    """One request and the place of its answer. A Struct: one is made per request, and its constructor runs in C."""
-
-    connection: Connection
-    head: Head
-    keep_alive: bool
-    request_id: bytes
-    parts: list[bytes]
-    size: int
-    arrived: float
-    response: tuple[bytes, Buffer] | None = None
-    work: Cancellable | None = None
-
-    def answer(self, status: int, head: bytes, body: Buffer) -> None:
-        """Answer with `head` (complete header lines) and `body`; length, date and id are added here."""
-        self.work = None  # it refers back to this exchange: without the cycle, both are freed without the collector
-        connection = self.connection
-        begin, size = connection.heads[status], len(body)
-        if self.keep_alive and self.head.plain and status != 204:
-            if size < JOIN_BELOW:
-                connection.send(self, b"".join((begin, head, _ID, self.request_id, length_lines(size), body)), b"")
-            else:
-                connection.send(self, b"".join((begin, head, _ID, self.request_id, length_lines(size))), body)
-        else:
-            block = self._unusual(begin + head, status, len(body))
-            connection.send(self, block, b"" if self.head.method == b"HEAD" else body)
-
-    def _unusual(self, begin: bytes, status: int, size: int) -> bytes:
-        """The head of an answer that ends the connection, has no body (RFC 9110, 15.3.5) or goes to an old client."""
-        close = b"connection: keep-alive\r\n" if self.keep_alive else b"connection: close\r\n"
-        length = b"content-length: %d\r\n" % size if status != 204 else b""
-        return b"%bx-request-id: %b\r\n%b%b\r\n" % (begin, self.request_id, close, length)
-
-    def fail(self, error: MMSError) -> None:
-        self.answer(*error_response(error))
 
 
 class Connection(asyncio.Protocol):
@@ -148,6 +86,7 @@ class Connection(asyncio.Protocol):
         self._linger_until = 0.0
         self._untaken = 0  # bytes of answers that were unsent when the client last took LEAST_READ of them
         self._taken_at = 0.0
+        self._kept = 0  # bytes of streamed answers whose turn it is not yet
         self._admitting = False
         self._write_paused = False
         self._read_paused = False
@@ -172,18 +111,21 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._last = True
-        return bool(self._pending) and not self._edge  # a client may close its half and still read its answers
+        if self._edge or any(exchange.stream is not None for exchange in self._pending):
+            return False  # who takes chunks as they come has left: the next one, which would tell, may come late
+        return bool(self._pending)  # a client may close its half and still read its answers
 
     def pause_writing(self) -> None:
         self._write_paused = True
-        self._untaken, self._taken_at = self.unsent, monotonic()
+        self._untaken, self._taken_at = self._unsent, monotonic()
         self.shedding.slow.add(self)
         self._steer_reading()
 
     def resume_writing(self) -> None:
         self._write_paused = False
         self.last_activity = monotonic()
-        self.shedding.slow.discard(self)
+        if not self._kept:
+            self.shedding.slow.discard(self)
         self._steer_reading()
 
     def data_received(self, data: bytes) -> None:
@@ -257,15 +199,55 @@ class Connection(asyncio.Protocol):
             self._transport.write(head)
         else:
             self._write(head, body)
-        while exchange.keep_alive and pending and (response := pending[0].response) is not None:
+        while exchange.keep_alive and pending:
+            following = pending[0]
+            if following.response is None:
+                if following.stream is not None:
+                    following.stream.take_turn()
+                break
             exchange = pending.popleft()
-            self._write(*response)
+            self._write(*following.response)
         if not exchange.keep_alive:
             self._finish()
         elif self._backlog or self._refused is not None:
             self._admit()
         elif self._last and not pending:
             self._finish()
+
+    def send_part(self, exchange: Exchange, parts: list[bytes]) -> bool:
+        """Send parts of the exchange's answer, if it is its turn; whether it is. Dropped when the client has gone."""
+        if self._pending and self._pending[0] is not exchange:
+            return False
+        if self._pending and not self._transport.is_closing():
+            data = b"".join(parts)  # one object: many small ones may wait for a slow client
+            if self._write_paused:
+                self._untaken += len(data)
+            self._transport.write(data)
+            if self._unsent > self._limits.max_response_size:
+                self.abort()
+        return True
+
+    def keep(self, size: int) -> None:
+        """So much more, or less, of streamed answers waits for its turn."""
+        self._kept += size
+        if self._kept:
+            self.shedding.slow.add(self)
+            if self._kept > self._limits.max_response_size:
+                self.abort()
+        elif not self._write_paused:
+            self.shedding.slow.discard(self)
+
+    def cut(self, exchange: Exchange) -> None:
+        """End the connection in the middle of this answer, so that its client does not take it for whole."""
+        self._last = True
+        self._forget_requests()
+        if exchange.head.version == "1.0":  # the end of the connection would be the answer's: only a reset tells
+            sock = self._transport.get_extra_info("socket")
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self._transport.abort()
+        else:
+            self._transport.close()
 
     def _write(self, head: bytes, body: Buffer) -> None:
         if self._transport.is_closing():
@@ -279,7 +261,7 @@ class Connection(asyncio.Protocol):
         if self._write_paused:
             self._look_at_taking(now)
         elif self._lingering >= 0:
-            if self.unsent:
+            if self._unsent:
                 self._linger_until = now + LINGER_SECONDS
                 self._look_at_taking(now)
             elif now > self._linger_until:
@@ -299,7 +281,7 @@ class Connection(asyncio.Protocol):
 
     def _look_at_taking(self, now: float) -> None:
         """Cut off a client that takes less than LEAST_READ of its answers within body_timeout."""
-        unsent = self.unsent
+        unsent = self._unsent
         if unsent <= self._untaken - LEAST_READ:
             self._untaken, self._taken_at = unsent, now
         elif now - self._taken_at > self._limits.body_timeout:
@@ -338,6 +320,10 @@ class Connection(asyncio.Protocol):
 
     @property
     def unsent(self) -> int:
+        return self._unsent + self._kept
+
+    @property
+    def _unsent(self) -> int:
         return self._transport.get_write_buffer_size()
 
     def _receive(self, head: Head) -> None:

@@ -30,3 +30,4 @@ class Limits:
     body_timeout: float
     keepalive_timeout: float
     max_bytes_in_flight: int = 1 << 30
+    max_response_size: int = 100 << 20  # of a streamed answer, what may wait for its client

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from mms.errors import StartError
-from mms.http.connection import Application, Connection, new_shedding
+from mms.http.connection import Connection, new_shedding
+from mms.http.exchange import Application
 from mms.http.limits import Limits
 from mms.http.request import KnownHeads
 from mms.http.response import ResponseHeads

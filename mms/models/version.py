@@ -16,7 +16,7 @@ from mms.config import ModelSettings
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
 from mms.workers.batching import BatchQueue
-from mms.workers.job import Job, Terms
+from mms.workers.job import Job, Terms, Work
 from mms.workers.pool import WorkerPool, failed_to_load
 from mms.workers.scheduling import Scheduling, largest_batch
 from mms.workers.worker import describe_worker
@@ -73,8 +73,11 @@ class ModelVersion:
             return VersionState.FAILED
         return VersionState.READY if pool.was_ready else VersionState.LOADING
 
-    def submit(self, job: Job) -> None:
-        """Queue the job. Raises OverloadError, or ServiceUnavailableError with the reason; both are counted."""
+    def submit(self, job: Job) -> Work:
+        """Queue the job; returns what its caller can cancel.
+
+        Raises OverloadError, or ServiceUnavailableError with the reason; both are counted.
+        """
         pool = self.pool
         try:
             if pool is None or not (pool.ready_workers or self._can_wait()):
@@ -84,6 +87,7 @@ class ModelVersion:
             outcome = self.scheduling.outcome(error)
             self.count(outcome)
             raise outcome from None
+        return job
 
     def refusal(self, size: int, terms: Terms | None) -> MMSError | None:
         """Why a request with a body of `size` bytes would be refused now, before the body is read."""

@@ -224,16 +224,16 @@ class BatchQueue:
     ) -> list[tuple[Job, MMSError]]:
         """The worker died after it had begun `started` jobs: requeue what can be run again, return what cannot.
 
-        Jobs of the batch in hand are retried once, each alone, within the budget; jobs sent ahead go back to the front,
-        and so do those that were `done` but not yet answered.
+        Jobs of the batch in hand are retried once, each alone, within the budget, unless their answers have begun to
+        stream; jobs sent ahead go back to the front, and so do those that were `done` but not yet answered.
         """
         lost = self._part(worker, started, done)
-        retryable = [job for job in lost if job.attempts < self.retry]
+        retryable = [job for job in lost if job.attempts < self.retry and not job.streams]
         affordable = bool(retryable) and not self.closed and self._budget.spend(now, self.submitted)
         failed: list[tuple[Job, MMSError]] = []
         for job in lost:
             job.attempts += 1
-            if not affordable or job.attempts > self.retry:
+            if not affordable or job.attempts > self.retry or job.streams:
                 if job.attempts > 1:
                     self._poisons.remember(job, cause, now)
                 failed.append((job, refusals.death(job, cause, closed=self.closed, retry=self.retry)))
@@ -343,7 +343,7 @@ class BatchQueue:
         for job, objective in self.deadlines.due(now):
             if job.queue is None:
                 continue  # it is in `expired` already
-            if job.taken and objective and self.scheduling.default_output is None:
+            if job.taken and objective and (self.scheduling.default_output is None or job.streams):
                 continue
             if not job.taken:
                 self.drop(job)
@@ -362,7 +362,7 @@ class BatchQueue:
         back: list[Job] = []
         for place, job in worker.take_all():
             if not job.settled:
-                (begun if finished <= place < started else back).append(job)
+                (begun if finished <= place < started or job.streams else back).append(job)
         for job in back:
             job.taken = 0.0
         if back:

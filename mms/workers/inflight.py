@@ -36,6 +36,7 @@ class InFlight:
         "overlaps",
         "preprocess_threads",
         "sent",
+        "streams",
         "threads",
     )
 
@@ -48,6 +49,7 @@ class InFlight:
         self.finished = 0  # results received since the worker started
         self.frames: deque[Frame] = deque()  # those that are not answered as a whole
         self.exclusive = False  # the one job in hand is a retry: nothing else may share its fate
+        self.streams = False  # it has answered with a stream: what lies behind one waits for its end
         self.batch_seconds: float | None = None  # time of a batch: follows rises at once, falls slowly
         self.batch_limit: BatchLimit | None = None  # its batch size, where that follows a latency objective
 
@@ -107,8 +109,15 @@ class InFlight:
         ]
         return self.finish([job.id for job in jobs]) or []
 
+    def begins_stream(self) -> None:
+        """Times of its batches tell nothing any more of the next one: from now on nothing is sent ahead."""
+        self.streams = True
+        self.batch_seconds = None
+
     def observe(self, batches: int, seconds: float) -> None:
         """A RESULT frame reports that `batches` batches took `seconds` in the handler."""
+        if self.streams:
+            return
         mean = seconds / batches
         known = self.batch_seconds
         self.batch_seconds = mean if known is None or mean > known else 0.8 * known + 0.2 * mean

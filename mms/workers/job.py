@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -15,11 +16,33 @@ if TYPE_CHECKING:
 
 
 class Caller(Protocol):
-    """Who waits for a job: told exactly once, by one of these two."""
+    """Who waits for a job: told its outcome exactly once, by `answer` or `fail`."""
 
     def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None: ...
 
     def fail(self, error: MMSError) -> None: ...
+
+    def begin(self, status: int, head: bytes) -> StreamCaller:
+        """The answer comes in pieces. From now on the caller is the one that is returned."""
+        ...
+
+
+class StreamCaller(Protocol):
+    """Who takes an answer in pieces: `answer` is its end, and repeats what `begin` was told; `fail` cuts it."""
+
+    def chunk(self, data: bytes) -> None: ...
+
+    def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None: ...
+
+    def fail(self, error: MMSError) -> None: ...
+
+
+class Work(Protocol):
+    """What is under way for a caller."""
+
+    def cancel(self) -> None:
+        """The caller waits for it no longer."""
+        ...
 
 
 class Terms(msgspec.Struct, frozen=True):
@@ -43,7 +66,7 @@ class Job(msgspec.Struct, eq=False):
     request_id: bytes
     parts: list[bytes]
     size: int
-    caller: Caller
+    caller: Caller | StreamCaller
     arrived: float
     terms: Terms | None = None
     queue: BatchQueue | None = None
@@ -51,6 +74,13 @@ class Job(msgspec.Struct, eq=False):
     frame: Frame | None = None
     attempts: int = 0
     settled: bool = False
+    stream: StreamCaller | None = None  # the caller, once the answer has begun to stream
+    abandon: Callable[[int], None] | None = None  # tells the worker, which has begun to stream the answer, to stop
+
+    @property
+    def streams(self) -> bool:
+        """Whether part of the answer may have left: then it cannot be had again from another worker."""
+        return self.abandon is not None
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more: if the job still waits it never runs, else its answer is dropped."""
@@ -62,6 +92,8 @@ class Job(msgspec.Struct, eq=False):
                 if not self.taken:
                     queue.drop(self)
                     self.parts.clear()
+            if self.abandon is not None:
+                self.abandon(self.id)
 
     def fail(self, error: MMSError) -> None:
         if not self.settled:

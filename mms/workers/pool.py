@@ -139,6 +139,7 @@ class WorkerPool:
         if not job.settled:
             outcome = self._queue.scheduling.outcome(error)
             self._metrics.count(outcome)
+            self._metrics.streams_cut += job.streams
             job.fail(outcome)
 
     def _wake_soon(self) -> None:

@@ -51,23 +51,33 @@ class WorkerProcess:
     """One worker process; owns its descriptors and its scratch folder."""
 
     def __init__(
-        self, pid: int, pidfd: int, channel: socket.socket, progress: mmap.mmap, output: int, scratch: Path
+        self, pid: int, pidfd: int, channel: socket.socket, page: mmap.mmap, output: int, scratch: Path
     ) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.channel = channel
         self.output = output
-        self._progress = progress
+        self._page = page
+        self._cancelled = 0
         self._scratch = scratch
 
     def progress(self) -> tuple[int, int, float]:
         """Jobs finished and begun since the start, and when the batch in hand began (monotonic; 0 while idle)."""
-        done, started, begun_at = wire.PROGRESS.unpack_from(self._progress)
+        done, started, begun_at = wire.PROGRESS.unpack_from(self._page)
         return done, started, begun_at
+
+    def cancel(self, job: int) -> None:
+        """Nobody waits for the rest of this job's stream: the worker sees it when the next chunks are made."""
+        if not self._page.closed:
+            count = self._cancelled
+            self._cancelled += 1
+            kept = wire.CANCELLED_COUNT
+            kept.pack_into(self._page, wire.CANCELLED_JOBS_AT + count % wire.CANCELLED_KEPT * kept.size, job)
+            kept.pack_into(self._page, wire.CANCELLED_AT, self._cancelled)
 
     def running(self) -> list[tuple[float, tuple[int, ...]]]:
         """Of a worker with several threads: when each of those at work began, and the places of its jobs."""
-        return list(wire.read_slots(self._progress))
+        return list(wire.read_slots(self._page))
 
     def resident_bytes(self) -> int:
         """Memory that it holds now, with what it shares with others; 0 when it has ended."""
@@ -99,7 +109,7 @@ class WorkerProcess:
     def close(self) -> None:
         """Release the descriptors; after the transports that use channel and output are closed."""
         os.close(self.pidfd)
-        self._progress.close()
+        self._page.close()
         _remove(self._scratch)
 
 
@@ -112,7 +122,7 @@ async def launch(how: Launch, forkservers: ForkServers) -> WorkerProcess:
     try:
         scratch = new_scratch(how.scratch, how.name, how.sandbox)
         os.ftruncate(page, wire.page_size(how.threads, how.preprocess_threads))
-        progress = mmap.mmap(page, 0)
+        shared = mmap.mmap(page, 0)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
         if how.interpreter is None:
@@ -129,7 +139,7 @@ async def launch(how: Launch, forkservers: ForkServers) -> WorkerProcess:
         theirs.close()
         os.close(write_end)
         os.close(page)
-    return WorkerProcess(pid, pidfd, ours, progress, read_end, scratch)
+    return WorkerProcess(pid, pidfd, ours, shared, read_end, scratch)
 
 
 async def _fork_or_spawn(

@@ -51,6 +51,8 @@ def own_deadline(job: Job) -> DeadlineError:
 
 def death(job: Job, cause: str, *, closed: str, retry: int) -> WorkerDiedError:
     """Its worker died, and it is not run again."""
+    if job.streams:
+        return WorkerDiedError(f"the worker process died in the middle of this answer ({cause})")
     if job.attempts > 1:
         return WorkerDiedError(f"the worker process died twice running this request ({cause})", status=500)
     why = "too many requests were retried lately"

@@ -14,7 +14,7 @@ from mms.errors import FrameError, HandlerError
 from mms.metrics import VersionMetrics
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import InFlight
-from mms.workers.job import Job
+from mms.workers.job import Caller, Job
 from mms.workers.output import OutputReader
 from mms.workers.process import WorkerProcess
 
@@ -67,6 +67,7 @@ class Worker(asyncio.Protocol):
         self._metrics = metrics
         self._reader = wire.FrameReader()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._early = 0  # jobs of batches with streams that were answered before their batch was reported
         self._exit: str | None = None
         self._channel_ended = False
         self._gone = False
@@ -123,6 +124,8 @@ class Worker(asyncio.Protocol):
             for kind, head, payload in self._reader.feed(data):
                 if kind == wire.RESULT:
                     self._results(wire.decode(wire.Result, head), payload)
+                elif kind == wire.STREAM:
+                    self._chunks(wire.decode(wire.Chunks, head), payload)
                 elif kind == wire.MEASURED:
                     self._measured(wire.decode(wire.Measured, head))
                 elif kind == wire.READY:
@@ -157,7 +160,10 @@ class Worker(asyncio.Protocol):
         now = time.monotonic()
         count = len(result.ids)
         outcomes = wire.spread(result.outcomes, result.outcome_of, count)
-        if not count or len(result.sizes) != count or sum([batch.jobs for batch in result.batches]) != count:
+        reported = sum([batch.jobs for batch in result.batches])
+        if reported != count:
+            self._early += count - reported
+        if not count or len(result.sizes) != count or self._early < 0:
             raise FrameError(f"a RESULT frame with {count} jobs whose sizes or batches do not fit")
         jobs = self.in_flight.finish(result.ids)
         if jobs is None:
@@ -171,6 +177,7 @@ class Worker(asyncio.Protocol):
                 job.settled = True
                 try:
                     if outcome.error:
+                        self._metrics.streams_cut += job.streams
                         job.caller.fail(_remote_error(outcome, bytes(body[at:end])))
                     else:
                         job.caller.answer(outcome.status, outcome.head, body[at:end])
@@ -178,6 +185,35 @@ class Worker(asyncio.Protocol):
                     log.exception("the answer to job %d could not be delivered", job.id)
             at = end
         self._owner.worker_free(self)
+
+    def _chunks(self, chunks: wire.Chunks, payload: memoryview) -> None:
+        """Pieces of answers; a job whose answer has begun stays in hand until its RESULT, and is not run again."""
+        metrics, held, now = self._metrics, self.in_flight.jobs, time.monotonic()
+        if len(chunks.sizes) != len(chunks.ids) or not chunks.first.keys() <= set(chunks.ids):
+            raise FrameError(f"a STREAM frame with {len(chunks.ids)} jobs whose sizes or outcomes do not fit")
+        metrics.chunks += len(chunks.ids)
+        if chunks.first:
+            self.in_flight.begins_stream()
+        at = 0
+        for id, size in zip(chunks.ids, chunks.sizes, strict=True):
+            data, at = bytes(payload[at : at + size]), at + size
+            job, outcome = held.get(id), chunks.first.get(id)
+            if job is None or (outcome is None) is not job.streams:
+                raise FrameError(f"a chunk of job {id}, which this worker does not have or has not begun")
+            if outcome is not None:
+                job.abandon = self.process.cancel
+                metrics.streams += 1
+                metrics.first_chunk.observe(now - job.arrived)
+            if job.settled:
+                self.process.cancel(id)  # it was told before it had begun, or so many were that it did not see all
+                continue
+            try:
+                if outcome is not None:
+                    job.stream = job.caller = cast(Caller, job.caller).begin(outcome.status, outcome.head)
+                if job.stream is not None:
+                    job.stream.chunk(data)
+            except Exception:  # one caller's fault must not cost the other jobs their worker
+                log.exception("a part of the answer to job %d could not be delivered", id)
 
     def _count(self, batches: list[wire.BatchTimes], jobs: list[Job], outcomes: list[wire.Outcome], now: float) -> None:
         """Count batches, and of the jobs those that somebody still waits for."""
@@ -193,9 +229,12 @@ class Worker(asyncio.Protocol):
                 metrics.preprocess.observe(batch.preprocess)
                 metrics.inference.observe(batch.inference)
                 metrics.postprocess.observe(batch.postprocess)
-        self.in_flight.observe(len(batches), seconds)
-        if self.in_flight.batch_limit is not None:
-            self._learn(batches, now - min([job.taken for job in jobs]))
+        if batches:
+            self.in_flight.observe(len(batches), seconds)
+            if self.in_flight.batch_limit is not None:
+                self._learn(batches, now - min([job.taken for job in jobs]))
+        if len(waits) != len(jobs):
+            waits = [0.0] * len(jobs)  # of a batch with streams: an idle worker has begun it at once
         if any([job.settled for job in jobs]):
             kept = [place for place, job in enumerate(jobs) if not job.settled]
             jobs, outcomes = [jobs[place] for place in kept], [outcomes[place] for place in kept]

@@ -23,7 +23,7 @@ VALUES = {
     "initial_workers": "0",
     "synchronous": "true", "batch_size": "2", "max_batch_delay": "5", "min_workers": "0", "max_workers": "1",
     "response_timeout": "9", "startup_timeout": "9", "queue_size": "9", "queue_timeout": "9", "retry": "0",
-    "queue_bytes": "1MiB", "queue_order": "fifo",
+    "queue_bytes": "1MiB", "queue_order": "fifo", "cache": "%7B%22size%22:%221MiB%22%7D",
     "isolate_errors": "true", "device": "cpu", "gpus": "", "cpu_threads": "1", "threads": "1",
     "preprocess_threads": "0", "preload": "", "limit": "5",
     "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1", "max_requests": "0", "max_rss": "0",
@@ -100,7 +100,12 @@ def test_every_documented_management_operation_is_served(running: Server) -> Non
         ("delete", "/models/{model}"),
         ("delete", "/models/{model}/{version}"),
         *(("post", path) for path in retries),
+        ("delete", "/models/{model}/{version}/cache"),
     ]
+    query = "url=echo-2.0.mar&model_name=kept&initial_workers=0&cache=%7B%7D"
+    assert running.manage("POST", f"/models?{query}").status == 200
+    assert running.manage("DELETE", "/models/kept/2.0/cache").status == 200
+    assert running.manage("DELETE", "/models/kept").status == 200
     for path in ("/models/two", "/models/two/2.0"):
         query = "url=echo-2.0.mar&model_name=two&initial_workers=0"
         assert running.manage("POST", f"/models?{query}").status == 200

@@ -6,7 +6,7 @@ import asyncio
 import socket
 
 from mms.errors import MMSError
-from mms.http.connection import Exchange
+from mms.http.exchange import Exchange
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer
 from mms.http.request import Head

@@ -19,7 +19,8 @@ import pytest
 from mms_nginx import Listener, Nginx, edge_user, find_nginx, render
 
 from mms.errors import MMSError
-from mms.http.connection import Connection, Exchange
+from mms.http.connection import Connection
+from mms.http.exchange import Exchange
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer, bind
 from mms.http.request import Head

@@ -32,8 +32,8 @@ from tests.unit import test_http_connection as fake
 
 CORPUS = Path(__file__).parent / "corpus"
 MAX_SIZE = 20_000
-READ_KINDS = (wire.Load, wire.PredictView, wire.Result, wire.Measured, wire.Ready, wire.Failed, wire.Preloaded,
-              wire.ForkRequest, wire.ForkReply)  # fmt: skip
+READ_KINDS = (wire.Load, wire.PredictView, wire.Result, wire.Chunks, wire.Measured, wire.Ready, wire.Failed,
+              wire.Preloaded, wire.ForkRequest, wire.ForkReply)  # fmt: skip
 FORM = "multipart/form-data; boundary=XX"
 
 _LOOP = asyncio.new_event_loop()

@@ -49,6 +49,7 @@ class Backend:
             wire.READY: wire.Ready,
             wire.FAILED: wire.Failed,
             wire.RESULT: wire.Result,
+            wire.STREAM: wire.Chunks,
             wire.MEASURED: wire.Measured,
         }
         return kind, wire.decode(kinds[kind], head), self._exactly(size)

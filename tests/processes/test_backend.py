@@ -76,6 +76,30 @@ def test_progress_tells_finished_from_begun_while_a_batch_runs(start: Start, mak
     assert set(backend.results(2)) == set(ids)
 
 
+def test_the_time_of_a_stream_counts_anew_with_each_chunk(start: Start, make_gate: MakeGate) -> None:
+    backend, first, second = start("streams"), make_gate(), make_gate()
+    backend.ready()
+    gates = [{"gate": gate.body.decode()} for gate in (first, second)]
+    backend.send(json.dumps("whole").encode(), json.dumps(["a", gates[0], "b", gates[1]]).encode(), batch_size=2)
+    kind, whole, body = backend.frame()
+    assert (kind, whole.ids, whole.batches, body) == (wire.RESULT, [1], [], b"whole")
+    kind, chunks, body = backend.frame()
+    assert (kind, chunks.ids, list(chunks.first), body) == (wire.STREAM, [2], [2], b"a")
+    eventually(first.begun)
+    finished, begun, begun_at = wire.PROGRESS.unpack_from(backend.progress)
+    assert (finished, begun) == (0, 2)
+    first.open()
+    kind, chunks, body = backend.frame()
+    assert (kind, chunks.first, body) == (wire.STREAM, {}, b"b")
+    eventually(second.begun)
+    assert begun_at < wire.PROGRESS.unpack_from(backend.progress)[2] <= time.monotonic()
+    second.open()
+    kind, end, body = backend.frame()
+    assert (kind, end.ids, body, [times.jobs for times in end.batches]) == (wire.RESULT, [2], b"", [2])
+    assert backend.predict(b'"next"')[0][1] == b"next"
+    assert wire.PROGRESS.unpack_from(backend.progress) == (3, 3, 0.0)
+
+
 def test_f9_a_handler_that_does_not_load_is_reported_with_its_traceback(start: Start) -> None:
     backend = start("crashes_on_load")
     kind, failed, _ = backend.frame()

@@ -30,7 +30,7 @@ from mms.metrics import VersionMetrics
 from mms.workers import environment
 from mms.workers.batching import BatchQueue
 from mms.workers.forkserver import ForkServers
-from mms.workers.job import Job
+from mms.workers.job import Job, StreamCaller
 from mms.workers.output import KEPT_LINES, MAX_LINE, MAX_PER_SECOND, OutputReader
 from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch, prepare_process
@@ -47,6 +47,9 @@ class Caller:
 
     def __init__(self) -> None:
         self.outcome: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def begin(self, status: int, head: bytes) -> StreamCaller:
+        raise AssertionError("nothing streams here")
 
     def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None:
         self.outcome.set_result(bytes(body))

@@ -6,7 +6,7 @@ from collections import deque
 
 from mms.errors import DeadlineError, MMSError, ObjectiveError, QueueFullError
 from mms.workers.batching import BatchQueue
-from mms.workers.job import Job, Terms
+from mms.workers.job import Job, StreamCaller, Terms
 from mms.workers.objective import LEAST_WAIT
 
 
@@ -20,6 +20,9 @@ class Client:
         self.hangs = False
         self.runs = 0
         self.killed = 0
+
+    def begin(self, status: int, head: bytes) -> StreamCaller:
+        raise AssertionError("nothing streams here")
 
     def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None:
         assert self.outcome is None, f"a second outcome: {status} after {self.outcome}"
@@ -79,7 +82,8 @@ def check_reason(queue: BatchQueue, job: Job, error: MMSError, now: float) -> No
     """Why a job is given up, waiting or at a worker."""
     waited = now - job.arrived
     if isinstance(error, QueueFullError):
-        assert queue.scheduling.levels > 1 and job.terms is not None and job.terms.level > 0 and not job.taken
+        lower = queue.scheduling.levels > 1 and job.terms is not None and job.terms.level > 0
+        assert not job.taken and (lower or not queue.fifo)  # the oldest go when the newest are served
     elif isinstance(error, ObjectiveError):
         assert queue.objective is not None
         least = queue.objective.seconds * LEAST_WAIT

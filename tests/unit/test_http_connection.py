@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from mms.errors import BadRequestError, MMSError, NotFoundError, QueueFullError
-from mms.http.connection import Connection, Exchange
+from mms.http.connection import Connection
+from mms.http.exchange import Exchange
 from mms.http.limits import (
     LEAST_READ,
     LINGER_BODY_BYTES,

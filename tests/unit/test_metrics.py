@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from prometheus_client import generate_latest
@@ -13,6 +14,7 @@ import mms
 from mms.measures import SECONDS, Histogram
 from mms.metrics import (
     BATCH_SIZES,
+    CacheFacts,
     Collector,
     FrontEndFacts,
     GpuFacts,
@@ -80,6 +82,18 @@ def test_buckets_are_shown_cumulative() -> None:
 
 def test_bounds_rise() -> None:
     assert list(SECONDS) == sorted(set(SECONDS)) and list(BATCH_SIZES) == sorted(set(BATCH_SIZES))
+
+
+def test_a_cache_is_shown_where_there_is_one() -> None:
+    cached = replace(facts(VersionMetrics()), cache=CacheFacts({"hit": 5, "miss": 2}, 1, 700, 2))
+    found = scrape(cached, facts(VersionMetrics(), model="dog"))
+    assert {key: value for key, value in found.items() if key[0].startswith("mms_cache")} == {
+        ("mms_cache_requests_total", "model=cat result=hit version=1.0"): 5,
+        ("mms_cache_requests_total", "model=cat result=miss version=1.0"): 2,
+        ("mms_cache_evictions_total", "model=cat version=1.0"): 1,
+        ("mms_cache_bytes", "model=cat version=1.0"): 700,
+        ("mms_cache_answers", "model=cat version=1.0"): 2,
+    }
 
 
 def test_a_version_is_shown_in_full() -> None:

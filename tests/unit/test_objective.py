@@ -14,7 +14,7 @@ from mms.errors import MMSError, ObjectiveError, OverloadError, QueueWaitError
 from mms.wire import RequestFacts
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import InFlight
-from mms.workers.job import Job, Terms
+from mms.workers.job import Job, StreamCaller, Terms
 from mms.workers.objective import ALLOWED, HOPELESS, BatchLimit
 from mms.workers.scheduling import Scheduling
 
@@ -26,6 +26,9 @@ Service = Callable[[int], float]
 
 
 class Caller:
+    def begin(self, status: int, head: bytes) -> StreamCaller:
+        raise AssertionError("nothing streams here")
+
     def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None: ...
 
     def fail(self, error: MMSError) -> None: ...

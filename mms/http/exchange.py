@@ -1,0 +1,85 @@
+"""One request and the place of its answer, and the application that the requests go to. Data plane, front end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from mms.errors import MMSError
+from mms.http.request import Head
+from mms.http.response import JOIN_BELOW, error_response, length_lines
+from mms.http.streaming import Streaming
+
+if TYPE_CHECKING:
+    from mms.http.connection import Connection
+
+_ID = b"x-request-id: "
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Application(Protocol):
+    """What the requests are handed to. `handle` must not block and must not raise anything but MMSError."""
+
+    def handle(self, exchange: Exchange) -> None: ...
+
+    def objection(self, head: Head, size: int) -> MMSError | None:
+        """What speaks against a request whose body, of `size` bytes as far as is known, is still to come; counted."""
+        ...
+
+    def refused(self, error: MMSError) -> None:
+        """A request was answered with `error` before it was complete."""
+        ...
+
+    def held(self) -> int:
+        """Bytes of the bodies that were handed over and are not answered yet."""
+        ...
+
+
+class Cancellable(Protocol):
+    """The work behind an exchange, told when the client leaves."""
+
+    def cancel(self) -> None: ...
+
+
+class Exchange(msgspec.Struct, eq=False):
+    """One request and the place of its answer. A Struct: one is made per request, and its constructor runs in C."""
+
+    connection: Connection
+    head: Head
+    keep_alive: bool
+    request_id: bytes
+    parts: list[bytes]
+    size: int
+    arrived: float
+    response: tuple[bytes, Buffer] | None = None
+    work: Cancellable | None = None
+    stream: Streaming | None = None
+
+    def answer(self, status: int, head: bytes, body: Buffer) -> None:
+        """Answer with `head` (complete header lines) and `body`; length, date and id are added here."""
+        self.work = None  # it refers back to this exchange: without the cycle, both are freed without the collector
+        connection = self.connection
+        begin, size = connection.heads[status], len(body)
+        if self.keep_alive and self.head.plain and status != 204:
+            if size < JOIN_BELOW:
+                connection.send(self, b"".join((begin, head, _ID, self.request_id, length_lines(size), body)), b"")
+            else:
+                connection.send(self, b"".join((begin, head, _ID, self.request_id, length_lines(size))), body)
+        else:
+            block = self._unusual(begin + head, status, len(body))
+            connection.send(self, block, b"" if self.head.method == b"HEAD" else body)
+
+    def _unusual(self, begin: bytes, status: int, size: int) -> bytes:
+        """The head of an answer that ends the connection, has no body (RFC 9110, 15.3.5) or goes to an old client."""
+        close = b"connection: keep-alive\r\n" if self.keep_alive else b"connection: close\r\n"
+        length = b"content-length: %d\r\n" % size if status != 204 else b""
+        return b"%bx-request-id: %b\r\n%b%b\r\n" % (begin, self.request_id, close, length)
+
+    def fail(self, error: MMSError) -> None:
+        self.answer(*error_response(error))
+
+    def begin(self, status: int, head: bytes) -> Streaming:
+        """The answer comes in chunks."""
+        return Streaming(self, status, head)
