@@ -222,7 +222,7 @@ def _progress(version: ModelVersion) -> str:
     pool = version.pool
     if pool is not None and pool.installing:
         return "installing its requirements"
-    return f"{pool.ready if pool else 0} of {version.settings.min_workers} workers"
+    return f"{pool.ready if pool else 0} of {pool.target if pool else version.settings.min_workers} workers"
 
 
 def _url(address: str) -> str:

@@ -44,6 +44,7 @@ class Load(msgspec.Struct, array_like=True):
     cpu_threads: int
     max_request_size: int
     max_response_size: int
+    threads: int = 1
 
 
 class RequestFacts(msgspec.Struct, array_like=True, eq=False, gc=False):

@@ -9,6 +9,7 @@ from typing import Any
 
 import mms
 from mms.config import ModelSettings, OneOf
+from mms.instances import MAX_AT_A_TIME, MAX_COUNT
 
 _ERROR = {
     "type": "object",
@@ -36,8 +37,27 @@ _MEANINGS = {
     504: "no answer within the time limits",
 }
 
-_KINDS = {"int": "integer", "float": "number", "str": "string"}  # of a setting's field -> JSON schema
-_ITEMS = {"tuple[int, ...]": "integer", "tuple[str, ...]": "string"}
+_KINDS = {
+    "int": "integer",
+    "float": "number",
+    "str": "string",
+    "bool": "boolean",
+}  # of a setting's field -> JSON schema
+_GPU = {"oneOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}
+_ITEMS: dict[str, dict[str, Any]] = {
+    "tuple[int | str, ...]": _GPU,
+    "tuple[str, ...]": {"type": "string"},
+    "Groups": {
+        "type": "object",
+        "required": ["kind"],
+        "properties": {
+            "kind": {"type": "string", "enum": ["gpu", "cpu"]},
+            "count": {"type": "integer", "minimum": 1, "maximum": MAX_COUNT},
+            "gpus": {"type": "array", "items": _GPU},
+            "threads": {"type": "integer", "minimum": 1, "maximum": MAX_AT_A_TIME},
+        },
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -129,8 +149,8 @@ def _setting_parameter(setting: Field[Any]) -> Parameter:
     kind, meta = str(setting.type), setting.metadata
     item = _ITEMS.get(kind)
     if item is not None:
-        text = f"{meta['help']}; in the query separated by commas"
-        in_json = {"type": "array", "items": {"type": item}}
+        text = f"{meta['help']}; in the query {'as JSON' if kind == 'Groups' else 'separated by commas'}"
+        in_json = {"type": "array", "items": item}
         return Parameter(setting.name, {"type": "string"}, text, in_json=in_json)
     schema: dict[str, Any] = {"type": _KINDS[kind]}
     if isinstance(meta["parse"], OneOf):

@@ -39,7 +39,7 @@ class Readiness:
         ] + [
             entry(version, details=details)
             for version in self._registry.versions()
-            if version.pool is not None and version.pool.ready < version.pool.minimum
+            if version.pool is not None and version.pool.ready < version.pool.scaling.minimum
         ]  # fmt: skip
         if self.phase is Phase.SERVING:
             if overload := self._overload():
@@ -48,9 +48,15 @@ class Readiness:
         return _answer(str(self.phase), False, missing)
 
     def of_version(self, version: ModelVersion) -> tuple[int, dict[str, Any]]:
-        """As `report`, for one version: it is ready when it has a worker, and not fewer than it had."""
+        """As `report`, for one version: it is ready when it has a worker, or a request brings one, and not fewer than
+        it had.
+        """
         pool = version.pool
-        ready = version.state is VersionState.READY and pool is not None and 0 < pool.ready >= pool.minimum
+        ready = (
+            version.state is VersionState.READY
+            and pool is not None
+            and pool.ready >= max(pool.scaling.minimum, not pool.scaling.bounds.on_request)
+        )
         return _answer(str(version.state), ready, [] if ready else [entry(version, details=True)])
 
 

@@ -179,6 +179,10 @@ class BatchQueue:
             return None
         return self._oldest().arrived + self.max_batch_delay
 
+    def oldest_wait(self, now: float) -> float:
+        """Seconds for which the longest waiting job has waited; 0 when none does."""
+        return now - self._oldest().arrived if self.depth else 0.0
+
     def lose(
         self, worker: InFlight, started: int, cause: str, now: float, *, done: int | None = None
     ) -> list[tuple[Job, MMSError]]:

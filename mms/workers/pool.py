@@ -1,6 +1,6 @@
 """The workers of one model version: as many as wanted, each dead one replaced, jobs handed to those with room.
 
-Desired state: `target` says how many, `_reconcile` starts or stops the difference, and every event ends in it.
+Desired state: `scaling.target` says how many, `_reconcile` starts or stops the difference, and every event ends in it.
 Front end's process, event loop.
 """
 
@@ -14,15 +14,17 @@ from contextlib import nullcontext
 from typing import Any
 
 from mms import wire
-from mms.errors import MMSError, ModelLoadError, ServiceUnavailableError
+from mms.errors import MMSError, ModelLoadError
 from mms.metrics import VersionMetrics
 from mms.workers import environment
+from mms.workers.autoscaler import Bounds
 from mms.workers.batching import BatchQueue
 from mms.workers.forkserver import ForkServers
 from mms.workers.job import Job
 from mms.workers.lateness import Lateness
 from mms.workers.recycling import Recycling
-from mms.workers.restarts import BackOff, Restarts, last_words, load_error
+from mms.workers.restarts import BackOff, Restarts, failed_to_load, last_words, load_error
+from mms.workers.scaling import Scaling
 from mms.workers.settings import PoolSettings
 from mms.workers.starting import Starter
 from mms.workers.worker import Worker, WorkerState
@@ -45,13 +47,13 @@ class WorkerPool:
         loads: asyncio.Semaphore,
         restarts: Restarts,
     ) -> None:
-        self.target = 0
+        self.scaling = Scaling(settings.label, queue, metrics)
         self.workers: list[Worker] = []
         self.failure: ModelLoadError | None = None  # set while the version is FAILED
-        self.minimum = 0  # fewer ready workers are an outage: all that were ready since the target was last lowered
         self.last_death = ""  # its cause, while a worker is missing for it
         self.was_ready = False  # requests may wait while a worker is replaced
         self.back_off = BackOff(restarts, settings.boot_tries)
+        self.placement = settings.placement
         self._settings = settings
         self._queue = queue
         self._metrics = metrics
@@ -72,9 +74,19 @@ class WorkerPool:
         self._loop = asyncio.get_running_loop()
 
     @property
+    def target(self) -> int:
+        """How many workers are wanted now."""
+        return self.scaling.target
+
+    @property
     def ready(self) -> int:
         """How many workers take jobs."""
         return len(self.ready_workers)
+
+    @property
+    def owed(self) -> int:
+        """How many workers have to be there: those that were asked for, or when FAILED all that are wanted."""
+        return self.target if self.failure is not None else self.scaling.owed
 
     @property
     def starting(self) -> bool:
@@ -94,7 +106,7 @@ class WorkerPool:
     @property
     def cpu_threads(self) -> int:
         """CPU threads that a worker gets that starts now."""
-        return self._settings.load.cpu_threads or max(1, environment.cores() // max(1, self.target))
+        return self._settings.load.cpu_threads or max(1, environment.cores() // max(1, self.scaling.most))
 
     @property
     def next_start(self) -> float | None:
@@ -182,15 +194,23 @@ class WorkerPool:
 
     # desired state
 
-    def set_target(self, count: int) -> None:
-        """Begin to run `count` workers; a FAILED pool tries again now."""
-        self.target = count
-        self.minimum = min(self.minimum, count)
+    def set_target(self, count: int, bounds: Bounds | None = None) -> None:
+        """Begin to run `count` workers, and later as many within `bounds` as there is work for (default: `count`)."""
+        self.scaling.ask(bounds or Bounds(count, count), count)
         self.was_ready = self.was_ready or not count
+        self.try_now()
+
+    def try_now(self) -> None:
+        """Start what is missing without a pause; a FAILED pool tries again."""
         self.back_off.reset()
         self.failure = None
         self.back_off.hold_until = 0.0
         self._reconcile()
+
+    def rouse(self) -> None:
+        """A request is about to come: start the first worker, if requests may."""
+        if not self._draining and self.scaling.rouse():
+            self.try_now()
 
     async def settled(self) -> None:
         """Wait until as many workers are ready as wanted and no more. Raises ModelLoadError."""
@@ -208,7 +228,7 @@ class WorkerPool:
         until = time.monotonic() + drain
         while self._unfinished() and time.monotonic() < until:
             await self._change(until - time.monotonic())
-        self.target = 0
+        self.scaling.ask(Bounds(0, 0), 0)
         self._reconcile()
         for worker in list(self.workers):
             if worker.state is WorkerState.STARTING or worker.in_flight.jobs:
@@ -245,8 +265,9 @@ class WorkerPool:
             else:
                 for _ in range(wanted - len(active)):
                     self._start_worker()
-        surplus = sorted(active, key=lambda worker: (worker.state is WorkerState.READY, -len(worker.in_flight.jobs)))
-        for worker in surplus[: max(0, len(active) - wanted)]:
+        for _ in range(len(active) - wanted):
+            worker = self._starter.surplus(active)
+            active.remove(worker)
             self._stop_worker(worker)
         if self._timer is None and (self.workers or self.target):
             self._last_tick = time.monotonic()
@@ -273,7 +294,7 @@ class WorkerPool:
         used = {worker.slot for worker in self.workers}
         slot = next(number for number in range(len(used) + 1) if number not in used)
         staying = [worker for worker in self._active() if worker is not self._recycling.leaving]
-        worker = Worker(slot, self._starter.free_gpu(staying), self, self._queue, self._metrics)
+        worker = Worker(slot, self._starter.free_place(staying), self, self._queue, self._metrics)
         self.workers.append(worker)
         task = self._run(self._boot(worker))
         task.add_done_callback(lambda _: self._unborn(worker))  # also of a task that was cancelled before it began
@@ -335,7 +356,7 @@ class WorkerPool:
         self.was_ready = True
         self.ready_workers.append(worker)
         self._queue.forget_rate()
-        self.minimum = max(self.minimum, min(self.ready, self.target))
+        self.scaling.had(self.ready)
         if self.ready >= self.target:
             self.last_death = ""
         self._metrics.load_seconds = ready.load_seconds
@@ -456,6 +477,8 @@ class WorkerPool:
         if not asleep:  # answers may lie unread in the sockets: nobody is late yet
             for worker in list(self.workers):
                 self._check(worker, now)
+            if self.failure is None and not self._draining and self.scaling.look(now, self.ready_workers):
+                self._reconcile()
         if not (self.workers or self.target or self._queue.depth):
             timer.cancel()
             self._timer = None
@@ -487,10 +510,3 @@ class WorkerPool:
             worker.kill("response_timeout")
             self.worker_lost(worker)
             self._dispatch()
-
-
-def failed_to_load(label: str) -> ServiceUnavailableError:
-    """What is said to whoever asks a FAILED version, or waits for it as it becomes one."""
-    return ServiceUnavailableError(
-        f"model {label} failed to load; its description on the management port has the traceback"
-    )

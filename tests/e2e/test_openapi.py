@@ -24,9 +24,11 @@ VALUES = {
     "synchronous": "true", "batch_size": "2", "max_batch_delay": "5", "min_workers": "0", "max_workers": "1",
     "response_timeout": "9", "startup_timeout": "9", "queue_size": "9", "queue_timeout": "9", "retry": "0",
     "queue_bytes": "1MiB", "queue_order": "fifo",
-    "isolate_errors": "true", "device": "cpu", "gpus": "", "threads": "1", "preload": "", "limit": "5",
+    "isolate_errors": "true", "device": "cpu", "gpus": "", "cpu_threads": "1", "threads": "1", "preload": "",
+    "limit": "5",
     "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1", "max_requests": "0", "max_rss": "0",
-    "worker_fs": "open", "worker_network": "open", "worker_memory": "0",
+    "instances": "", "scale_up_after": "2", "scale_down_after": "60", "scale_to_zero_after": "0",
+    "load_on_request": "false", "worker_fs": "open", "worker_network": "open", "worker_memory": "0",
 }  # fmt: skip
 METHODS = ("get", "put", "post", "delete", "patch", "options")
 
@@ -145,7 +147,7 @@ def test_the_bounds_of_settings_are_documented(running: Server) -> None:
     assert (query["gpus"], body["gpus"]["type"], body["gpus"]["items"]) == (
         {"type": "string"},
         "array",
-        {"type": "integer"},
+        {"oneOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]},
     )
 
 
