@@ -334,7 +334,7 @@ def _print_models(running: Running, models: list[dict[str, Any]]) -> None:
             model["modelName"],
             model["modelVersion"],
             "yes" if model["defaultVersion"] else "",
-            model["state"],
+            f"{model['state']}, asleep" if model.get("asleep") else model["state"],
             f"{up} of {model['minWorkers']}",
             f"{model['jobQueueStatus']['pendingRequests']} of {model['queueSize']}",
             str(model["batchSize"]),

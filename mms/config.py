@@ -275,6 +275,13 @@ class ModelSettings:
     threads: int = _setting(
         1, _integer, "batches that a worker runs at a time, with one copy of the model", low=1, high=MAX_AT_A_TIME
     )
+    preprocess_threads: int = _setting(
+        -1,
+        _integer,
+        "threads in which a worker prepares requests while batches run (request style; -1: 2 on a GPU, else 0)",
+        low=-1,
+        high=MAX_AT_A_TIME,
+    )
     preload: tuple[str, ...] = _setting(
         (), _words, "modules that the fork server imports before the workers are forked"
     )

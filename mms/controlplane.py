@@ -399,6 +399,8 @@ class ControlPlane:
             cpu_threads=settings.cpu_threads,
             max_request_size=self.config.max_request_size,
             max_response_size=self.config.max_response_size,
+            threads=settings.threads,
+            preprocess_threads=settings.preprocess_threads,
         )
         how = Launch(
             name=f"mms-{version.name}",

@@ -3,61 +3,24 @@
 from __future__ import annotations
 
 import platform
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.utils import floatToGoString
 
 import mms
+from mms.measures import SECONDS, Histogram
+from mms.tallies import Tallies, families
 
-SECONDS = (
-    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0,
-)  # fmt: skip
 BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
-
-
-class Histogram:
-    """Counts per bucket; not cumulative until it is shown."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def observe_all(self, values: Sequence[float]) -> None:
-        """As `observe` for each of at least one: what one frame brings mostly falls into one bucket."""
-        self.total += sum(values)
-        bounds, counts = self.bounds, self.counts
-        low = bisect_left(bounds, min(values))
-        if low == bisect_left(bounds, max(values)):
-            counts[low] += len(values)
-        else:
-            for value in values:
-                counts[bisect_left(bounds, value)] += 1
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts by upper bound, as Prometheus wants them."""
-        shown, running = [], 0
-        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
-            running += count
-            shown.append((str(floatToGoString(bound)), float(running)))  # type: ignore[no-untyped-call]
-        return shown
 
 
 class VersionMetrics:
     """The counters of one model version. The front end's event loop is the only writer."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: str = "") -> None:
         self.requests: Counter[int] = Counter()  # by status
         self.errors: Counter[str] = Counter()  # by cause: the error's type
         self.restarts: Counter[str] = Counter()  # by cause
@@ -70,6 +33,7 @@ class VersionMetrics:
         self.postprocess = Histogram(SECONDS)
         self.batch_size = Histogram(BATCH_SIZES)
         self.load_seconds = 0.0
+        self.tallies = Tallies(label)  # of the handler
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +127,7 @@ class Collector:
         yield from self._gauges(versions)
         yield from self._worker_families(versions)
         yield from self._host()
+        yield from families((facts.model, facts.version, facts.metrics.tallies) for facts in versions)
 
     def _counters(self, versions: list[VersionFacts]) -> Iterator[Metric]:
         requests = CounterMetricFamily(

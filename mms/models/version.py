@@ -45,7 +45,7 @@ class ModelVersion:
         self.loaded_at = time.time()
         self.directory: Path | None = None  # a folder of ours with the extracted archive, removed at the end
         self.sandbox: dict[str, Any] = {}  # what its workers give up, as it is described
-        self.metrics = VersionMetrics()
+        self.metrics = VersionMetrics(self.label)
         self.queue = BatchQueue(
             batch_size=settings.batch_size,
             max_batch_delay=settings.max_batch_delay,

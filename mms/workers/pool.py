@@ -71,6 +71,7 @@ class WorkerPool:
         self._last_tick = 0.0
         self._changed = asyncio.Event()
         self._draining = False
+        self._overlaps = False
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -106,7 +107,11 @@ class WorkerPool:
     @property
     def cpu_threads(self) -> int:
         """CPU threads that a worker gets that starts now."""
-        return self._settings.load.cpu_threads or max(1, environment.cores() // max(1, self.scaling.most))
+        return self._cpu_threads(self._settings.load.threads)
+
+    def _cpu_threads(self, threads: int) -> int:
+        """For each of the `threads` batches at a time that a worker runs."""
+        return self._settings.load.cpu_threads or max(1, environment.cores() // max(1, self.scaling.most * threads))
 
     @property
     def next_start(self) -> float | None:
@@ -159,7 +164,9 @@ class WorkerPool:
         now = time.monotonic()
         for job, error in queue.expire(now):
             self.fail(job, error)
-        if len(self.ready_workers) == 1:
+        if self._overlaps:
+            self._feed_in_turns(now)
+        elif len(self.ready_workers) == 1:
             self._feed(self.ready_workers[0], now)
         else:
             idle = [worker for worker in self.ready_workers if not worker.in_flight.jobs]
@@ -171,10 +178,18 @@ class WorkerPool:
         if queue.depth and queue.max_batch_delay:
             self._wake_later(now)
 
-    def _feed(self, worker: Worker, now: float) -> None:
+    def _feed(self, worker: Worker, now: float) -> bool:
         frame = self._queue.take(worker.in_flight, now)
-        if frame is not None:
-            worker.send(*frame)
+        if frame is None:
+            return False
+        worker.send(*frame)
+        return True
+
+    def _feed_in_turns(self, now: float) -> None:
+        """Workers that have room for several batches get one each in turn, those with the fewest first."""
+        workers = sorted(self.ready_workers, key=lambda worker: len(worker.in_flight.frames))
+        while self._queue.depth and any([self._feed(worker, now) for worker in workers]):
+            pass
 
     def _wake_later(self, now: float) -> None:
         wake_at = self._queue.wake_at()
@@ -321,7 +336,7 @@ class WorkerPool:
         async with nullcontext() if self.was_ready else self._loads:
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
-                await self._starter.start(worker, self.cpu_threads)
+                await self._starter.start(worker, self._cpu_threads(worker.place.threads))
                 while worker.state is WorkerState.STARTING and worker in self.workers:
                     await self._change(TICK)
         if worker.process is None:
@@ -355,6 +370,7 @@ class WorkerPool:
         self.failure = None
         self.was_ready = True
         self.ready_workers.append(worker)
+        self._overlaps = any(worker.in_flight.overlaps for worker in self.ready_workers)
         self._queue.forget_rate()
         self.scaling.had(self.ready)
         if self.ready >= self.target:

@@ -42,6 +42,8 @@ class Launch:
     scratch: Path  # where each gets a folder for its temporary files
     sandbox: wire.Sandbox
     interpreter: str | None = None
+    threads: int = 1
+    preprocess_threads: int = 0
 
 
 class WorkerProcess:
@@ -61,6 +63,10 @@ class WorkerProcess:
         """Jobs finished and begun since the start, and when the batch in hand began (monotonic; 0 while idle)."""
         done, started, begun_at = wire.PROGRESS.unpack_from(self._progress)
         return done, started, begun_at
+
+    def running(self) -> list[tuple[float, tuple[int, ...]]]:
+        """Of a worker with several threads: when each of those at work began, and the places of its jobs."""
+        return list(wire.read_slots(self._progress))
 
     def resident_bytes(self) -> int:
         """Memory that it holds now, with what it shares with others; 0 when it has ended."""
@@ -106,8 +112,8 @@ async def launch(how: Launch, forkservers: ForkServers) -> WorkerProcess:
     scratch = None
     try:
         scratch = new_scratch(how.scratch, how.name, how.sandbox)
-        os.ftruncate(page, wire.PROGRESS.size)
-        progress = mmap.mmap(page, wire.PROGRESS.size)
+        os.ftruncate(page, wire.page_size(how.threads, how.preprocess_threads))
+        progress = mmap.mmap(page, 0)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
         if how.interpreter is None:

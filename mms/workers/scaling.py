@@ -73,15 +73,14 @@ class Scaling:
 
     def _see(self, now: float, workers: Sequence[Worker]) -> Seen:
         batch_size = self._queue.batch_size
-        threads = sum(worker.place.threads for worker in workers)
-        busy = sum(min(1.0, -(-len(worker.in_flight.jobs) // batch_size) / worker.place.threads) for worker in workers)
-        per_worker = batch_size * max(1.0, threads / max(1, len(workers)))
+        loads = [worker.in_flight for worker in workers]
+        threads = sum(load.threads for load in loads)
         return Seen(
-            ready=len(workers),
-            busy=busy,
-            waiting=self._queue.depth / per_worker,
+            ready=len(loads),
+            busy=sum(min(1.0, -(-len(load.jobs) // batch_size) / load.threads) for load in loads),
+            waiting=self._queue.depth / batch_size * (len(loads) / threads if loads else 1.0),
             oldest_wait=self._queue.oldest_wait(now),
-            batch_seconds=max((worker.in_flight.batch_seconds or 0.0 for worker in workers), default=0.0),
+            batch_seconds=max((load.batch_seconds or 0.0 for load in loads), default=0.0),
             submitted=self._queue.submitted,
         )
 

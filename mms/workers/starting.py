@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import msgspec
 
+from mms import wire
 from mms.logs import model_logger
 from mms.workers import environment
 from mms.workers.forkserver import ForkServerDied, ForkServers
@@ -15,6 +16,8 @@ from mms.workers.placement import Place
 from mms.workers.process import Launch, launch
 from mms.workers.settings import PoolSettings
 from mms.workers.worker import Worker, WorkerState
+
+PREPROCESS_THREADS = 2  # of a worker on a GPU, unless the model says otherwise; on CPUs they would take its cores
 
 
 class Starter:
@@ -63,8 +66,10 @@ class Starter:
             cpu_threads=threads,
             threads=place.threads,
         )
+        if load.preprocess_threads < 0:
+            load.preprocess_threads = PREPROCESS_THREADS if place.gpu is not None else 0
         try:
-            process = await launch(self._launch_of(worker, threads), self._forkservers)
+            process = await launch(self._launch_of(worker, load), self._forkservers)
         except (ForkServerDied, OSError) as error:
             worker.cause = f"could not be started: {error}"
             return
@@ -73,12 +78,14 @@ class Starter:
         if worker.state is not WorkerState.STARTING:
             worker.kill("stopped")
 
-    def _launch_of(self, worker: Worker, threads: int) -> Launch:
+    def _launch_of(self, worker: Worker, load: wire.Load) -> Launch:
         how = self._settings.launch
         place = worker.place
         return replace(
             how,
-            environ={**how.environ, **environment.thread_counts(threads), **place.environment()},
+            environ={**how.environ, **environment.thread_counts(load.cpu_threads), **place.environment()},
             sandbox=msgspec.structs.replace(how.sandbox, gpu=how.sandbox.gpu and place.gpu is not None),
             interpreter=self._interpreter or how.interpreter,
+            threads=load.threads,
+            preprocess_threads=load.preprocess_threads,
         )

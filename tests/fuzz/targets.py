@@ -27,12 +27,13 @@ from mms.config import parse_yaml
 from mms.errors import ArchiveError, BadRequestError, ConfigError, FrameError, MMSError, RequestTooLargeError
 from mms.http.connection import Connection
 from mms.http.listener import HttpServer
+from mms.tallies import Tallies
 from tests.unit import test_http_connection as fake
 
 CORPUS = Path(__file__).parent / "corpus"
 MAX_SIZE = 20_000
-READ_KINDS = (wire.Load, wire.PredictView, wire.Result, wire.Ready, wire.Failed, wire.Preloaded, wire.ForkRequest,
-              wire.ForkReply)  # fmt: skip
+READ_KINDS = (wire.Load, wire.PredictView, wire.Result, wire.Measured, wire.Ready, wire.Failed, wire.Preloaded,
+              wire.ForkRequest, wire.ForkReply)  # fmt: skip
 FORM = "multipart/form-data; boundary=XX"
 
 # h11 allows 20 digits in a chunk's size; ours are bounded by the framing that a body may have in all
@@ -103,6 +104,10 @@ def codec(data: bytes) -> None:
         for message in READ_KINDS:
             with contextlib.suppress(FrameError):
                 wire.decode(message, head)
+        with contextlib.suppress(FrameError):
+            tallies = Tallies("cat 1.0")
+            for series in wire.decode(wire.Measured, head).series:
+                tallies.add(series.name, series.kind, series.labels, series.value, series.counts)
 
 
 def _frames(data: bytes, step: int) -> tuple[list[tuple[int, bytes, bytes]], bool]:

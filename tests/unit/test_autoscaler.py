@@ -146,6 +146,12 @@ def test_one_long_request_is_not_idleness() -> None:
     assert Rig(Bounds(0, 1, zero_after=10)).run(100, 1.0, arriving=False) == []
 
 
+def test_requests_that_wait_for_a_load_are_not_idleness() -> None:
+    rig = Rig(Bounds(0, 1, zero_after=10), loading=100)
+    rig.ready = 0
+    assert rig.run(60, waiting=1, wait=30) == []
+
+
 def test_a_raised_lower_bound_is_kept() -> None:
     rig = Rig(target=2)
     rig.bounds = Bounds(2, 8)

@@ -10,13 +10,12 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import mms
+from mms.measures import SECONDS, Histogram
 from mms.metrics import (
     BATCH_SIZES,
-    SECONDS,
     Collector,
     FrontEndFacts,
     GpuFacts,
-    Histogram,
     VersionFacts,
     VersionMetrics,
     WorkerFacts,
