@@ -81,8 +81,8 @@ def _reason(version: ModelVersion, details: bool) -> str:
         return pool.failure.message if details else "it failed to load"
     if pool.installing:
         return "its requirements are being installed"
-    if pool.last_death:
-        return f"a worker died: {pool.last_death}"
+    if pool.losses.last_death:
+        return f"a worker died: {pool.losses.last_death}"
     return "its workers are loading" if pool.target else "it is scaled to 0"
 
 

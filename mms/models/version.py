@@ -185,9 +185,9 @@ class ModelVersion:
         if pool is None:
             return {}
         troubles = {"forkServerDeaths": pool.forkserver_deaths} if pool.forkserver_deaths else {}
-        if pool.back_off.last_failure is None:
+        if pool.losses.back_off.last_failure is None:
             return troubles
-        failure, wait = pool.back_off.last_failure, pool.next_start
+        failure, wait = pool.losses.back_off.last_failure, pool.next_start
         return {
             **troubles,
             "lastFailure": {
@@ -195,7 +195,7 @@ class ModelVersion:
                 "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(failure.at)),
                 "output": list(failure.output),
             },
-            "deathsInWindow": pool.back_off.deaths,
+            "deathsInWindow": pool.losses.back_off.deaths,
             **({"nextStartIn": round(wait, 1)} if wait is not None else {}),
         }
 

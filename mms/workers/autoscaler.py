@@ -60,6 +60,7 @@ class Autoscaler:
     def __init__(self) -> None:
         self._works: deque[tuple[float, float]] = deque()  # when, how much; of the last `up_after` seconds
         self._sum = 0.0
+        self._whole_since: float | None = None  # no worker is missing
         self._calm_since: float | None = None
         self._most = 0.0  # mean work since then
         self._submitted = 0
@@ -72,13 +73,14 @@ class Autoscaler:
             return self._decided(0)  # from there, a request or a person brings the first one
         lowest = max(bounds.low, 1)
         if seen.ready < target:  # they are still loading, or are being replaced: what they will do is not known
-            self._forget()
-            return max(target, lowest)
+            self._whole_since = None
+        elif self._whole_since is None:
+            self._whole_since = now
         mean = self._mean(now, bounds.up_after, seen.work)
         if mean is None:
-            return target
+            return max(target, lowest)
         wanted = min(_workers(mean, BUSY), GROWTH * target, bounds.high)
-        if wanted > target:
+        if wanted > target and self._whole_since is not None and now - self._whole_since >= bounds.up_after:
             return self._decided(wanted)
         return max(self._after_calm(now, target, mean, bounds), lowest)
 

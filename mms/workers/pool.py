@@ -22,8 +22,9 @@ from mms.workers.batching import BatchQueue
 from mms.workers.forkserver import ForkServers
 from mms.workers.job import Job
 from mms.workers.lateness import Lateness
+from mms.workers.losses import Losses
 from mms.workers.recycling import Recycling
-from mms.workers.restarts import BackOff, Restarts, failed_to_load, last_words, load_error
+from mms.workers.restarts import Restarts
 from mms.workers.scaling import Scaling
 from mms.workers.settings import PoolSettings
 from mms.workers.starting import Starter
@@ -49,10 +50,8 @@ class WorkerPool:
     ) -> None:
         self.scaling = Scaling(settings.label, queue, metrics)
         self.workers: list[Worker] = []
-        self.failure: ModelLoadError | None = None  # set while the version is FAILED
-        self.last_death = ""  # its cause, while a worker is missing for it
+        self.losses = Losses(settings, metrics, restarts, self._reconcile, self._abandon)
         self.was_ready = False  # requests may wait while a worker is replaced
-        self.back_off = BackOff(restarts, settings.boot_tries)
         self.placement = settings.placement
         self._settings = settings
         self._queue = queue
@@ -78,6 +77,11 @@ class WorkerPool:
     def target(self) -> int:
         """How many workers are wanted now."""
         return self.scaling.target
+
+    @property
+    def failure(self) -> ModelLoadError | None:
+        """Set while the version is FAILED."""
+        return self.losses.failure
 
     @property
     def ready(self) -> int:
@@ -116,8 +120,7 @@ class WorkerPool:
     @property
     def next_start(self) -> float | None:
         """Seconds until a missing worker is started, None when none waits."""
-        at = self.back_off.retry_at if self.failure is not None else self.back_off.hold_until
-        return max(0.0, at - time.monotonic()) if self.missing else None
+        return self.losses.next_start if self.missing else None
 
     @property
     def forkserver_deaths(self) -> int:
@@ -217,9 +220,7 @@ class WorkerPool:
 
     def try_now(self) -> None:
         """Start what is missing without a pause; a FAILED pool tries again."""
-        self.back_off.reset()
-        self.failure = None
-        self.back_off.hold_until = 0.0
+        self.losses.forgive()
         self._reconcile()
 
     def rouse(self) -> None:
@@ -274,7 +275,7 @@ class WorkerPool:
         self._let_go()
         active = self._active()
         wanted = self.target + bool(self.target and self._recycling.leaving)
-        if len(active) < wanted and self.failure is None and time.monotonic() >= self.back_off.hold_until:
+        if len(active) < wanted and self.losses.may_start:
             if self._starter.lacks_interpreter:
                 self._install()
             else:
@@ -301,7 +302,7 @@ class WorkerPool:
         try:
             await self._starter.install()
         except ModelLoadError as error:
-            self._fail_version(error, "")
+            self.losses.fail(error)
         else:
             self._reconcile()
 
@@ -366,15 +367,12 @@ class WorkerPool:
     # Owner
 
     def worker_ready(self, worker: Worker, ready: wire.Ready) -> None:
-        self.back_off.reset()
-        self.failure = None
         self.was_ready = True
         self.ready_workers.append(worker)
         self._overlaps = any(worker.in_flight.overlaps for worker in self.ready_workers)
         self._queue.forget_rate()
         self.scaling.had(self.ready)
-        if self.ready >= self.target:
-            self.last_death = ""
+        self.losses.recovered(wholly=self.ready >= self.target)
         self._metrics.load_seconds = ready.load_seconds
         seconds = time.monotonic() - worker.launched
         log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
@@ -405,7 +403,7 @@ class WorkerPool:
         if state is WorkerState.STARTING:
             self._boot_failed(worker)
         elif state is WorkerState.READY:
-            self._died(worker)
+            self.losses.died(worker, len(self.workers))
         else:
             worker.state = WorkerState.STOPPED
             self._reconcile()
@@ -425,57 +423,15 @@ class WorkerPool:
             self.fail(job, error)
         self._wake_soon()
 
-    def _died(self, worker: Worker) -> None:
-        worker.state = WorkerState.FAILED
-        self.last_death = worker.cause
-        self._metrics.restarts[worker.cause] += 1
-        pause = self.back_off.died(worker, len(self.workers))
-        log.error("%s: worker %d (pid %s) died: %s; replacing it%s%s", self._settings.label, worker.slot, worker.pid,
-                  worker.cause, f" in {pause:.1f} s" if pause else "", last_words(worker))  # fmt: skip
-        self._hold(pause)
-
     def _boot_failed(self, worker: Worker) -> None:
-        if worker.state is not WorkerState.STARTING:
-            self._reconcile()
-            return
-        worker.state = WorkerState.FAILED
-        self.back_off.failed_to_start(worker)
-        if self.failure is not None:
-            return
-        if self.ready_workers:  # the others serve: only this place stays empty for a while
-            pause = self.back_off.pause_beside_others()
-            log.error("%s: worker %d did not become ready: %s; next try in %.1f s", self._settings.label, worker.slot,
-                      worker.failure.message if worker.failure else worker.cause, pause)  # fmt: skip
-            self._hold(pause)
-            return
-        next_try = self.back_off.pause_of_boot()
-        if next_try is not None:
-            self._hold(next_try)
-            return
-        self._fail_version(load_error(self._settings.label, worker), f" after {self.back_off.failed_starts} tries")
+        self.losses.not_ready(worker, others_serve=bool(self.ready_workers))
 
-    def _fail_version(self, failure: ModelLoadError, tries: str) -> None:
-        self.failure = failure
-        pause = self.back_off.pause_when_failed()
-        log.error("%s: FAILED%s: %s; next try in %g s", self._settings.label, tries, failure.message, pause)
-        self._loop.call_later(pause, self._retry_failed)
+    def _abandon(self, error: MMSError) -> None:
+        """Those who wait have nobody left to wait for, unless another worker serves."""
         if not self.ready_workers:
-            for job, error in self._queue.abandon(failed_to_load(self._settings.label)):
-                self.fail(job, error)
+            for job, outcome in self._queue.abandon(error):
+                self.fail(job, outcome)
         self._changed.set()
-
-    def _retry_failed(self) -> None:
-        if self.failure is not None and self.target:
-            self.failure = None
-            self.back_off.try_once()
-            self._reconcile()
-
-    def _hold(self, pause: float) -> None:
-        """Reconcile after `pause` seconds."""
-        if pause:
-            self.back_off.hold_until = time.monotonic() + pause
-            self._loop.call_later(pause + 0.001, self._reconcile)
-        self._reconcile()
 
     # time
 

@@ -94,6 +94,12 @@ def test_nothing_more_is_started_while_workers_load() -> None:
     assert rig.run(5, 9.0, waiting=100, wait=9.0) == [4]
 
 
+def test_a_worker_that_never_loads_is_given_up_when_nothing_needs_it() -> None:
+    rig = Rig(loading=1e9)
+    assert rig.run(30, 0.9) == [2]
+    assert rig.run(70, 0.3) == [1]
+
+
 def test_fewer_run_after_a_minute_in_which_fewer_were_enough() -> None:
     rig = Rig(target=4)
     assert rig.run(60, 1.0) == []
@@ -144,12 +150,6 @@ def test_without_an_idle_time_the_last_worker_stays() -> None:
 
 def test_one_long_request_is_not_idleness() -> None:
     assert Rig(Bounds(0, 1, zero_after=10)).run(100, 1.0, arriving=False) == []
-
-
-def test_requests_that_wait_for_a_load_are_not_idleness() -> None:
-    rig = Rig(Bounds(0, 1, zero_after=10), loading=100)
-    rig.ready = 0
-    assert rig.run(60, waiting=1, wait=30) == []
 
 
 def test_a_raised_lower_bound_is_kept() -> None:
