@@ -85,7 +85,7 @@ class Scaling:
         )
 
     def _move(self, target: int, why: str) -> None:
-        log.info("%s: %d workers instead of %d: %s", self._label, target, self.target, why)
+        log.info("%s: %d instead of %d workers: %s", self._label, target, self.target, why)
         self._metrics.scalings["up" if target > self.target else "down"] += 1
         self._aim(target)
 
