@@ -7,10 +7,10 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench overload build clean nginx wrk
+.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench bench-engine overload build clean nginx wrk
 
 help: ## print this menu
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.demo nginx ## package a real network, serve it behind nginx, show what it sees in two photos
 	@$(BIN)/python examples/image_classification/demo.py
@@ -51,6 +51,9 @@ format: $(VENV)/.dev ## put the code into its house style
 
 bench: $(VENV)/.dev nginx wrk ## measure the server against the floor on this machine
 	@$(BIN)/python -m benchmarks.hotpath
+
+bench-engine: $(VENV)/.dev wrk ## what threads, overlap, scheduling and the cache bring, as ratios (ONLY=)
+	@$(BIN)/python -m benchmarks.engine $(if $(ONLY),--only $(ONLY))
 
 overload: $(VENV)/.dev ## twice and five times the load that a model can serve: who is answered, and how soon (SECONDS=60)
 	@$(BIN)/python -m benchmarks.overload $(if $(SECONDS),--seconds $(SECONDS))

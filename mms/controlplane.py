@@ -28,6 +28,7 @@ from mms.errors import (
     ServiceUnavailableError,
 )
 from mms.logs import close_model_log, model_logger, open_model_log
+from mms.metrics import RestartFacts
 from mms.models.download import Downloads, is_remote, split_pin
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
@@ -244,6 +245,10 @@ class ControlPlane:
             workers = {worker.pid for pool in pools for worker in pool.workers if worker.pid is not None}
             for pid in reap_orphans(workers | others | set(self.forkservers.pids())):
                 log.warning("process %d, which a worker had started, had left its session; killed", pid)
+
+    def restarts(self) -> list[RestartFacts]:
+        """What has died and is started again, beside the workers of each version."""
+        return [*self.forkservers.facts(), self._restarts.facts()]
 
     async def close(self, drain: float) -> None:
         """Unload everything and end the fork servers; what is registered stays saved."""

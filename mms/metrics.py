@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -76,6 +76,21 @@ class FrontEndFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class RestartFacts:
+    """One level of what is started again when it dies: nginx, a fork server, the workers of all versions together."""
+
+    level: str  # nginx, forkserver or workers
+    preload: str  # of a fork server
+    causes: Mapping[str, int]  # of all deaths there were, with their numbers
+    recent: int  # deaths within the last `window` seconds, of which `limit` are put up with
+    limit: int
+    window: float
+    last_cause: str
+    spent: bool
+    state: str  # in words
+
+
+@dataclass(frozen=True, slots=True)
 class GpuFacts:
     """One GPU at scrape time: index, ratio 0 to 1 (None where it is not known), bytes."""
 
@@ -108,11 +123,13 @@ class Collector:
         front_end: Callable[[], FrontEndFacts],
         failures: Counter[tuple[int, str]],
         unsaved: Callable[[], bool] = lambda: False,
+        restarts: Callable[[], Iterable[RestartFacts]] = lambda: (),
     ) -> None:
         self._versions = versions
         self._gpus = gpus
         self._front_end = front_end
         self._unsaved = unsaved
+        self._restarts = restarts
         self._failures = failures  # of requests that reached no model, by status and cause
 
     def collect(self) -> Iterator[Metric]:
@@ -126,6 +143,7 @@ class Collector:
             yield family
         yield from self._gauges(versions)
         yield from self._worker_families(versions)
+        yield from self._restart_families()
         yield from self._host()
         yield from families((facts.model, facts.version, facts.metrics.tallies) for facts in versions)
 
@@ -218,6 +236,25 @@ class Collector:
                 cpu.add_metric([facts.model, facts.version, str(worker.slot)], worker.cpu_seconds)
                 memory.add_metric([facts.model, facts.version, str(worker.slot)], worker.resident_bytes)
         yield from (states, cpu, memory)
+
+    def _restart_families(self) -> Iterator[Metric]:
+        nginx = CounterMetricFamily("mms_nginx_restarts", "Deaths of nginx, by cause.", labels=["reason"])
+        forkservers = CounterMetricFamily(
+            "mms_forkserver_restarts", "Deaths of fork servers, by cause.", labels=["preload", "reason"]
+        )
+        held_back = GaugeMetricFamily(
+            "mms_restarts_held_back",
+            "1 while more has died than is put up with, so that it is started again later or otherwise.",
+            labels=["level", "preload"],
+        )
+        for facts in self._restarts():
+            held_back.add_metric([facts.level, facts.preload], facts.spent)
+            for cause, count in sorted(facts.causes.items()):
+                if facts.level == "nginx":
+                    nginx.add_metric([cause], count)
+                elif facts.level == "forkserver":
+                    forkservers.add_metric([facts.preload, cause], count)
+        yield from (nginx, forkservers, held_back)
 
     def _host(self) -> Iterator[Metric]:
         front = self._front_end()

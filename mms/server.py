@@ -10,7 +10,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mms.addresses import LISTENERS, Addresses
@@ -21,9 +22,9 @@ from mms.dataplane import DataPlane
 from mms.edge import KEEPALIVE, Edge
 from mms.errors import ConfigError
 from mms.http.limits import Limits
-from mms.http.listener import HttpServer
+from mms.http.listener import BACKLOG_TIME, HttpServer
 from mms.http.shedding import NO_CONNECTIONS
-from mms.metrics import Collector, FrontEndFacts, GpuFacts, registry
+from mms.metrics import Collector, FrontEndFacts, GpuFacts, RestartFacts, registry
 from mms.models.readiness import Phase, Readiness
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
@@ -68,7 +69,7 @@ class ModelServer:
         store = ModelStore(config.model_store, keys)
         self._registry = ModelRegistry()
         self._cache = CacheDirectory(config.cache_dir)
-        self._readiness = Readiness(self._registry, self._overload)
+        self._readiness = Readiness(self._registry, self._obstacle, self._restarts)
         self._control = ControlPlane(config, self._registry, store, self._cache, config.state)
         self._startup = Startup(Plan(config, self._control, fresh=fresh), self._control, say, self._manager)
         self._run_dir = RunDirectory(config.run_dir)
@@ -77,6 +78,8 @@ class ModelServer:
         self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
         self._http = HttpServer(self._inference, self._limits(), edge=self._edge.wanted)
         self._runners: list[web.AppRunner] = []
+        self._listen: dict[str, Callable[[socket.socket], Coroutine[Any, Any, None]]] = {"inference": self._http.listen}
+        self._listening: set[asyncio.Task[None]] = set()
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._exit_code = 0
@@ -119,7 +122,7 @@ class ModelServer:
         self._readiness.phase = Phase.SERVING
         gc.collect()
         gc.freeze()
-        line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.running)
+        line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.what())
         self._manager.ready(line)
         self._say(line)
 
@@ -172,6 +175,7 @@ class ModelServer:
             lambda: FrontEndFacts(len(self._http.connections), self._http.shedding.bytes, self._http.shedding.step),
             self._inference.failures,
             lambda: self._control.saver is not None and self._control.saver.failed,
+            self._restarts,
         )
 
         def refresh() -> None:
@@ -179,10 +183,10 @@ class ModelServer:
 
         guard = Guard(self._addresses.of["management"], self._config.management_hosts, self._token)
         apps = (
-            (management.application(self._control, self._readiness, guard), control),
-            (metrics.application(registry(collector), refresh), scrape),
+            ("management", management.application(self._control, self._readiness, guard), control),
+            ("metrics", metrics.application(registry(collector), refresh), scrape),
         )
-        for app, sock in apps:
+        for name, app, sock in apps:
             keepalive = KEEPALIVE if self._edge.wanted else self._config.keepalive_timeout
             runner = web.AppRunner(
                 app,
@@ -194,16 +198,28 @@ class ModelServer:
             await runner.setup()
             self._runners.append(runner)
             await web.SockSite(runner, sock).start()
+            self._listen[name] = partial(_listen, runner)
 
-    def _overload(self) -> str:
-        """Why no connection is taken; empty while they are."""
-        return self._http.shedding.full().message if self._http.shedding.step == NO_CONNECTIONS else ""
+    def _obstacle(self) -> tuple[str, str]:
+        """Why no connection is taken: a word and a sentence; empty while they are."""
+        if trouble := self._edge.trouble:
+            return "unreachable", trouble
+        if self._http.shedding.step == NO_CONNECTIONS:
+            return "overloaded", f"the front end refuses connections: {self._http.shedding.full().message}"
+        return "", ""
+
+    def _restarts(self) -> list[RestartFacts]:
+        return [*self._edge.restarts(), *self._control.restarts()]
 
     def _tick(self) -> None:
         # first: whatever fails below, the clock goes on
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
         self._edge.renew_certificate()
         self._control.reap_orphans(self._edge.pids)
+        for name, sock in self._addresses.bind_anew().items():
+            listening = asyncio.create_task(self._listen[name](sock))
+            self._listening.add(listening)
+            listening.add_done_callback(self._listening.discard)
 
     def _watchdog(self) -> None:
         """Tell the service manager that the event loop turns."""
@@ -300,6 +316,17 @@ class ModelServer:
         pools = [(version.queue, version.pool) for version in self._registry.versions() if version.pool is not None]
         waiting = sum(queue.depth + pool.in_flight for queue, pool in pools)
         return f"requests in hand ({waiting} at workers and in queues) have {left:.0f} s left"
+
+
+async def _listen(runner: web.AppRunner, sock: socket.socket) -> None:
+    """As HttpServer.listen, for aiohttp."""
+    from aiohttp import web
+
+    before = set(runner.sites)
+    await web.SockSite(runner, sock).start()
+    await asyncio.sleep(BACKLOG_TIME)
+    for site in before & set(runner.sites):
+        await site.stop()
 
 
 async def _first_of(*tasks: asyncio.Task[Any]) -> bool:

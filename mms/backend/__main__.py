@@ -35,7 +35,7 @@ def main() -> None:
         if arguments.archive is None or arguments.request is None:
             parser.error("--archive and --request are needed")
         try:
-            load, body = _prepare(arguments.archive), arguments.request.read_bytes()
+            load, body = load_of(arguments.archive), arguments.request.read_bytes()
         except MMSError as error:
             parser.exit(2, f"{parser.prog}: error: {error.message}\n")
         except OSError as error:
@@ -52,7 +52,7 @@ def main() -> None:
     loop.main(socket.socket(fileno=arguments.channel), arguments.page)
 
 
-def _prepare(directory: Path) -> wire.Load:
+def load_of(directory: Path) -> wire.Load:
     """What the server would tell its worker. Raises ArchiveError and ConfigError."""
     from mms.config import ModelSettings, merge_settings, read_yaml  # workers do without
 

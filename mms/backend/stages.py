@@ -125,7 +125,7 @@ class RequestStages:
     style = "request"
 
     def __init__(self, handler: Handler, context: Context, *, isolate: bool, limit: int) -> None:
-        self._handler = handler
+        self.handler = handler
         self._context = context
         self.metrics = context.metrics
         self._isolate = isolate
@@ -133,7 +133,7 @@ class RequestStages:
         self._times = [0.0, 0.0, 0.0]
 
     def for_thread(self) -> RequestStages:
-        return RequestStages(self._handler, self._context.for_thread(), isolate=self._isolate, limit=self._limit)
+        return RequestStages(self.handler, self._context.for_thread(), isolate=self._isolate, limit=self._limit)
 
     def run(self, requests: list[Request]) -> list[Answer]:
         self._context.begin_batch(requests)
@@ -161,7 +161,7 @@ class RequestStages:
 
     def prepare(self, request: Request) -> Prepared:
         """Never raises."""
-        handler = self._handler
+        handler = self.handler
         try:
             item = handler.preprocess(request)
             bucket = handler.bucket_by(item)
@@ -173,7 +173,7 @@ class RequestStages:
     def infer(self, batch: list[Prepared]) -> None:
         """Each item becomes its output; those that fail get their answer. Never raises."""
         try:
-            outputs = self._handler.inference(self._handler.collate([one.item for one in batch]))
+            outputs = self.handler.inference(self.handler.collate([one.item for one in batch]))
             fault = miscount(outputs, len(batch), "inference")
             if fault:
                 raise HandlerError(fault)
@@ -194,7 +194,7 @@ class RequestStages:
         if one.answer is not None:
             return one.answer
         try:
-            result = self._handler.postprocess(one.item)
+            result = self.handler.postprocess(one.item)
         except BaseException as error:
             result = error
         return one_answer(result, one.request, self._limit)

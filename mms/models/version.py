@@ -184,7 +184,9 @@ class ModelVersion:
         pool = self.pool
         if pool is None:
             return {}
-        troubles = {"forkServerDeaths": pool.forkserver_deaths} if pool.forkserver_deaths else {}
+        troubles: dict[str, Any] = {"forkServerDeaths": pool.forkserver_deaths} if pool.forkserver_deaths else {}
+        if pool.forkserver_back_in:
+            troubles["forkServerBackIn"] = round(pool.forkserver_back_in, 1)
         if pool.losses.back_off.last_failure is None:
             return troubles
         failure, wait = pool.losses.back_off.last_failure, pool.next_start

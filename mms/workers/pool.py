@@ -128,6 +128,11 @@ class WorkerPool:
         return self._forkservers.deaths(self._settings.launch.preload)
 
     @property
+    def forkserver_back_in(self) -> float:
+        """Seconds for which its workers start as fresh interpreters, because it has died too often; mostly 0."""
+        return self._forkservers.spent_for(self._settings.launch.preload)
+
+    @property
     def in_flight(self) -> int:
         return sum(len(worker.in_flight.jobs) for worker in self.workers)
 
@@ -443,7 +448,7 @@ class WorkerPool:
         self._queue.tick(now)
         for job, error in self._queue.expire(now):
             self.fail(job, error)
-        self._restarts.memory_kills.look(now)
+        self._restarts.tick(now)
         if self._recycling.wanted:
             self._recycle()
         if not asleep:  # answers may lie unread in the sockets: nobody is late yet

@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from mms import wire
+from mms.workers.budget import how_it_ended
 from mms.workers.forkserver import ForkServers, UnsafeFork
 from mms.workers.sandbox import new_scratch
 
@@ -93,9 +94,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # the pid is still ours: nobody has reaped it
         os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        if status.si_code == os.CLD_EXITED:
-            return f"exit code {status.si_status}"
-        return f"signal {status.si_status} ({signal.Signals(status.si_status).name})"
+        return how_it_ended(status.si_status if status.si_code == os.CLD_EXITED else -status.si_status)
 
     def close(self) -> None:
         """Release the descriptors; after the transports that use channel and output are closed."""

@@ -18,6 +18,7 @@ from tests.conftest import (
     Server,
     Traffic,
     eventually,
+    fetch,
     needs_nginx,
     processes_in,
     server,
@@ -216,6 +217,11 @@ def test_f36_the_fork_servers_death_is_no_workers_death(running: Server) -> None
     assert running.workers("forked") == before
     os.kill(before[0], signal.SIGKILL)
     eventually(lambda: replaced(running, "forked", 2, before[0]), timeout=2)
+    assert running.metric("mms_forkserver_restarts_total", reason="signal 9 (SIGKILL)") >= 1
+    assert running.describe("forked")["forkServerDeaths"] >= 1
+    lines = running.manage("GET", "/readyz").json()["restarts"]
+    assert ("forkserver", "signal 9 (SIGKILL)") in [(line["level"], line["lastCause"]) for line in lines]
+    assert "restarts" not in fetch(running.url, "GET", "/readyz").json(), "for the operator only"
 
 
 def test_f38_the_fork_server_killed_together_with_a_worker(running: Server) -> None:

@@ -504,6 +504,7 @@ def test_f39_a_stopped_fork_server_is_replaced(serve: Serve, monkeypatch: pytest
             assert await serves(served)
             await served.scale(2)
             assert served.forkservers.pids() != [stopped]
+            assert [facts.last_cause for facts in served.forkservers.facts()] == ["no answer"]
             assert not psutil.pid_exists(stopped)
 
     uvloop.run(scenario())
@@ -512,14 +513,17 @@ def test_f39_a_stopped_fork_server_is_replaced(serve: Serve, monkeypatch: pytest
 def test_a_fork_server_that_cannot_be_kept_is_done_without(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with serve("misbehaves") as served:
-            for _ in range(forkserver.DEATHS):
+            for _ in range(forkserver.DEATHS + 1):
                 (pid,) = served.forkservers.pids()
                 os.kill(pid, signal.SIGKILL)
                 await until(lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]
                 await served.scale(1)
                 await served.scale(2)
             assert served.forkservers.pids() == []
-            assert (served.pool.ready, served.pool.forkserver_deaths) == (2, forkserver.DEATHS)
+            assert (served.pool.ready, served.pool.forkserver_deaths) == (2, forkserver.DEATHS + 1)
+            assert 0 < served.pool.forkserver_back_in <= forkserver.DEATH_WINDOW
+            (facts,) = served.forkservers.facts()
+            assert (facts.spent, facts.causes) == (True, {"signal 9 (SIGKILL)": forkserver.DEATHS + 1})
             assert await serves(served)
 
     with caplog.at_level(logging.WARNING, "mms"):
