@@ -1,6 +1,6 @@
 """How many workers a pool should have for the work there is: a pure decision, with the clock passed in.
 
-The work is measured in workers: the share of them that is busy, and the batches that wait too long. Its mean over
+The work is measured in workers: those that are busy, and the batches that wait too long. Its mean over
 `up_after` seconds says how many are needed. More are started as soon as that mean asks for them, fewer run once
 `down_after` seconds have passed in which fewer would always have been enough.
 """
@@ -41,7 +41,7 @@ class Seen:
     """A pool at one moment: `busy` and `waiting` in workers, `submitted` counts all requests that ever came."""
 
     ready: int
-    busy: float  # the workers at work, each by the share of its threads that have a batch
+    busy: float  # the workers at work, each by how full its batches are: while there is room in them, it can do more
     waiting: float  # workers that the queue would keep busy for one batch each
     oldest_wait: float  # seconds
     batch_seconds: float  # of the slowest worker

@@ -77,7 +77,7 @@ class Scaling:
         threads = sum(load.threads for load in loads)
         return Seen(
             ready=len(loads),
-            busy=sum(min(1.0, -(-len(load.jobs) // batch_size) / load.threads) for load in loads),
+            busy=sum(min(1.0, len(load.jobs) / (batch_size * load.threads)) for load in loads),
             waiting=self._queue.depth / batch_size * (len(loads) / threads if loads else 1.0),
             oldest_wait=self._queue.oldest_wait(now),
             batch_seconds=max((load.batch_seconds or 0.0 for load in loads), default=0.0),

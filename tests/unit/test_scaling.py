@@ -68,8 +68,9 @@ def test_a_worker_is_as_busy_as_its_threads(workers: list[Busy], target: int) ->
     assert look(make(Bounds(1, 8), 1), 2.5, *workers) == target
 
 
-def test_a_batch_is_one_piece_of_work() -> None:
-    assert look(make(Bounds(1, 8), 1, batch_size=8), 2.5, Busy(8, threads=2)) == 1
+@pytest.mark.parametrize(("jobs", "threads", "target"), [(2, 1, 1), (8, 1, 2), (8, 2, 1)])
+def test_a_worker_whose_batches_are_half_empty_needs_no_other(jobs: int, threads: int, target: int) -> None:
+    assert look(make(Bounds(1, 8), 1, batch_size=8), 2.5, Busy(jobs, threads)) == target
 
 
 def test_only_those_that_were_asked_for_are_missed() -> None:
