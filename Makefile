@@ -7,7 +7,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench bench-engine overload build clean nginx wrk
+.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench bench-engine overload build lock audit clean nginx wrk
 
 help: ## print this menu
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -27,7 +27,7 @@ faults: $(VENV)/.dev nginx ## run every test of the fault catalogue, slow ones t
 chaos: $(VENV)/.dev nginx ## kill, stop and change everything under traffic, then count (5 minutes; SECONDS=)
 	@$(BIN)/python -m tests.chaos chaos $(if $(SECONDS),--seconds $(SECONDS))
 
-lost: $(VENV)/.dev nginx ## requests lost of 100,000 in swaps, reloads and kills (TRIALS=, REQUESTS=)
+lost: $(VENV)/.dev nginx ## requests lost of 100,000 in swaps, reloads, upgrades and kills (TRIALS=, REQUESTS=)
 	@$(BIN)/python -m tests.chaos lost $(TRIALS) $(if $(REQUESTS),--requests $(REQUESTS))
 
 soak: $(VENV)/.dev ## 2,000 registrations beside steady load: does anything grow? (20 minutes; SECONDS=)
@@ -61,6 +61,13 @@ overload: $(VENV)/.dev ## twice and five times the load that a model can serve: 
 build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build
 
+lock: $(VENV)/.audit ## renew requirements.lock: the newest runtime dependencies that fit, with their hashes
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --upgrade --quiet \
+	  --custom-compile-command "make lock" --output-file requirements.lock
+
+audit: $(VENV)/.audit ## ask PyPI's advisories about requirements.lock (needs pypi.org itself, not only a mirror)
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
+
 clean: ## remove what was built, cached and run (keeps the virtual environment)
 	rm -rf build dist *.egg-info demo-run model-store .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis fuzz-findings
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -86,3 +93,7 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml setup.cfg
 	@echo "installing MMS with PyTorch and the developer's tools into $(VENV): several GB when pip has not fetched them before ..."
 	@$(BIN)/python -m pip install --editable '.[demo,dev]'
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.audit: $(VENV)/.made pyproject.toml setup.cfg
+	@$(BIN)/python -m pip install --quiet 'pip-audit>=2.9' 'uv>=0.9'
+	@touch $@

@@ -18,7 +18,7 @@ import msgspec
 
 from mms import wire
 from mms.archive import HANDLER, MODEL_NAME, ModelArchive
-from mms.config import Config, ModelSettings, merge_settings, read_yaml
+from mms.config import Config, ModelSettings, merge_settings
 from mms.errors import (
     ArchiveError,
     BadRequestError,
@@ -26,6 +26,7 @@ from mms.errors import (
     MMSError,
     NotFoundError,
     ServiceUnavailableError,
+    UpgradingError,
 )
 from mms.logs import close_model_log, model_logger, open_model_log
 from mms.metrics import RestartFacts
@@ -34,6 +35,7 @@ from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
 from mms.rundir import CacheDirectory
+from mms.safe_yaml import read_yaml
 from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers import environment
 from mms.workers.autoscaler import Bounds
@@ -42,6 +44,7 @@ from mms.workers.gpus import find_gpus
 from mms.workers.placement import plan
 from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch, reap_orphans
+from mms.workers.requirements import Installer
 from mms.workers.restarts import MAX_BOOT_FAILURES, Restarts
 from mms.workers.sandbox import Sandboxes, only_stricter
 from mms.workers.settings import PoolSettings
@@ -81,6 +84,7 @@ class ControlPlane:
         # by name and version: what is to be registered at start or could not be, and whether it is the default
         self._waiting: dict[tuple[str, str], tuple[SavedVersion, bool]] = {}
         self._closed = False
+        self.frozen = False  # an upgrade goes on: what is registered must stay as the new server was told
 
     async def check_sandbox(self) -> None:
         """Whether this machine can give workers what the server's settings demand. Raises ConfigError."""
@@ -104,6 +108,7 @@ class ControlPlane:
         is registered), ModelLoadError (the version stays registered as FAILED; registering it again replaces it), and
         ConflictError when it was unregistered before its workers were ready.
         """
+        self._check_thawed()
         url, sha256 = await self.fetch(url, sha256)
         archive, digest = await self._open(url, handler, sha256)
         name = name or archive.manifest.model_name
@@ -194,6 +199,7 @@ class ControlPlane:
         is changed), and when synchronous ModelLoadError if workers cannot be started, ConflictError if the version is
         unregistered meanwhile.
         """
+        self._check_thawed()
         found = self.registry.version(name, version)
         settings = merge_settings(found.settings, changes, "request", strict=True)
         pool = found.pool
@@ -213,6 +219,7 @@ class ControlPlane:
         return found
 
     async def set_default(self, name: str, version: str) -> None:
+        self._check_thawed()
         found = self.registry.version(name, version)
         if found.state is VersionState.FAILED:
             raise ConflictError(f"model {found.label} is FAILED and cannot become the default")
@@ -224,6 +231,7 @@ class ControlPlane:
 
     async def unregister(self, name: str, version: str = "") -> None:
         """Stop serving a version (default: all of the model's), after its requests in hand are answered."""
+        self._check_thawed()
         forgotten = self._forget(name, version)
         try:
             model = self.registry.model(name)
@@ -256,6 +264,11 @@ class ControlPlane:
         await asyncio.gather(*(self._unload(version, drain) for version in list(self._versions)))
         self.forkservers.close()
 
+    async def thaw(self) -> None:
+        """Changes are taken again; the saved state may have been changed by another server meanwhile."""
+        self.frozen = False
+        await self._save()
+
     def snapshot(self) -> State:
         """What is registered, or waits to be."""
         models = {
@@ -281,6 +294,10 @@ class ControlPlane:
             await version.pool.settled()
         if version.state in (VersionState.DRAINING, VersionState.UNLOADED):
             raise ConflictError(f"model {version.label} was unregistered before it had its workers")
+
+    def _check_thawed(self) -> None:
+        if self.frozen:
+            raise UpgradingError("the server is being upgraded; try again when that is done")
 
     async def _save(self) -> None:
         if self.saver is not None and not self._closed:
@@ -337,6 +354,8 @@ class ControlPlane:
             version.sandbox = self._sandboxes.describe(settings)
             version.pool = self._pool(version, folder, model_config, sandbox)
             replaced = self._failed(name, number)
+            if not at_start:
+                self._check_thawed()
             open_model_log(self.config.run_dir / "logs", name)
             if replaced is not None:
                 self.registry.remove(replaced)
@@ -419,7 +438,7 @@ class ControlPlane:
             label=version.label,
             load=load,
             launch=how,
-            interpreter=self._interpreter(version, folder),
+            interpreter=self._interpreter(version, folder, sandbox),
             placement=plan(settings, self.gpus, environment.cores()),
             response_timeout=settings.response_timeout,
             startup_timeout=settings.startup_timeout,
@@ -430,7 +449,9 @@ class ControlPlane:
         )
         return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, self._restarts)
 
-    def _interpreter(self, version: ModelVersion, folder: Path) -> Callable[[], Awaitable[str]] | None:
+    def _interpreter(
+        self, version: ModelVersion, folder: Path, sandbox: wire.Sandbox
+    ) -> Callable[[], Awaitable[str]] | None:
         """What makes the archive's own Python, if it brings requirements and may install them."""
         file = version.archive.manifest.requirements_file
         if not file:
@@ -438,8 +459,15 @@ class ControlPlane:
         if not self.config.install_requirements:
             log.warning("%s brings %s, which is not installed: install_requirements is off", version.label, file)
             return None
-        make, output = environment.own_interpreter, model_logger(version.name)
-        return partial(make, folder / file, self._cache.venvs, self._cache.own, output, version.label)
+        installer = Installer(
+            venvs=self._cache.venvs,
+            scratch=self._sandboxes.scratch,
+            sandbox=sandbox,
+            worker_env=self.config.worker_env,
+            wheelhouse=self.config.wheelhouse,
+            require_hashes=self.config.require_hashes,
+        )
+        return partial(installer.interpreter, folder / file, model_logger(version.name), version.label)
 
 
 def _bounds(settings: ModelSettings) -> Bounds:

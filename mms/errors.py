@@ -28,7 +28,7 @@ class BadRequestError(MMSError):
 
 
 class UnauthorizedError(MMSError):
-    """The management API wants its token, and this call brought none or a wrong one. Do not retry."""
+    """The API wants its token, and this call brought none or a wrong one. Do not retry."""
 
     status = 401
     type = "UnauthorizedException"
@@ -135,6 +135,13 @@ class DrainingError(ServiceUnavailableError):
     """The version is being unloaded, or the server stops. Retry on another server."""
 
     type = "DrainingException"
+
+
+class UpgradingError(ServiceUnavailableError):
+    """Another server is taking over; what is registered stays as it was told. Retry after `retry_after` seconds."""
+
+    type = "UpgradingException"
+    retry_after = 5
 
 
 class WorkerDiedError(MMSError):

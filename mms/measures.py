@@ -64,7 +64,8 @@ class Histogram:
         shown, running = [], 0
         for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
             running += count
-            shown.append((str(floatToGoString(bound)), float(running)))  # type: ignore[no-untyped-call]
+            name = str(floatToGoString(bound))  # type: ignore[no-untyped-call]  # not typed in the library
+            shown.append((name, float(running)))
         return shown
 
 

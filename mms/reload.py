@@ -17,9 +17,9 @@ log = logging.getLogger("mms.server")
 # What a reload changes: the front end and nginx at once, models where they are registered from then on.
 LIVE = (
     "access_log", "log_level", "max_connections", "header_timeout", "body_timeout", "keepalive_timeout", "drain_delay",
-    "drain_timeout", "stop_grace", "verify_archives", "install_requirements", "worker_env", "batch_size",
-    "max_batch_delay", "workers", "response_timeout", "startup_timeout", "queue_size", "queue_bytes", "queue_timeout",
-    "queue_order", "max_bytes_in_flight", "instances",
+    "drain_timeout", "stop_grace", "verify_archives", "install_requirements", "require_hashes", "wheelhouse",
+    "worker_env", "batch_size", "max_batch_delay", "workers", "response_timeout", "startup_timeout", "queue_size",
+    "queue_bytes", "queue_timeout", "queue_order", "max_bytes_in_flight", "instances",
 )  # fmt: skip
 
 
@@ -51,6 +51,11 @@ class Reloads:
         self._again = True
         if self._task is None:
             self._task = asyncio.create_task(self._reload_as_asked())
+
+    async def ended(self) -> None:
+        """Return when none is under way."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     async def _reload_as_asked(self) -> None:
         try:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -166,6 +167,31 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
+class Successor:
+    """A server that another one has started: not our child, so its exit code is its own affair."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._pidfd = os.pidfd_open(pid)  # tells of its end at once, not when somebody has reaped it
+
+    def poll(self) -> int | None:
+        return 0 if self._ended(0) else None
+
+    def wait(self, timeout: float) -> int:
+        assert self._ended(timeout), f"pid {self.pid} is still there after {timeout:g} s"
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _ended(self, timeout: float) -> bool:
+        return bool(select.select([self._pidfd], [], [], timeout)[0])
+
+
 class Server:
     """A server that `mms start` runs as a child of the tests; `output` is all it has printed and logged."""
 
@@ -182,7 +208,7 @@ class Server:
         self._log = folder / "log"
         self._ready = threading.Event()
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
+            self.process: subprocess.Popen[bytes] | Successor = subprocess.Popen(
                 arguments,
                 cwd=folder,
                 stdout=subprocess.PIPE,
@@ -260,6 +286,11 @@ class Server:
         if self.process.poll() is None and not self._stopping:
             self.signal(signal.SIGTERM)
         return self.process.wait(timeout)
+
+    def succeed(self, pid: int) -> None:
+        """Its successor of that pid is the server from now on; the process before must end well."""
+        assert self.process.wait(20) == self.expected_exit, self.output
+        self.process = Successor(pid)
 
     def close(self) -> None:
         """Stop it and see that nothing is left."""
@@ -351,109 +382,6 @@ def digest(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-class Traffic:
-    """Clients that send requests as fast as they are answered, each with a body of its own, until the end of the block.
-
-    `failures` holds every answer that was not the right one. With `until_refused`, a client ends without complaint when
-    the server takes no more connections or closes one before the request was begun; with `reconnects`, it sends the
-    request again on a new connection then.
-    """
-
-    def __init__(
-        self,
-        running: Server,
-        *,
-        model: str = "echo",
-        clients: int = 8,
-        until_refused: bool = False,
-        reconnects: bool = False,
-    ) -> None:
-        self.count = 0
-        self.failures: list[str] = []
-        self.slowest = 0.0
-        self._server = running
-        self._path = f"/predictions/{model}"
-        self._until_refused = until_refused
-        self._reconnects = reconnects
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._client, args=(number,)) for number in range(clients)]
-
-    def __enter__(self) -> Traffic:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self.join()
-
-    def join(self) -> None:
-        for thread in self._threads:
-            thread.join(CLIENT_TIMEOUT)
-            assert not thread.is_alive()
-
-    def flows(self, more: int = 200, timeout: float = 15.0) -> None:
-        """Wait until that many more requests are answered."""
-        wanted = self.count + more
-        eventually(lambda: self.count >= wanted or self.failures, timeout)
-
-    def _client(self, number: int) -> None:
-        connection = connect(self._server.url)
-        sent = answered = 0
-        try:
-            while not self._stop.is_set() and not self.failures:
-                sent += 1
-                body = b"%d of %d" % (sent, number)
-                begun = time.monotonic()
-                try:
-                    reply = ask(connection, "POST", self._path, body)
-                except (OSError, http.client.HTTPException) as error:
-                    if self._until_refused and isinstance(error, ConnectionError):
-                        return
-                    if self._reconnects and isinstance(error, ConnectionError) and answered:
-                        connection.close()
-                        answered = 0
-                        continue
-                    self.failures.append(f"{body!r}: {error!r}")
-                    return
-                answered += 1
-                self.slowest = max(self.slowest, time.monotonic() - begun)
-                if reply.status != 200 or reply.json()["sha256"] != digest(body):
-                    self.failures.append(f"{body!r}: {reply}")
-                self.count += 1
-        finally:
-            connection.close()
-
-
-class Answering:
-    """Requests sent from threads of their own, whose answers are looked at later."""
-
-    def __init__(self) -> None:
-        self._threads: list[threading.Thread] = []
-        self.replies: dict[int, Reply | OSError | http.client.HTTPException] = {}
-
-    def send(self, running: Server, model: str, body: bytes, **headers: str) -> None:
-        number = len(self._threads)
-
-        def run() -> None:
-            try:
-                self.replies[number] = running.predict(model, body, **headers)
-            except (OSError, http.client.HTTPException) as error:
-                self.replies[number] = error
-
-        thread = threading.Thread(target=run)
-        self._threads.append(thread)
-        thread.start()
-
-    def results(self, timeout: float = CLIENT_TIMEOUT) -> list[Reply]:
-        """The answers in the order of the requests; fails when one has none."""
-        for thread in self._threads:
-            thread.join(timeout)
-        missing = [number for number in range(len(self._threads)) if not isinstance(self.replies.get(number), Reply)]
-        assert not missing, [self.replies.get(number) for number in missing]
-        return [reply for number in range(len(self._threads)) if isinstance(reply := self.replies[number], Reply)]
-
-
 class Gate:
     """The file that the archive `gate` waits for: what has begun, and the permission to answer."""
 
@@ -539,3 +467,13 @@ def either(request: pytest.FixtureRequest) -> Server:
 def folder() -> Iterator[Path]:
     with scratch() as made:
         yield made
+
+
+@pytest.fixture
+def manager(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """The end of NOTIFY_SOCKET that systemd reads, of servers that are started with it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(folder / "notify"))
+        sock.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(folder / "notify"))
+        yield sock

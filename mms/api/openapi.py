@@ -33,7 +33,7 @@ _MEANINGS = {
     413: "the body is over the limit",
     429: "the queue is full; see Retry-After",
     500: "the handler failed, or does not load",
-    503: "no worker is ready, or the worker died",
+    503: "no worker is ready, the worker died, or an upgrade goes on",
     504: "no answer within the time limits",
 }
 
@@ -85,7 +85,7 @@ class Operation:
     operation_id: str = ""
 
 
-_PREDICTION_STATUSES = (200, 400, 404, 405, 413, 429, 500, 503, 504)
+_PREDICTION_STATUSES = (200, 400, 401, 404, 405, 413, 429, 500, 503, 504)
 
 
 def _predictions() -> Iterable[Operation]:

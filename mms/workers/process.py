@@ -118,7 +118,7 @@ async def launch(how: Launch, forkservers: ForkServers) -> WorkerProcess:
         if how.interpreter is None:
             pid, pidfd = await _fork_or_spawn(how, forkservers, scratch, theirs, page, write_end)
         else:
-            pid, pidfd = _spawn(how, how.interpreter, scratch, theirs, page, write_end)
+            pid, pidfd = _spawn(how, scratch, theirs, page, write_end)
     except BaseException:
         ours.close()
         os.close(read_end)
@@ -139,12 +139,17 @@ async def _fork_or_spawn(
     try:
         return await forkservers.fork(how.preload, request, (channel.fileno(), page, output))
     except UnsafeFork:
-        return _spawn(how, sys.executable, scratch, channel, page, output)
+        return _spawn(how, scratch, channel, page, output)
 
 
-def _spawn(
-    how: Launch, interpreter: str, scratch: Path, channel: socket.socket, page: int, output: int
-) -> tuple[int, int]:
+def _spawn(how: Launch, scratch: Path, channel: socket.socket, page: int, output: int) -> tuple[int, int]:
+    """A fresh process of the server's Python, which becomes one of the worker's own in its sandbox."""
+    sandbox = how.sandbox
+    own: tuple[str, ...] = ()
+    if how.interpreter is not None:
+        own = ("--interpreter", how.interpreter)
+        if sandbox.files:
+            sandbox = msgspec.structs.replace(sandbox, read=(*sandbox.read, str(Path(how.interpreter).parents[1])))
     arguments = [
         "--channel",
         str(channel.fileno()),
@@ -157,10 +162,11 @@ def _spawn(
         "--scratch",
         str(scratch),
         "--sandbox",
-        msgspec.json.encode(how.sandbox).decode(),
+        msgspec.json.encode(sandbox).decode(),
+        *own,
     ]
     process = subprocess.Popen(
-        [interpreter, "-P", "-m", "mms.backend", *arguments],
+        [sys.executable, "-P", "-m", "mms.backend", *arguments],
         pass_fds=(channel.fileno(), page),
         stdin=subprocess.DEVNULL,
         stdout=output,

@@ -14,7 +14,8 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from tests.conftest import Answering, MakeArchive, MakeGate, Reply, Server, eventually, fetch, server
+from tests.conftest import MakeArchive, MakeGate, Reply, Server, eventually, fetch, server
+from tests.traffic import Answering
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from tests.conftest import Answering, MakeArchive, MakeGate, Server, eventually, fetch, server
+from tests.conftest import MakeArchive, MakeGate, Server, eventually, fetch, server
+from tests.traffic import Answering
 
 FAMILIES = {
     "mms_requests": "counter",
@@ -77,7 +78,8 @@ def test_errors_have_the_form_of_all_ports(running: Server) -> None:
 def test_openmetrics_is_served_to_those_who_ask(running: Server) -> None:
     reply = fetch(running.metrics, "GET", "/metrics", None, {"Accept": "application/openmetrics-text; version=1.0.0"})
     assert reply.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
-    assert "mms_requests" in {family.name for family in parse_openmetrics(reply.body.decode())}  # type: ignore[no-untyped-call]
+    families = parse_openmetrics(reply.body.decode())  # type: ignore[no-untyped-call]  # the library's parser is untyped
+    assert "mms_requests" in {family.name for family in families}
 
 
 def test_requests_are_counted_by_model_version_and_status(running: Server) -> None:

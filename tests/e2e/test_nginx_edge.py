@@ -16,11 +16,9 @@ from mms_nginx.find import find_nginx
 
 from tests.conftest import (
     CLIENT_TIMEOUT,
-    Answering,
     MakeArchive,
     MakeGate,
     Server,
-    Traffic,
     ask,
     connect,
     eventually,
@@ -28,6 +26,7 @@ from tests.conftest import (
     needs_nginx,
     server,
 )
+from tests.traffic import Answering, Traffic
 
 pytestmark = needs_nginx
 
@@ -79,10 +78,13 @@ def test_what_nginx_refuses_itself_is_json(edged: Server) -> None:
 
 
 def test_nothing_of_ours_listens_beside_nginx(edged: Server) -> None:
-    listening = [
-        c.laddr.port for c in psutil.Process(edged.pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN
-    ]
-    assert listening == []
+    """The server holds the sockets that nginx serves, for an upgrade, and no others."""
+    listening = {
+        "{}:{}".format(*c.laddr)
+        for c in psutil.Process(edged.pid).net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN
+    }
+    assert listening == {edged.url, edged.management, edged.metrics}
     sockets = edged.run_dir / "sockets"
     assert {path.name for path in sockets.iterdir()} == {"inference.sock", "management.sock", "metrics.sock"}
     assert not any(path.stat().st_mode & 0o007 for path in (sockets, *sockets.iterdir()))

@@ -19,7 +19,6 @@ from rich.console import Console
 from tests.chaos import lost
 from tests.conftest import (
     CLIENT_TIMEOUT,
-    Answering,
     MakeArchive,
     Reply,
     Server,
@@ -34,6 +33,7 @@ from tests.conftest import (
     server,
 )
 from tests.faults.means import full, needs_mounts
+from tests.traffic import Answering
 
 pytestmark = needs_nginx
 BURST = 200

@@ -265,7 +265,7 @@ def test_f11_killed_for_lack_of_memory_is_said_only_when_it_is_proved(
                 (pid,) = served.pids
                 counter.write_text(f"oom {kills}\noom_kill {kills}\n")
                 os.kill(pid, signal.SIGKILL)
-                await until(lambda pid=pid: served.pids not in ([], [pid]))  # type: ignore[misc]
+                await until(lambda pid=pid: served.pids not in ([], [pid]))  # type: ignore[misc]  # mypy cannot infer it
                 assert served.pool.losses.back_off.last_failure is not None
                 assert served.pool.losses.back_off.last_failure.cause == cause
             assert dict(served.metrics.restarts) == {"killed (out of memory)": 1, "signal 9 (SIGKILL)": 1}
@@ -516,7 +516,7 @@ def test_a_fork_server_that_cannot_be_kept_is_done_without(serve: Serve, caplog:
             for _ in range(forkserver.DEATHS + 1):
                 (pid,) = served.forkservers.pids()
                 os.kill(pid, signal.SIGKILL)
-                await until(lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]
+                await until(lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]  # mypy cannot infer it
                 await served.scale(1)
                 await served.scale(2)
             assert served.forkservers.pids() == []
