@@ -386,8 +386,8 @@ def _print_models(running: Running, models: list[dict[str, Any]]) -> None:
             model["modelName"],
             model["modelVersion"],
             "yes" if model["defaultVersion"] else "",
-            model["state"],
-            f"{up} of {model['minWorkers']}",
+            f"{model['state']}, asleep" if model.get("asleep") else model["state"],
+            f"{up} of {model.get('targetWorkers', model['minWorkers'])}",
             f"{model['jobQueueStatus']['pendingRequests']} of {model['queueSize']}",
             str(model["batchSize"]),
         )

@@ -22,6 +22,8 @@ import msgspec
 
 from mms.caching import CacheSettings, parse_cache
 from mms.errors import ConfigError
+from mms.instances import MAX_AT_A_TIME, Groups, parse_instances, show_instances
+from mms.instances import gpus as parse_gpus
 from mms.safe_yaml import read_yaml
 from mms.sizes import parse_size as _size
 from mms.token import VARIABLES
@@ -31,7 +33,6 @@ MAX_WORKERS = 1024
 MAX_BATCH = 65_536
 MAX_QUEUE = 1_000_000
 MAX_THREADS = 1024
-MAX_AT_A_TIME = 64
 MAX_PRIORITIES = 16
 MAX_TIMEOUT = 86_400  # seconds: beyond a day nobody waits
 MAX_OUTPUT = 64 << 10
@@ -238,14 +239,30 @@ class ModelSettings:
         0.0, _milliseconds, "milliseconds an idle worker waits for a fuller batch (0: takes what is there)", low=0
     )
     min_workers: int = _setting(
-        -1, _integer, "workers to run (-1: one per GPU, without GPUs one per core)", low=-1, high=MAX_WORKERS
+        -1,
+        _integer,
+        "workers to run (-1: as instances say, else one per GPU, without GPUs one per core)",
+        low=-1,
+        high=MAX_WORKERS,
     )
     max_workers: int = _setting(
         -1,
         _integer,
-        "upper bound of workers, kept and shown; nothing scales up to it yet (-1: as min_workers)",
+        "workers to run while there is work for them; above min_workers it turns autoscaling on (-1: as min_workers)",
         low=-1,
         high=MAX_WORKERS,
+    )
+    scale_up_after: float = _setting(
+        2.0, _number, "autoscaling: seconds of too much work before workers are added", low=0.001, high=3600
+    )
+    scale_down_after: float = _setting(
+        60.0, _number, "autoscaling: seconds in which fewer workers were enough before some go", low=0.001, high=86400
+    )
+    scale_to_zero_after: float = _setting(
+        0.0, _number, "with min_workers 0: seconds without a request after which all workers go (0: never)", low=0
+    )
+    load_on_request: bool = _setting(
+        False, _boolean, "with min_workers 0: the first request starts a worker and waits for it in the queue"
     )
     response_timeout: float = _setting(
         120.0, _number, "seconds one batch, or a chunk of its streams, may take before its worker is killed", low=0.001
@@ -300,7 +317,12 @@ class ModelSettings:
     device: str = _setting(
         "auto", _one_of("auto", "cpu", "gpu"), "where the workers run (auto: GPUs where there are any)"
     )
-    gpus: tuple[int, ...] = _setting((), _integers, "the GPUs to spread the workers over, by number (empty: all)")
+    gpus: tuple[int | str, ...] = _setting(
+        (), parse_gpus, "the GPUs to spread the workers over, by number or UUID (empty: all)"
+    )
+    instances: Groups = _setting(
+        (), parse_instances, "groups of workers and their devices, instead of device and gpus (empty: one group)"
+    )
     cpu_threads: int = _setting(
         0, _integer, "CPU threads per worker (0: its share when it starts, cores / workers)", low=0, high=MAX_THREADS
     )
@@ -340,7 +362,7 @@ class ModelSettings:
 
     @property
     def worker_limit(self) -> int:
-        return max(self.min_workers, self.max_workers)
+        return max(self.min_workers, self.max_workers, int(self.load_on_request))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,6 +471,7 @@ class Config:
         low=-1,
         high=MAX_WORKERS,
     )
+    instances: Groups = _setting((), parse_instances, "default for models: see instances of a model")
     response_timeout: float = _setting(120.0, _number, "default for models, seconds", low=0.001)
     startup_timeout: float = _setting(300.0, _number, "default for models, seconds", low=0.001)
     queue_size: int = _setting(100, _integer, "default for models: requests that may wait", low=1, high=MAX_QUEUE)
@@ -461,6 +484,7 @@ class Config:
             batch_size=self.batch_size,
             max_batch_delay=self.max_batch_delay,
             min_workers=self.workers,
+            instances=self.instances,
             response_timeout=self.response_timeout,
             startup_timeout=self.startup_timeout,
             queue_size=self.queue_size,
@@ -484,6 +508,9 @@ _ALIASES = {  # TorchServe's spelling in model-config.yaml -> ours
     "deviceType": "device",
     "deviceIds": "gpus",
 }
+
+
+_NOT_PARALLEL = (None, "", "none")  # of TorchServe's parallelType
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -517,6 +544,8 @@ def show_setting(kind: type, name: str, value: Any) -> str:
     meta = next(f.metadata for f in fields(kind) if f.name == name)
     if meta["parse"] is _milliseconds:
         value = round(value * 1000, 6)
+    if meta["parse"] is parse_instances:
+        return show_instances(value)
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, bool):
@@ -565,15 +594,28 @@ def merge_settings(base: ModelSettings, changes: Mapping[str, Any], origin: str,
     """`base` with `changes` on top (TorchServe's spellings are understood).
 
     With strict, an unknown key raises ConfigError; without, it is left to the handler (model-config.yaml holds both).
+    `instances` and the pair `device` and `gpus` are two answers to one question: the later one replaces the other, and
+    new `instances` the numbers of workers, too.
     """
     known = [f.name for f in fields(ModelSettings)]
-    values = {}
+    values: dict[str, Any] = {}
+    given: dict[str, str] = {}  # setting -> how it is spelt
     for key, value in changes.items():
+        if key == "parallelType" and value not in _NOT_PARALLEL:
+            raise ConfigError(f"{origin}: parallelType = {_shown(value)}: a worker has one GPU; it cannot be split")
         name = _ALIASES.get(key, key)
         if name in known:
             values[name] = parse_setting(ModelSettings, name, value, origin, called=key)
+            given[name] = key
         elif strict:
             raise ConfigError(f"{origin}: unknown setting {key}{nearest(key, known)}")
+    devices = [given[name] for name in ("device", "gpus") if values.get(name) not in (None, "auto", ())]
+    if values.get("instances"):
+        if devices:
+            raise ConfigError(f"{origin}: instances say where the workers run, and so does {devices[0]}: one must go")
+        values = {"device": "auto", "gpus": (), "min_workers": -1, "max_workers": -1, **values}
+    elif devices:
+        values = {"instances": (), **values}
     merged = dataclasses.replace(base, **values)
     _check_scheduling(merged, origin)
     if merged.max_workers != -1 and merged.max_workers < merged.min_workers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import re
@@ -21,7 +22,6 @@ from mms.config import Config, ModelSettings, merge_settings
 from mms.errors import (
     ArchiveError,
     BadRequestError,
-    ConfigError,
     ConflictError,
     MMSError,
     NotFoundError,
@@ -39,8 +39,10 @@ from mms.rundir import CacheDirectory
 from mms.safe_yaml import read_yaml
 from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers import environment
+from mms.workers.autoscaler import Bounds
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
+from mms.workers.placement import plan
 from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch, reap_orphans
 from mms.workers.requirements import Installer
@@ -184,7 +186,7 @@ class ControlPlane:
             found = self.registry.version(name, version)
             if found.pool is not None:
                 found.queue.forget_poison()
-                found.pool.set_target(found.pool.target)
+                found.pool.try_now()
         if synchronous:
             await self._settled(found)
         return found
@@ -194,9 +196,10 @@ class ControlPlane:
     ) -> ModelVersion:
         """Change batching, queue limits and the number of workers while the version is served: all of it, or nothing.
 
-        With `min_workers` among the changes and `synchronous`, return when that many workers are ready. Raises
-        ConfigError (nothing is changed), and when synchronous ModelLoadError if workers cannot be started,
-        ConflictError if the version is unregistered meanwhile.
+        Between `min_workers` and `max_workers`, those that run stay; `min_workers` 0 stops them all. With one of the
+        two among the changes and `synchronous`, return when all wanted workers are ready. Raises ConfigError (nothing
+        is changed), and when synchronous ModelLoadError if workers cannot be started, ConflictError if the version is
+        unregistered meanwhile.
         """
         self._check_thawed()
         found = self.registry.version(name, version)
@@ -205,12 +208,15 @@ class ControlPlane:
         if pool is None:
             raise ConflictError(f"model {found.label} is still being registered; try again soon")
         found.apply(settings)
-        if "min_workers" in changes:
-            pool.set_target(settings.min_workers)
+        scales = not changes.keys().isdisjoint(("min_workers", "max_workers"))
+        if scales:
+            bounds = _bounds(settings)
+            none = changes.get("min_workers") == 0
+            pool.set_target(0 if none else pool.scaling.adjusted(bounds), bounds)
         if (saved := self._versions.get(found)) is not None:
             self._versions[found] = msgspec.structs.replace(saved, settings={**saved.settings, **changes})
         await self._save()
-        if "min_workers" in changes and synchronous:
+        if scales and synchronous:
             await self._settled(found)
         return found
 
@@ -322,9 +328,9 @@ class ControlPlane:
         async with self._locks.setdefault(name, asyncio.Lock()):
             version = await self._add(archive, name, saved, at_start)
         if version.pool is not None:
-            version.pool.set_target(version.settings.min_workers)
+            version.pool.set_target(version.settings.min_workers, _bounds(version.settings))
             if at_start:
-                version.pool.minimum = version.pool.target
+                version.pool.scaling.minimum = version.pool.target
         await self._save()
         return version
 
@@ -403,23 +409,11 @@ class ControlPlane:
         only_stricter(settings, self.config.model_defaults(), f"{archive.path.name}: {archive.manifest.config_file}")
         settings = merge_settings(settings, changes, "request", strict=True)
         only_stricter(settings, self.config.model_defaults(), "request")
-        fixed: dict[str, Any] = {}
-        gpus = self._gpus_for(settings)
+        placement = plan(settings, self.gpus, environment.cores())
+        settings = dataclasses.replace(settings, gpus=placement.gpus)
         if settings.min_workers == -1:
-            fixed["min_workers"] = len(gpus) or environment.cores()
-        return merge_settings(settings, {**fixed, "gpus": gpus}, "request", strict=True)
-
-    def _gpus_for(self, settings: ModelSettings) -> list[int]:
-        if settings.device == "cpu":
-            return []
-        if settings.device == "gpu" and not self.gpus:
-            raise ConfigError("device = gpu: this machine has no GPU that the server can see")
-        there = [gpu.index for gpu in self.gpus]
-        missing = sorted(set(settings.gpus) - set(there))
-        if missing:
-            seen = ", ".join(map(str, there)) or "none"
-            raise ConfigError(f"gpus: {', '.join(map(str, missing))} do not exist; this server sees: {seen}")
-        return list(settings.gpus or there)
+            settings = merge_settings(settings, {"min_workers": placement.size}, "request", strict=True)
+        return settings
 
     def _pool(
         self, version: ModelVersion, folder: Path, model_config: dict[str, Any], sandbox: wire.Sandbox
@@ -434,7 +428,7 @@ class ControlPlane:
             model_config=model_config,
             batch_size=largest_batch(settings),
             isolate_errors=settings.isolate_errors,
-            gpu=0 if settings.gpus else None,
+            gpu=None,
             cpu_threads=settings.cpu_threads,
             max_request_size=self.config.max_request_size,
             max_response_size=self.config.max_response_size,
@@ -454,7 +448,7 @@ class ControlPlane:
             load=load,
             launch=how,
             interpreter=self._interpreter(version, folder, sandbox),
-            gpus=[self.gpus[index] for index in settings.gpus],
+            placement=plan(settings, self.gpus, environment.cores()),
             response_timeout=settings.response_timeout,
             startup_timeout=settings.startup_timeout,
             stop_grace=self.config.stop_grace,
@@ -483,3 +477,14 @@ class ControlPlane:
             require_hashes=self.config.require_hashes,
         )
         return partial(installer.interpreter, folder / file, model_logger(version.name), version.label)
+
+
+def _bounds(settings: ModelSettings) -> Bounds:
+    return Bounds(
+        settings.min_workers,
+        settings.worker_limit,
+        up_after=settings.scale_up_after,
+        down_after=settings.scale_down_after,
+        zero_after=settings.scale_to_zero_after,
+        on_request=settings.load_on_request and not settings.min_workers,
+    )

@@ -25,6 +25,7 @@ class VersionMetrics:
         self.requests: Counter[int] = Counter()  # by status
         self.errors: Counter[str] = Counter()  # by cause: the error's type
         self.restarts: Counter[str] = Counter()  # by cause
+        self.scalings: Counter[str] = Counter()  # by direction
         self.duration = Histogram(SECONDS)
         self.queued = Histogram(SECONDS)
         self.handler = Histogram(SECONDS)
@@ -89,6 +90,7 @@ class VersionFacts:
     in_flight: int
     workers: list[WorkerFacts]
     failed_workers: int
+    wanted_workers: int
     cache: CacheFacts | None = None
 
 
@@ -187,6 +189,9 @@ class Collector:
             "Workers that died or were recycled, by cause.",
             labels=["model", "version", "reason"],
         )
+        scalings = CounterMetricFamily(
+            "mms_scalings", "Changes of the number of workers by autoscaling.", labels=["model", "version", "direction"]
+        )
         cancelled = CounterMetricFamily(
             "mms_requests_cancelled", "Requests whose client left before the answer.", labels=["model", "version"]
         )
@@ -214,6 +219,8 @@ class Collector:
                 errors.add_metric([*labels, cause], count)
             for reason, count in sorted(facts.metrics.restarts.items()):
                 restarts.add_metric([*labels, reason], count)
+            for direction, count in sorted(facts.metrics.scalings.items()):
+                scalings.add_metric([*labels, direction], count)
             cancelled.add_metric(labels, facts.cancelled)
             retries.add_metric(labels, facts.retries)
             defaults.add_metric(labels, facts.metrics.defaults)
@@ -226,7 +233,7 @@ class Collector:
             requests.add_metric(["unknown", "", str(status)], count)
         for cause, count in sorted(causes.items()):
             errors.add_metric(["unknown", "", cause], count)
-        yield from (requests, errors, restarts, cancelled, retries, defaults, streams, chunks, cut)
+        yield from (requests, errors, restarts, scalings, cancelled, retries, defaults, streams, chunks, cut)
 
     def _gauges(self, versions: list[VersionFacts]) -> Iterator[Metric]:
         gauges: tuple[tuple[str, str, Callable[[VersionFacts], float]], ...] = (
@@ -244,6 +251,7 @@ class Collector:
                 lambda facts: facts.drain_rate,
             ),
             ("mms_requests_in_flight", "Requests at a worker.", lambda facts: facts.in_flight),
+            ("mms_workers_wanted", "Worker processes that are wanted.", lambda facts: facts.wanted_workers),
             (
                 "mms_model_load_duration_seconds",
                 "Load time of the version's latest worker.",

@@ -154,7 +154,11 @@ class Startup:
         But not those that a running server has `served` until now, by name and version.
         """
         failed = self._failed()
-        ready = {(each.name, each.version) for each in self._registry.versions() if each.pool and each.pool.ready}
+        ready = {
+            (each.name, each.version)
+            for each in self._registry.versions()
+            if each.pool and (each.pool.ready or each.pool.scaling.asleep)
+        }
         wanted = {(model.name, saved.version) for model in self._plan.models for saved in model.versions}
         if failed and wanted.intersection(served) - ready:
             raise StartError(f"not all that is served now could be loaded: {'; '.join(failed)}")
@@ -228,7 +232,7 @@ def _progress(version: ModelVersion) -> str:
     pool = version.pool
     if pool is not None and pool.installing:
         return "installing its requirements"
-    return f"{pool.ready if pool else 0} of {version.settings.min_workers} workers"
+    return f"{pool.ready if pool else 0} of {pool.target if pool else version.settings.min_workers} workers"
 
 
 def _url(address: str) -> str:

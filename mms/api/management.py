@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import fields, replace
@@ -28,6 +29,7 @@ from mms.errors import (
 from mms.http.response import json_body
 from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion
+from mms.workers.gpus import memory_by_process
 
 log = logging.getLogger("mms.management")
 
@@ -151,7 +153,11 @@ async def _register(request: web.Request, parameters: _Parameters) -> web.Respon
     if not synchronous:
         return _status("Processing worker updates...", 202)
     workers = version.settings.min_workers
-    hint = "" if workers else ". Use scale workers API to add workers for the model."
+    hint = ". Use scale workers API to add workers for the model."
+    if workers:
+        hint = ""
+    elif version.settings.load_on_request:
+        hint = ". The first request loads it."
     return _status(f'Model "{version.name}" Version: {version.version} registered with {workers} initial workers{hint}')
 
 
@@ -178,8 +184,13 @@ async def _describe(request: web.Request, parameters: _Parameters) -> web.Respon
     name, number = request.match_info["model"], request.match_info.get("version", "")
     model = request.app[CONTROL].registry.model(name)
     version = model.version(number)
+    gpu_memory = await asyncio.to_thread(memory_by_process, version.gpus) if version.gpus else {}
     return _json(
-        {**version.describe(), "defaultVersion": version.version == model.default, "versions": list(model.versions)}
+        {
+            **version.describe(gpu_memory),
+            "defaultVersion": version.version == model.default,
+            "versions": list(model.versions),
+        }
     )
 
 
@@ -198,11 +209,14 @@ async def _change(request: web.Request, parameters: _Parameters) -> web.Response
     most = _number(parameters, "max_worker", least, high=MAX_WORKERS)
     if most < least:
         raise BadRequestError("max_worker cannot be less than min_worker.")
-    changes |= {"min_workers": least, "max_workers": most}
+    changes["max_workers"] = most
+    if "min_worker" in parameters or "max_worker" not in parameters:
+        changes["min_workers"] = least
     await control.change(name, number, changes, synchronous=synchronous)
     if not synchronous:
         return _status("Processing worker updates...", 202)
-    return _status(f"Workers scaled to {least} for model: {name}, version: {version.version}")
+    running = version.pool.target if version.pool is not None else least
+    return _status(f"Workers scaled to {running} for model: {name}, version: {version.version}")
 
 
 async def _set_default(request: web.Request, parameters: _Parameters) -> web.Response:
@@ -218,7 +232,8 @@ async def _retry(request: web.Request, parameters: _Parameters) -> web.Response:
     version = await request.app[CONTROL].retry(name, number, synchronous=synchronous)
     if not synchronous:
         return _status("Processing worker updates...", 202)
-    return _status(f'Model "{version.name}" Version: {version.version} has {version.settings.min_workers} workers')
+    workers = version.pool.target if version.pool is not None else version.settings.min_workers
+    return _status(f'Model "{version.name}" Version: {version.version} has {workers} workers')
 
 
 async def _model_ready(request: web.Request, parameters: _Parameters) -> web.Response:
@@ -283,11 +298,11 @@ def _number(parameters: _Parameters, name: str, default: int, *, low: int = 0, h
 _SCALE = (
     Parameter(
         "min_worker", {"type": "integer", "minimum": 0, "maximum": MAX_WORKERS},
-        "workers to run (default: 1, or with max_worker alone as many as before)",
+        "workers to run at least (default: 1, or with max_worker alone as before)",
     ),
     Parameter(
         "max_worker", {"type": "integer", "minimum": 0, "maximum": MAX_WORKERS},
-        "kept and shown; nothing scales up to it yet (default: min_worker)",
+        "workers to run at most; above min_worker it turns autoscaling on (default: min_worker)",
     ),
     _SYNCHRONOUS,
     *setting_parameters(_WHILE_SERVED),

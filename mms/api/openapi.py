@@ -10,6 +10,7 @@ from typing import Any
 import mms
 from mms.caching import MAX_HEADERS, MAX_TTL
 from mms.config import MAX_TIMEOUT, ModelSettings, OneOf
+from mms.instances import MAX_AT_A_TIME, MAX_COUNT
 
 _ERROR = {
     "type": "object",
@@ -52,7 +53,21 @@ _CACHE = {
     },
 }
 _OBJECTS: dict[str, Mapping[str, Any]] = {"CacheSettings | None": _CACHE}
-_ITEMS = {"tuple[int, ...]": "integer", "tuple[str, ...]": "string"}
+_GPU = {"oneOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}
+_ITEMS: dict[str, dict[str, Any]] = {
+    "tuple[int | str, ...]": _GPU,
+    "tuple[str, ...]": {"type": "string"},
+    "Groups": {
+        "type": "object",
+        "required": ["kind"],
+        "properties": {
+            "kind": {"type": "string", "enum": ["gpu", "cpu"]},
+            "count": {"type": "integer", "minimum": 1, "maximum": MAX_COUNT},
+            "gpus": {"type": "array", "items": _GPU},
+            "threads": {"type": "integer", "minimum": 1, "maximum": MAX_AT_A_TIME},
+        },
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -164,8 +179,8 @@ def _setting_parameter(setting: Field[Any]) -> Parameter:
         )
     item = _ITEMS.get(kind)
     if item is not None:
-        text = f"{meta['help']}; in the query separated by commas"
-        in_json = {"type": "array", "items": {"type": item}}
+        text = f"{meta['help']}; in the query {'as JSON' if kind == 'Groups' else 'separated by commas'}"
+        in_json = {"type": "array", "items": item}
         return Parameter(setting.name, {"type": "string"}, text, in_json=in_json)
     if kind == "Any":
         return Parameter(setting.name, {"type": "string"}, f"{meta['help']}; in the query a text", in_json={})

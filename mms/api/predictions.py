@@ -192,8 +192,8 @@ class InferenceApi:
     def _health(self) -> str:
         """As MMS has it: Healthy when every version has all its workers, Unhealthy when there are none at all."""
         versions = self._dataplane.registry.versions()
-        wanted = sum(version.pool.target for version in versions if version.pool)
-        ready = sum(min(version.pool.ready, version.pool.target) for version in versions if version.pool)
+        wanted = sum(version.pool.owed for version in versions if version.pool)
+        ready = sum(min(version.pool.ready, version.pool.owed) for version in versions if version.pool)
         if (
             ready == wanted
             and not self._dataplane.registry.announced

@@ -87,6 +87,7 @@ def load_of(directory: Path) -> wire.Load:
         cpu_threads=settings.cpu_threads or os.cpu_count() or 1,
         max_request_size=1 << 30,
         max_response_size=1 << 30,
+        threads=settings.threads,
     )
 
 

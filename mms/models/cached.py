@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,11 +33,11 @@ class CachedVersion(ModelVersion):
         self.cache.clear()
         await super().unload(drain)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, gpu_memory: Mapping[int, int]) -> dict[str, Any]:
         cache = self.cache
         settings = cache.settings
         return {
-            **super().describe(),
+            **super().describe(gpu_memory),
             "cache": {
                 "size": settings.size,
                 "ttl": settings.ttl_s,

@@ -51,7 +51,7 @@ class Readiness:
         ] + [
             entry(version, details=details)
             for version in self._registry.versions()
-            if version.pool is not None and version.pool.ready < version.pool.minimum
+            if version.pool is not None and version.pool.ready < version.pool.scaling.minimum
         ]  # fmt: skip
         if self.phase is Phase.SERVING:
             word, why = self._obstacle()
@@ -61,9 +61,15 @@ class Readiness:
         return _answer(str(self.phase), False, missing)
 
     def of_version(self, version: ModelVersion) -> tuple[int, dict[str, Any]]:
-        """As `report`, for one version: it is ready when it has a worker, and not fewer than it had."""
+        """As `report`, for one version: it is ready when it has a worker, or a request brings one, and not fewer than
+        it had.
+        """
         pool = version.pool
-        ready = version.state is VersionState.READY and pool is not None and 0 < pool.ready >= pool.minimum
+        ready = (
+            version.state is VersionState.READY
+            and pool is not None
+            and pool.ready >= max(pool.scaling.minimum, not pool.scaling.bounds.on_request)
+        )
         return _answer(str(version.state), ready, [] if ready else [entry(version, details=True)])
 
 
@@ -88,8 +94,8 @@ def _reason(version: ModelVersion, details: bool) -> str:
         return pool.failure.message if details else "it failed to load"
     if pool.installing:
         return "its requirements are being installed"
-    if pool.last_death:
-        return f"a worker died: {pool.last_death}"
+    if pool.losses.last_death:
+        return f"a worker died: {pool.losses.last_death}"
     return "its workers are loading" if pool.target else "it is scaled to 0"
 
 

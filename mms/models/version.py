@@ -6,6 +6,7 @@ import asyncio
 import enum
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from mms.config import ModelSettings
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
 from mms.workers.batching import BatchQueue
+from mms.workers.gpus import Gpu
 from mms.workers.job import Job, Terms, Work
-from mms.workers.pool import WorkerPool, failed_to_load
+from mms.workers.pool import WorkerPool
+from mms.workers.restarts import failed_to_load
 from mms.workers.scheduling import Scheduling, largest_batch
 from mms.workers.worker import describe_worker
 
@@ -59,6 +62,12 @@ class ModelVersion:
         self._leaving = VersionState.READY
 
     @property
+    def gpus(self) -> list[Gpu]:
+        """Those that its workers run on now."""
+        workers = self.pool.workers if self.pool is not None else ()
+        return list({worker.place.gpu for worker in workers if worker.place.gpu is not None})
+
+    @property
     def label(self) -> str:
         return f"{self.name} {self.version}"
 
@@ -80,8 +89,12 @@ class ModelVersion:
         """
         pool = self.pool
         try:
-            if pool is None or not (pool.ready_workers or self._can_wait()):
+            if pool is None:
                 raise self._unavailable()
+            if not pool.ready_workers:
+                if not self._can_wait():
+                    raise self._unavailable()
+                pool.rouse()
             pool.submit(job)
         except MMSError as error:
             outcome = self.scheduling.outcome(error)
@@ -132,8 +145,8 @@ class ModelVersion:
         if self.directory is not None:
             await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
 
-    def describe(self) -> dict[str, Any]:
-        """The version as MMS describes it, and what users of MMS missed."""
+    def describe(self, gpu_memory: Mapping[int, int]) -> dict[str, Any]:
+        """The version as MMS describes it, and what users of MMS missed; `gpu_memory` is bytes by process."""
         settings, pool, archive = self.settings, self.pool, self.archive
         failure = pool.failure if pool is not None else None
         return {
@@ -146,6 +159,7 @@ class ModelVersion:
             "state": str(self.state),
             "minWorkers": settings.min_workers,
             "maxWorkers": settings.worker_limit,
+            **(_scaling(pool, settings) if pool is not None else {}),
             "batchSize": settings.batch_size,
             "maxBatchDelay": round(settings.max_batch_delay * 1000, 3),
             "responseTimeout": settings.response_timeout,
@@ -161,7 +175,11 @@ class ModelVersion:
             **({"sandbox": self.sandbox} if self.sandbox else {}),
             "loadedAtStartup": self.at_start,
             "loadedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.loaded_at)),
-            "workers": [describe_worker(worker, _memory(worker.pid)) for worker in (pool.workers if pool else ())],
+            **({"instances": pool.placement.describe()} if pool is not None else {}),
+            "workers": [
+                describe_worker(worker, _memory(worker.pid), gpu_memory.get(worker.pid or 0))
+                for worker in (pool.workers if pool else ())
+            ],
             "jobQueueStatus": {
                 "remainingCapacity": max(0, self.queue.capacity - self.queue.depth),
                 "pendingRequests": self.queue.depth,
@@ -199,9 +217,9 @@ class ModelVersion:
         troubles: dict[str, Any] = {"forkServerDeaths": pool.forkserver_deaths} if pool.forkserver_deaths else {}
         if pool.forkserver_back_in:
             troubles["forkServerBackIn"] = round(pool.forkserver_back_in, 1)
-        if pool.back_off.last_failure is None:
+        if pool.losses.back_off.last_failure is None:
             return troubles
-        failure, wait = pool.back_off.last_failure, pool.next_start
+        failure, wait = pool.losses.back_off.last_failure, pool.next_start
         return {
             **troubles,
             "lastFailure": {
@@ -209,7 +227,7 @@ class ModelVersion:
                 "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(failure.at)),
                 "output": list(failure.output),
             },
-            "deathsInWindow": pool.back_off.deaths,
+            "deathsInWindow": pool.losses.back_off.deaths,
             **({"nextStartIn": round(wait, 1)} if wait is not None else {}),
         }
 
@@ -239,11 +257,13 @@ class ModelVersion:
                 for worker in (pool.workers if pool else ())
             ],
             failed_workers=pool.missing if pool else 0,
+            wanted_workers=pool.target if pool else 0,
         )
 
     def _can_wait(self) -> bool:
-        """No worker is ready at the moment, but one that was is being replaced: its requests may wait."""
-        return self.state is VersionState.READY and self.pool is not None and self.pool.target > 0
+        """No worker is ready at the moment, but one is being replaced, or the request brings one: it may wait."""
+        pool = self.pool
+        return self.state is VersionState.READY and pool is not None and (pool.target > 0 or pool.scaling.asleep)
 
     def _unavailable(self) -> ServiceUnavailableError:
         state = self.state
@@ -254,6 +274,16 @@ class ModelVersion:
         if state is VersionState.READY:
             return ServiceUnavailableError(f"model {self.label} has no workers; scale it up on the management port")
         return DrainingError(f"model {self.label} is {state.lower()}")
+
+
+def _scaling(pool: WorkerPool, settings: ModelSettings) -> dict[str, Any]:
+    """How many workers are wanted now, if that may change by itself."""
+    bounds = pool.scaling.bounds
+    return {
+        **({"targetWorkers": pool.target} if bounds.automatic else {}),
+        **({"scaleToZeroAfter": settings.scale_to_zero_after} if settings.scale_to_zero_after else {}),
+        **({"loadOnRequest": True, "asleep": pool.scaling.asleep} if bounds.on_request else {}),
+    }
 
 
 def _memory(pid: int | None) -> int:

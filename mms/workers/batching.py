@@ -219,6 +219,11 @@ class BatchQueue:
         oldest = self._oldest()
         return None if oldest is None else oldest.arrived + self.max_batch_delay
 
+    def oldest_wait(self, now: float) -> float:
+        """Seconds for which the longest waiting job has waited; 0 when none does."""
+        oldest = self._oldest() if self.depth else None
+        return 0.0 if oldest is None else now - oldest.arrived
+
     def lose(
         self, worker: InFlight, started: int, cause: str, now: float, *, done: int | None = None
     ) -> list[tuple[Job, MMSError]]:

@@ -142,6 +142,22 @@ def read_proc(folder: Path) -> list[Device]:
     return devices
 
 
+def memory_by_process(gpus: Sequence[Gpu]) -> dict[int, int]:
+    """Bytes that each process holds on `gpus`, by pid; empty without NVML, or where its pids are not ours (containers).
+
+    Blocking: call it outside the event loop.
+    """
+    nvml = _nvml()
+    used: dict[int, int] = {}
+    if nvml is None:
+        return used
+    for gpu in gpus:
+        with contextlib.suppress(nvml.NVMLError):
+            for process in nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByUUID(gpu.uuid)):
+                used[process.pid] = used.get(process.pid, 0) + (process.usedGpuMemory or 0)
+    return used
+
+
 class GpuMonitor:
     """Utilisation and memory of `gpus` through NVML; nothing without it (extra `gpu`)."""
 

@@ -1,6 +1,6 @@
 """The workers of one model version: as many as wanted, each dead one replaced, jobs handed to those with room.
 
-Desired state: `target` says how many, `_reconcile` starts or stops the difference, and every event ends in it.
+Desired state: `scaling.target` says how many, `_reconcile` starts or stops the difference, and every event ends in it.
 Front end's process, event loop.
 """
 
@@ -14,16 +14,19 @@ from contextlib import nullcontext
 from typing import Any
 
 from mms import wire
-from mms.errors import MMSError, ModelLoadError, ServiceUnavailableError
+from mms.errors import MMSError, ModelLoadError
 from mms.metrics import VersionMetrics
 from mms.workers import environment
 from mms.workers.alarm import Alarm
+from mms.workers.autoscaler import Bounds
 from mms.workers.batching import BatchQueue
 from mms.workers.forkserver import ForkServers
 from mms.workers.job import Job
 from mms.workers.lateness import Lateness
+from mms.workers.losses import Losses
 from mms.workers.recycling import Recycling
-from mms.workers.restarts import BackOff, Restarts, last_words, load_error
+from mms.workers.restarts import Restarts
+from mms.workers.scaling import Scaling
 from mms.workers.settings import PoolSettings
 from mms.workers.starting import Starter
 from mms.workers.worker import Worker, WorkerState
@@ -46,13 +49,11 @@ class WorkerPool:
         loads: asyncio.Semaphore,
         restarts: Restarts,
     ) -> None:
-        self.target = 0
+        self.scaling = Scaling(settings.label, queue, metrics)
         self.workers: list[Worker] = []
-        self.failure: ModelLoadError | None = None  # set while the version is FAILED
-        self.minimum = 0  # fewer ready workers are an outage: all that were ready since the target was last lowered
-        self.last_death = ""  # its cause, while a worker is missing for it
+        self.losses = Losses(settings, metrics, restarts, self._reconcile, self._abandon)
         self.was_ready = False  # requests may wait while a worker is replaced
-        self.back_off = BackOff(restarts, settings.boot_tries)
+        self.placement = settings.placement
         self._settings = settings
         self._queue = queue
         self._metrics = metrics
@@ -75,9 +76,24 @@ class WorkerPool:
         self._alarm = Alarm(self._loop, self._deadline)  # at the earliest deadline of a request
 
     @property
+    def target(self) -> int:
+        """How many workers are wanted now."""
+        return self.scaling.target
+
+    @property
+    def failure(self) -> ModelLoadError | None:
+        """Set while the version is FAILED."""
+        return self.losses.failure
+
+    @property
     def ready(self) -> int:
         """How many workers take jobs."""
         return len(self.ready_workers)
+
+    @property
+    def owed(self) -> int:
+        """How many workers have to be there: those that were asked for, or when FAILED all that are wanted."""
+        return self.target if self.failure is not None else self.scaling.owed
 
     @property
     def starting(self) -> bool:
@@ -97,15 +113,16 @@ class WorkerPool:
     @property
     def cpu_threads(self) -> int:
         """CPU threads that a worker gets that starts now."""
-        return self._settings.load.cpu_threads or max(
-            1, environment.cores() // max(1, self.target * self._settings.load.threads)
-        )
+        return self._cpu_threads(self._settings.load.threads)
+
+    def _cpu_threads(self, threads: int) -> int:
+        """For each of the `threads` batches at a time that a worker runs."""
+        return self._settings.load.cpu_threads or max(1, environment.cores() // max(1, self.scaling.most * threads))
 
     @property
     def next_start(self) -> float | None:
         """Seconds until a missing worker is started, None when none waits."""
-        at = self.back_off.retry_at if self.failure is not None else self.back_off.hold_until
-        return max(0.0, at - time.monotonic()) if self.missing else None
+        return self.losses.next_start if self.missing else None
 
     @property
     def forkserver_deaths(self) -> int:
@@ -209,15 +226,21 @@ class WorkerPool:
 
     # desired state
 
-    def set_target(self, count: int) -> None:
-        """Begin to run `count` workers; a FAILED pool tries again now."""
-        self.target = count
-        self.minimum = min(self.minimum, count)
+    def set_target(self, count: int, bounds: Bounds | None = None) -> None:
+        """Begin to run `count` workers, and later as many within `bounds` as there is work for (default: `count`)."""
+        self.scaling.ask(bounds or Bounds(count, count), count)
         self.was_ready = self.was_ready or not count
-        self.back_off.reset()
-        self.failure = None
-        self.back_off.hold_until = 0.0
+        self.try_now()
+
+    def try_now(self) -> None:
+        """Start what is missing without a pause; a FAILED pool tries again."""
+        self.losses.forgive()
         self._reconcile()
+
+    def rouse(self) -> None:
+        """A request is about to come: start the first worker, if requests may."""
+        if not self._draining and self.scaling.rouse():
+            self.try_now()
 
     async def settled(self) -> None:
         """Wait until as many workers are ready as wanted and no more. Raises ModelLoadError."""
@@ -235,7 +258,7 @@ class WorkerPool:
         until = time.monotonic() + drain
         while self._unfinished() and time.monotonic() < until:
             await self._change(until - time.monotonic())
-        self.target = 0
+        self.scaling.ask(Bounds(0, 0), 0)
         self._reconcile()
         for worker in list(self.workers):
             if worker.state is WorkerState.STARTING or worker.in_flight.jobs:
@@ -266,14 +289,15 @@ class WorkerPool:
         self._let_go()
         active = self._active()
         wanted = self.target + bool(self.target and self._recycling.leaving)
-        if len(active) < wanted and self.failure is None and time.monotonic() >= self.back_off.hold_until:
+        if len(active) < wanted and self.losses.may_start:
             if self._starter.lacks_interpreter:
                 self._install()
             else:
                 for _ in range(wanted - len(active)):
                     self._start_worker()
-        surplus = sorted(active, key=lambda worker: (worker.state is WorkerState.READY, -len(worker.in_flight.jobs)))
-        for worker in surplus[: max(0, len(active) - wanted)]:
+        for _ in range(len(active) - wanted):
+            worker = self._starter.surplus(active)
+            active.remove(worker)
             self._stop_worker(worker)
         if self._timer is None and (self.workers or self.target):
             self._last_tick = time.monotonic()
@@ -292,7 +316,7 @@ class WorkerPool:
         try:
             await self._starter.install()
         except ModelLoadError as error:
-            self._fail_version(error, "")
+            self.losses.fail(error)
         else:
             self._reconcile()
 
@@ -300,7 +324,7 @@ class WorkerPool:
         used = {worker.slot for worker in self.workers}
         slot = next(number for number in range(len(used) + 1) if number not in used)
         staying = [worker for worker in self._active() if worker is not self._recycling.leaving]
-        worker = Worker(slot, self._starter.free_gpu(staying), self, self._queue, self._metrics)
+        worker = Worker(slot, self._starter.free_place(staying), self, self._queue, self._metrics)
         self.workers.append(worker)
         task = self._run(self._boot(worker))
         task.add_done_callback(lambda _: self._unborn(worker))  # also of a task that was cancelled before it began
@@ -327,7 +351,7 @@ class WorkerPool:
         async with nullcontext() if self.was_ready else self._loads:
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
-                await self._starter.start(worker, self.cpu_threads)
+                await self._starter.start(worker, self._cpu_threads(worker.place.threads))
                 while worker.state is WorkerState.STARTING and worker in self.workers:
                     await self._change(TICK)
         if worker.process is None:
@@ -357,15 +381,12 @@ class WorkerPool:
     # Owner
 
     def worker_ready(self, worker: Worker, ready: wire.Ready) -> None:
-        self.back_off.reset()
-        self.failure = None
         self.was_ready = True
         self.ready_workers.append(worker)
         self._overlaps = any(worker.in_flight.overlaps for worker in self.ready_workers)
         self._queue.forget_rate()
-        self.minimum = max(self.minimum, min(self.ready, self.target))
-        if self.ready >= self.target:
-            self.last_death = ""
+        self.scaling.had(self.ready)
+        self.losses.recovered(wholly=self.ready >= self.target)
         self._metrics.load_seconds = ready.load_seconds
         seconds = time.monotonic() - worker.launched
         log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
@@ -400,7 +421,7 @@ class WorkerPool:
         if state is WorkerState.STARTING:
             self._boot_failed(worker)
         elif state is WorkerState.READY:
-            self._died(worker)
+            self.losses.died(worker, len(self.workers))
         else:
             worker.state = WorkerState.STOPPED
             self._reconcile()
@@ -421,57 +442,15 @@ class WorkerPool:
             self.fail(job, error)
         self._wake_soon()
 
-    def _died(self, worker: Worker) -> None:
-        worker.state = WorkerState.FAILED
-        self.last_death = worker.cause
-        self._metrics.restarts[worker.cause] += 1
-        pause = self.back_off.died(worker, len(self.workers))
-        log.error("%s: worker %d (pid %s) died: %s; replacing it%s%s", self._settings.label, worker.slot, worker.pid,
-                  worker.cause, f" in {pause:.1f} s" if pause else "", last_words(worker))  # fmt: skip
-        self._hold(pause)
-
     def _boot_failed(self, worker: Worker) -> None:
-        if worker.state is not WorkerState.STARTING:
-            self._reconcile()
-            return
-        worker.state = WorkerState.FAILED
-        self.back_off.failed_to_start(worker)
-        if self.failure is not None:
-            return
-        if self.ready_workers:  # the others serve: only this place stays empty for a while
-            pause = self.back_off.pause_beside_others()
-            log.error("%s: worker %d did not become ready: %s; next try in %.1f s", self._settings.label, worker.slot,
-                      worker.failure.message if worker.failure else worker.cause, pause)  # fmt: skip
-            self._hold(pause)
-            return
-        next_try = self.back_off.pause_of_boot()
-        if next_try is not None:
-            self._hold(next_try)
-            return
-        self._fail_version(load_error(self._settings.label, worker), f" after {self.back_off.failed_starts} tries")
+        self.losses.not_ready(worker, others_serve=bool(self.ready_workers))
 
-    def _fail_version(self, failure: ModelLoadError, tries: str) -> None:
-        self.failure = failure
-        pause = self.back_off.pause_when_failed()
-        log.error("%s: FAILED%s: %s; next try in %g s", self._settings.label, tries, failure.message, pause)
-        self._loop.call_later(pause, self._retry_failed)
+    def _abandon(self, error: MMSError) -> None:
+        """Those who wait have nobody left to wait for, unless another worker serves."""
         if not self.ready_workers:
-            for job, error in self._queue.abandon(failed_to_load(self._settings.label)):
-                self.fail(job, error)
+            for job, outcome in self._queue.abandon(error):
+                self.fail(job, outcome)
         self._changed.set()
-
-    def _retry_failed(self) -> None:
-        if self.failure is not None and self.target:
-            self.failure = None
-            self.back_off.try_once()
-            self._reconcile()
-
-    def _hold(self, pause: float) -> None:
-        """Reconcile after `pause` seconds."""
-        if pause:
-            self.back_off.hold_until = time.monotonic() + pause
-            self._loop.call_later(pause + 0.001, self._reconcile)
-        self._reconcile()
 
     # time
 
@@ -488,6 +467,8 @@ class WorkerPool:
         if not asleep:  # answers may lie unread in the sockets: nobody is late yet
             for worker in list(self.workers):
                 self._check(worker, now)
+            if self.failure is None and not self._draining and self.scaling.look(now, self.ready_workers):
+                self._reconcile()
         if not (self.workers or self.target or self._queue.depth):
             timer.cancel()
             self._timer = None
@@ -519,10 +500,3 @@ class WorkerPool:
             worker.kill("response_timeout")
             self.worker_lost(worker)
             self._dispatch()
-
-
-def failed_to_load(label: str) -> ServiceUnavailableError:
-    """What is said to whoever asks a FAILED version, or waits for it as it becomes one."""
-    return ServiceUnavailableError(
-        f"model {label} failed to load; its description on the management port has the traceback"
-    )

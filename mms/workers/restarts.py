@@ -10,7 +10,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from mms.errors import ModelLoadError
+from mms.errors import ModelLoadError, ServiceUnavailableError
 from mms.metrics import RestartFacts
 from mms.workers.budget import Budget
 from mms.workers.oom import OutOfMemoryKills
@@ -156,6 +156,13 @@ def load_error(label: str, worker: Worker) -> ModelLoadError:
         )
     output = "\n".join(worker.output.last_lines) if worker.output else ""
     return ModelLoadError(f"a worker of {label} ended before it was ready: {worker.cause}", traceback=output)
+
+
+def failed_to_load(label: str) -> ServiceUnavailableError:
+    """What is said to whoever asks a FAILED version, or waits for it as it becomes one."""
+    return ServiceUnavailableError(
+        f"model {label} failed to load; its description on the management port has the traceback"
+    )
 
 
 def _forget_before(times: deque[float], limit: float) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from mms import wire
-from mms.workers.gpus import Gpu
+from mms.workers.placement import Placement
 from mms.workers.process import Launch
 from mms.workers.restarts import MAX_BOOT_FAILURES
 
@@ -15,7 +15,8 @@ from mms.workers.restarts import MAX_BOOT_FAILURES
 class PoolSettings:
     """Durations in seconds.
 
-    With `load.cpu_threads` 0, each worker gets its share of the cores when it starts. `interpreter` makes the Python
+    With `load.cpu_threads` 0, each worker gets its share of the cores when it starts; `load.gpu` and `load.threads`
+    are its place's. `interpreter` makes the Python
     that the workers run in, before the first one starts; it raises ModelLoadError.
     """
 
@@ -23,7 +24,7 @@ class PoolSettings:
     load: wire.Load
     launch: Launch
     interpreter: Callable[[], Awaitable[str]] | None
-    gpus: Sequence[Gpu]
+    placement: Placement
     response_timeout: float
     startup_timeout: float
     stop_grace: float

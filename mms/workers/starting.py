@@ -1,9 +1,8 @@
-"""One worker's start: the interpreter it runs in, its GPU, its environment, its process. Front end's process."""
+"""One worker's start: the interpreter it runs in, its place, its environment, its process. Front end's process."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -13,6 +12,7 @@ from mms.logs import model_logger
 from mms.workers import environment
 from mms.workers.forkserver import ForkServerDied, ForkServers
 from mms.workers.output import OutputReader
+from mms.workers.placement import Place
 from mms.workers.process import Launch, launch
 from mms.workers.settings import PoolSettings
 from mms.workers.worker import Worker, WorkerState
@@ -43,16 +43,31 @@ class Starter:
         finally:
             self.installing = False
 
-    def free_gpu(self, workers: Iterable[Worker]) -> int | None:
-        """The GPU with the fewest of `workers`."""
-        used = Counter(worker.gpu for worker in workers)
-        return min((gpu.index for gpu in self._settings.gpus), key=lambda index: used[index], default=None)
+    def free_place(self, workers: Iterable[Worker]) -> Place:
+        """Where one more runs beside `workers`."""
+        return self._settings.placement.next(worker.place for worker in workers)
+
+    def surplus(self, workers: Sequence[Worker]) -> Worker:
+        """Which of `workers` goes first: of those at the place that was filled last, one that does not serve yet, else
+        the busiest, as it takes the longest to leave.
+        """
+        place = self._settings.placement.last(worker.place for worker in workers)
+        return min(
+            (worker for worker in workers if worker.place == place),
+            key=lambda worker: (worker.state is WorkerState.READY, -len(worker.in_flight.jobs)),
+        )
 
     async def start(self, worker: Worker, threads: int) -> None:
         """Launch its process and tell it what to load; if that fails, it has no process, but a cause."""
-        load = msgspec.structs.replace(self._settings.load, cpu_threads=threads)
+        place = worker.place
+        load = msgspec.structs.replace(
+            self._settings.load,
+            gpu=None if place.gpu is None else 0,  # the only one that it sees
+            cpu_threads=threads,
+            threads=place.threads,
+        )
         if load.preprocess_threads < 0:
-            load.preprocess_threads = PREPROCESS_THREADS if worker.gpu is not None else 0
+            load.preprocess_threads = PREPROCESS_THREADS if place.gpu is not None else 0
         try:
             process = await launch(self._launch_of(worker, load), self._forkservers)
         except (ForkServerDied, OSError) as error:
@@ -65,13 +80,11 @@ class Starter:
 
     def _launch_of(self, worker: Worker, load: wire.Load) -> Launch:
         how = self._settings.launch
-        environ = {**how.environ, **environment.thread_counts(load.cpu_threads)}
-        for gpu in self._settings.gpus:
-            if gpu.index == worker.gpu:
-                environ |= gpu.environment()
+        place = worker.place
         return replace(
             how,
-            environ=environ,
+            environ={**how.environ, **environment.thread_counts(load.cpu_threads), **place.environment()},
+            sandbox=msgspec.structs.replace(how.sandbox, gpu=how.sandbox.gpu and place.gpu is not None),
             interpreter=self._interpreter or how.interpreter,
             threads=load.threads,
             preprocess_threads=load.preprocess_threads,

@@ -16,6 +16,7 @@ from mms.workers.batching import BatchQueue
 from mms.workers.inflight import InFlight
 from mms.workers.job import Caller, Job
 from mms.workers.output import OutputReader
+from mms.workers.placement import Place
 from mms.workers.process import WorkerProcess
 
 log = logging.getLogger("mms.worker")
@@ -51,9 +52,9 @@ class Owner(Protocol):
 class Worker(asyncio.Protocol):
     """Speaks with one worker process from LOAD to the end of its channel."""
 
-    def __init__(self, slot: int, gpu: int | None, owner: Owner, queue: BatchQueue, metrics: VersionMetrics) -> None:
+    def __init__(self, slot: int, place: Place, owner: Owner, queue: BatchQueue, metrics: VersionMetrics) -> None:
         self.slot = slot
-        self.gpu = gpu
+        self.place = place
         self.state = WorkerState.STARTING
         self.in_flight = InFlight()
         self.started_at = time.time()
@@ -90,6 +91,11 @@ class Worker(asyncio.Protocol):
     @property
     def pid(self) -> int | None:
         return self.process.pid if self.process is not None else None
+
+    @property
+    def gpu(self) -> int | None:
+        """The number of its GPU."""
+        return self.place.gpu.index if self.place.gpu is not None else None
 
     def send(self, batch_size: int, jobs: list[Job]) -> None:
         """One PREDICT frame with all of `jobs`."""
@@ -291,15 +297,19 @@ def _remote_error(outcome: wire.Outcome, message: bytes) -> HandlerError:
     return error
 
 
-def describe_worker(worker: Worker, memory: int) -> dict[str, Any]:
-    """One entry of `workers` in a model's description."""
+def describe_worker(worker: Worker, memory: int, gpu_memory: int | None) -> dict[str, Any]:
+    """One entry of `workers` in a model's description; the memory on its GPU is left out where it is not known."""
+    gpu = worker.place.gpu
     return {
         "id": str(worker.slot),
         "startTime": datetime.fromtimestamp(worker.started_at, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
         "status": str(worker.state),
-        "gpu": worker.gpu is not None,
-        **({"gpuId": worker.gpu} if worker.gpu is not None else {}),
+        "kind": worker.place.kind,
+        "gpu": gpu is not None,
+        **({"gpuId": gpu.index, "gpuUuid": gpu.uuid} if gpu is not None else {}),
+        "threads": worker.place.threads,
         "memoryUsage": memory,
+        **({"gpuMemoryUsage": gpu_memory} if gpu_memory is not None else {}),
         "pid": worker.pid,
         **({"batchLimit": limit.limit} if (limit := worker.in_flight.batch_limit) is not None else {}),
     }

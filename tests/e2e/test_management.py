@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -306,6 +307,73 @@ def test_scaling_without_a_number_is_to_one_as_in_mms(bare: Server) -> None:
 
 def as_json(running: Server, method: str, path: str, **parameters: Any) -> Reply:
     return fetch(running.management, method, path, json.dumps(parameters), {"Content-Type": "application/json"})
+
+
+def test_instances_are_taken_as_json_in_body_and_query(bare: Server) -> None:
+    groups = [{"kind": "cpu", "count": 2, "threads": 2}]
+    assert as_json(bare, "POST", "/models", url="echo-1.0.mar", instances=groups).status == 200
+    query = quote(json.dumps(groups))
+    assert (
+        bare.manage("POST", f"/models?url=echo-1.0.mar&model_name=b&initial_workers=1&instances={query}").status == 200
+    )
+    for name, count in (("echo", 2), ("b", 1)):
+        described = bare.describe(name)
+        assert described["instances"] == groups
+        assert [(worker["kind"], worker["threads"]) for worker in described["workers"]] == [("cpu", 2)] * count
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"instances": [{"kind": "gpu", "gpus": [977]}]}, "gpus: 977 does not exist; this server sees: "),
+        ({"gpus": ["GPU-none"]}, "gpus: GPU-none does not exist; this server sees: "),
+        ({"instances": [{"kind": "tpu"}]}, "instances = [{'kind': 'tpu'}]: Invalid enum value 'tpu'"),
+        ({"instances": [{"kind": "cpu"}], "device": "cpu"}, "instances say where the workers run, and so does device"),
+        ({"instances": "[{"}, "a list is needed"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(bare: Server, settings: dict[str, Any], words: str) -> None:
+    reply = as_json(bare, "POST", "/models", url="echo-1.0.mar", **settings)
+    assert (reply.status, reply.json()["type"]) == (400, "ConfigException")
+    assert words in reply.message
+    assert bare.manage("GET", "/models/echo").status == 404
+
+
+def test_a_model_sleeps_until_its_first_request(bare: Server) -> None:
+    reply = as_json(bare, "POST", "/models", url="echo-1.0.mar", min_workers=0, load_on_request=True)
+    assert reply.json()["status"].endswith("registered with 0 initial workers. The first request loads it.")
+    for wakes in (1, 2):
+        described = bare.describe("echo")
+        assert (described["state"], described["asleep"], described["targetWorkers"]) == ("READY", True, 0)
+        assert (described["minWorkers"], described["maxWorkers"], described["workers"]) == (0, 1, [])
+        assert bare.manage("GET", "/models/echo/ready").status == 200
+        assert fetch(bare.url, "GET", "/readyz").status == 200
+        assert fetch(bare.url, "GET", "/ping").json() == {"status": "Healthy"}
+        assert bare.predict("echo", b"x").status == 200
+        described = bare.describe("echo")
+        assert (described["asleep"], described["targetWorkers"], len(described["workers"])) == (False, 1, 1)
+        assert bare.metric("mms_scalings_total", model="echo", direction="up") == wakes
+        assert bare.metric("mms_workers_wanted", model="echo") == 1
+        assert bare.manage("PUT", "/models/echo?min_worker=0&synchronous=true").status == 200
+
+
+def test_bounds_change_while_the_model_is_served(bare: Server) -> None:
+    bare.manage("POST", "/models?url=echo-1.0.mar&initial_workers=2")
+    assert "targetWorkers" not in bare.describe("echo")
+    for query, minimum, maximum, running in (
+        ("min_worker=1&max_worker=4", 1, 4, 2),
+        ("max_worker=1", 1, 1, 1),
+        ("min_worker=0&max_worker=4", 0, 4, 0),
+        ("max_worker=5", 0, 5, 0),
+    ):
+        reply = bare.manage("PUT", f"/models/echo?{query}&synchronous=true")
+        assert reply.json()["status"] == f"Workers scaled to {running} for model: echo, version: 1.0"
+        described = bare.describe("echo")
+        assert (described["minWorkers"], described["maxWorkers"], len(described["workers"])) == (
+            minimum,
+            maximum,
+            running,
+        )
 
 
 def test_null_is_as_if_not_there(bare: Server) -> None:

@@ -29,7 +29,8 @@ VALUES = {
     "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1", "max_requests": "0", "max_rss": "0",
     "preferred_batch_sizes": "1,2", "request_timeout": "5", "priority_levels": "2", "default_priority": "1",
     "priority_queue_sizes": "5,5", "latency_objective_ms": "50", "default_output": "none", "default_on_miss": "true",
-    "worker_fs": "open", "worker_network": "open", "worker_memory": "0",
+    "instances": "", "scale_up_after": "2", "scale_down_after": "60", "scale_to_zero_after": "0",
+    "load_on_request": "false", "worker_fs": "open", "worker_network": "open", "worker_memory": "0",
 }  # fmt: skip
 METHODS = ("get", "put", "post", "delete", "patch", "options")
 
@@ -153,7 +154,7 @@ def test_the_bounds_of_settings_are_documented(running: Server) -> None:
     assert (query["gpus"], body["gpus"]["type"], body["gpus"]["items"]) == (
         {"type": "string"},
         "array",
-        {"type": "integer"},
+        {"oneOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]},
     )
 
 

@@ -266,8 +266,8 @@ def test_f11_killed_for_lack_of_memory_is_said_only_when_it_is_proved(
                 counter.write_text(f"oom {kills}\noom_kill {kills}\n")
                 os.kill(pid, signal.SIGKILL)
                 await until(lambda pid=pid: served.pids not in ([], [pid]))  # type: ignore[misc]  # mypy cannot infer it
-                assert served.pool.back_off.last_failure is not None
-                assert served.pool.back_off.last_failure.cause == cause
+                assert served.pool.losses.back_off.last_failure is not None
+                assert served.pool.losses.back_off.last_failure.cause == cause
             assert dict(served.metrics.restarts) == {"killed (out of memory)": 1, "signal 9 (SIGKILL)": 1}
 
     uvloop.run(scenario())
@@ -278,11 +278,11 @@ def test_a_death_is_one_line_with_the_last_words(serve: Serve, caplog: pytest.Lo
         async with serve("misbehaves", retry=0) as served:
             await dies(served, "say_and_die I was here")
             await until(lambda: served.pids)
-            failure = served.pool.back_off.last_failure
+            failure = served.pool.losses.back_off.last_failure
             assert failure is not None
             assert (failure.cause, failure.output[-1]) == ("signal 9 (SIGKILL)", "I was here")
             assert abs(failure.at - time.time()) < 10
-            assert (served.pool.back_off.deaths, served.pool.next_start) == (1, None)
+            assert (served.pool.losses.back_off.deaths, served.pool.next_start) == (1, None)
 
     with caplog.at_level(logging.INFO, "mms.pool"):
         uvloop.run(scenario())
@@ -316,7 +316,9 @@ def test_f15_a_worker_that_leaks_memory_is_replaced_without_a_failure(serve: Ser
             await asyncio.wait_for(traffic(), 10)
             await until(lambda: len(served.pool.workers) == 1)
             assert dict(served.metrics.restarts) == {"max_rss": 1}
-            assert (served.pool.back_off.deaths, served.pool.back_off.last_failure) == (0, None), "this is no crash"
+            assert (served.pool.losses.back_off.deaths, served.pool.losses.back_off.last_failure) == (0, None), (
+                "this is no crash"
+            )
             assert set(pids) <= {first, *served.pids}
 
     uvloop.run(scenario())

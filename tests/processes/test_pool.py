@@ -26,12 +26,14 @@ from mms.archive import ModelArchive
 from mms.config import Config
 from mms.errors import MMSError as Error
 from mms.errors import ModelLoadError, QueueFullError
+from mms.instances import InstanceGroup
 from mms.metrics import VersionMetrics
 from mms.workers import environment
 from mms.workers.batching import BatchQueue
 from mms.workers.forkserver import ForkServers
 from mms.workers.job import Job, StreamCaller
 from mms.workers.output import KEPT_LINES, MAX_LINE, MAX_PER_SECOND, OutputReader
+from mms.workers.placement import Place, Placement
 from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch, prepare_process
 from mms.workers.restarts import Restarts
@@ -91,7 +93,7 @@ class Served:
             load=load,
             launch=launch,
             interpreter=how.get("make_interpreter"),
-            gpus=(),
+            placement=how.get("placement", Placement([(InstanceGroup("cpu"), [Place(None, how.get("threads", 1))])])),
             response_timeout=how.get("response_timeout", 20.0),
             startup_timeout=how.get("startup_timeout", 20.0),
             stop_grace=0.5,

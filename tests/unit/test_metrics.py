@@ -42,6 +42,7 @@ def facts(metrics: VersionMetrics, *, model: str = "cat") -> VersionFacts:
         in_flight=4,
         workers=workers,
         failed_workers=3,
+        wanted_workers=6,
     )
 
 
