@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from mms.errors import ConfigError
+from mms.samples import WarmupSample, parse_samples
 
 MAX_FILE = 1 << 20
 MAX_DEPTH = 32
@@ -109,6 +110,13 @@ def _models(value: Any) -> tuple[str, ...]:
 
 def _integers(value: Any) -> tuple[int, ...]:
     return tuple(_integer(word) for word in (value if isinstance(value, list | tuple) else _words(value)))
+
+
+def _batch_sizes(value: Any) -> tuple[int, ...]:
+    sizes = _integers(value)
+    if any(not 1 <= size <= MAX_BATCH for size in sizes):
+        raise ValueError(f"each must be from 1 to {MAX_BATCH}")
+    return tuple(sorted(set(sizes)))
 
 
 @dataclass(frozen=True)
@@ -261,6 +269,18 @@ class ModelSettings:
     )
     max_rss: int = _setting(
         0, _size, "resident memory above which a worker is replaced by a new one (0: no bound)", low=0
+    )
+    warmup: tuple[WarmupSample, ...] = _setting(
+        (), parse_samples, "requests that each worker runs before it is ready: files of the archive, or shapes"
+    )
+    compile: bool = _setting(
+        False, _boolean, "torch.compile the networks that a request-style handler has loaded; a warmup triggers it"
+    )
+    cuda_graphs: tuple[int, ...] = _setting(
+        (), _batch_sizes, "batch sizes whose CUDA graphs the warmup captures (request style, on GPUs)"
+    )
+    share_weights: bool = _setting(
+        False, _boolean, "on the CPU, load once and fork the workers from that: one copy of the weights in memory"
     )
     worker_fs: str = _setting(
         "open",

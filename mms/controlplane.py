@@ -405,6 +405,12 @@ class ControlPlane:
             cpu_threads=settings.cpu_threads,
             max_request_size=self.config.max_request_size,
             max_response_size=self.config.max_response_size,
+            preparation=wire.Preparation(
+                warmup=settings.warmup,
+                batch_sizes=_warmup_sizes(settings),
+                compile=settings.compile,
+                cuda_graphs=settings.cuda_graphs,
+            ),
         )
         how = Launch(
             name=f"mms-{version.name}",
@@ -439,3 +445,8 @@ class ControlPlane:
             return None
         make, output = environment.own_interpreter, model_logger(version.name)
         return partial(make, folder / file, self._cache.venvs, self._cache.own, output, version.label)
+
+
+def _warmup_sizes(settings: ModelSettings) -> tuple[int, ...]:
+    """The batch sizes that a warm-up runs: those that workers will see."""
+    return tuple(sorted({min(size, settings.batch_size) for size in settings.cuda_graphs or (1, settings.batch_size)}))

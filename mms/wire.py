@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mms.errors import FrameError
+from mms.samples import WarmupSample
 
 HEADER = struct.Struct("<2sBBIQ")
 MAGIC = b"MM"
@@ -27,6 +28,19 @@ READY, FAILED, RESULT = 16, 17, 18  # worker -> server
 # What a worker tells of its progress in the memory page that it shares with the server: how many jobs it has finished
 # and how many it has begun since its start, and when it began the batch in hand (time.monotonic(); 0 while idle).
 PROGRESS = struct.Struct("<QQd")
+
+
+class Preparation(msgspec.Struct, array_like=True, frozen=True):
+    """What a worker does between loading its handler and READY.
+
+    Each sample of `warmup` runs in each of `batch_sizes`. A `template` does none of it: it forks the workers that do.
+    """
+
+    warmup: tuple[WarmupSample, ...] = ()
+    batch_sizes: tuple[int, ...] = (1,)
+    compile: bool = False
+    cuda_graphs: tuple[int, ...] = ()
+    template: bool = False
 
 
 class Load(msgspec.Struct, array_like=True):
@@ -44,6 +58,7 @@ class Load(msgspec.Struct, array_like=True):
     cpu_threads: int
     max_request_size: int
     max_response_size: int
+    preparation: Preparation = Preparation()
 
 
 class RequestFacts(msgspec.Struct, array_like=True, eq=False, gc=False):

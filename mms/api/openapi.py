@@ -36,8 +36,13 @@ _MEANINGS = {
     504: "no answer within the time limits",
 }
 
-_KINDS = {"int": "integer", "float": "number", "str": "string"}  # of a setting's field -> JSON schema
-_ITEMS = {"tuple[int, ...]": "integer", "tuple[str, ...]": "string"}
+_KINDS = {
+    "int": "integer",
+    "float": "number",
+    "str": "string",
+    "bool": "boolean",
+}  # of a setting's field -> JSON schema
+_ITEMS = {"tuple[int, ...]": "integer", "tuple[str, ...]": "string", "tuple[WarmupSample, ...]": "object"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def _setting_parameter(setting: Field[Any]) -> Parameter:
     kind, meta = str(setting.type), setting.metadata
     item = _ITEMS.get(kind)
     if item is not None:
-        text = f"{meta['help']}; in the query separated by commas"
+        text = f"{meta['help']}; in the query {'as JSON' if item == 'object' else 'separated by commas'}"
         in_json = {"type": "array", "items": {"type": item}}
         return Parameter(setting.name, {"type": "string"}, text, in_json=in_json)
     schema: dict[str, Any] = {"type": _KINDS[kind]}

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from mms import wire
 from mms.backend.answers import Answer, Body
 from mms.backend.loader import load_handler
+from mms.backend.prepare import prepare
 from mms.backend.stages import Stages
 from mms.errors import FrameError, ModelLoadError
 from mms.handler import Request
@@ -201,6 +202,7 @@ def serve(sock: socket.socket, progress: mmap.mmap) -> int:
     begun = _perf_counter()
     try:
         stages = load_handler(load)
+        prepare(stages, load)
     except BaseException as error:
         text = "".join(traceback.format_exception(error))
         channel.write(wire.FAILED, wire.Failed(_reason(error), text), [], 0)

@@ -22,6 +22,14 @@ class Stages(Protocol):
 
     style: str
 
+    @property
+    def context(self) -> Context: ...
+
+    @property
+    def handler(self) -> Any:
+        """The object that `initialize` was called on; None if the handler is a function."""
+        ...
+
     def run(self, requests: list[Request]) -> list[Answer]:
         """One outcome per request, in order. Never raises."""
         ...
@@ -35,6 +43,14 @@ class BatchStages:
     """`handle(data, context)`, as in MMS and TorchServe: a list of dicts in, a list of results out."""
 
     style = "batch"
+
+    @property
+    def context(self) -> Context:
+        return self._context
+
+    @property
+    def handler(self) -> Any:
+        return getattr(self._handle, "__self__", None)
 
     def __init__(self, handle: Callable[[Any, Context], Any], context: Context, *, isolate: bool, limit: int) -> None:
         self._handle = handle
@@ -101,6 +117,14 @@ class RequestStages:
     """A Handler: preprocess and postprocess per request, inference per batch."""
 
     style = "request"
+
+    @property
+    def context(self) -> Context:
+        return self._context
+
+    @property
+    def handler(self) -> Handler:
+        return self._handler
 
     def __init__(self, handler: Handler, context: Context, *, isolate: bool, limit: int) -> None:
         self._handler = handler

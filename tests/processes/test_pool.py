@@ -72,6 +72,7 @@ class Served:
             model_name="m", version="1", directory=str(folder), handler=handler, manifest={},
             model_config=how.get("model_config", {}), batch_size=1, isolate_errors="auto", gpu=None,
             cpu_threads=how.get("cpu_threads", 1), max_request_size=1 << 20, max_response_size=16 << 20,
+            preparation=how.get("preparation", wire.Preparation()),
         )  # fmt: skip
         launch = Launch(
             name="mms-m",
