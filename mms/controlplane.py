@@ -236,6 +236,7 @@ class ControlPlane:
         # what is being forked, installed or tried at the moment is ours, but not known yet
         if not self._sandboxes.trying and not any(pool.starting for pool in pools):
             workers = {worker.pid for pool in pools for worker in pool.workers if worker.pid is not None}
+            workers |= {pid for pool in pools if pool.template is not None for pid in pool.template.pids}
             for pid in reap_orphans(workers | others | set(self.forkservers.pids())):
                 log.warning("process %d, which a worker had started, had left its session; killed", pid)
 
@@ -372,6 +373,8 @@ class ControlPlane:
         only_stricter(settings, self.config.model_defaults(), "request")
         fixed: dict[str, Any] = {}
         gpus = self._gpus_for(settings)
+        if settings.share_weights and gpus:
+            log.warning("%s: share_weights does nothing on GPUs; set device: cpu to use it", archive.path.name)
         if settings.min_workers == -1:
             fixed["min_workers"] = len(gpus) or environment.cores()
         return merge_settings(settings, {**fixed, "gpus": gpus}, "request", strict=True)
@@ -431,6 +434,7 @@ class ControlPlane:
             stop_grace=self.config.stop_grace,
             max_requests=settings.max_requests,
             max_rss=settings.max_rss,
+            share_weights=settings.share_weights,
             boot_tries=self._boot_tries,
         )
         return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, self._restarts)

@@ -79,6 +79,7 @@ class WorkerFacts:
     state: str
     cpu_seconds: float
     resident_bytes: int
+    private_bytes: int | None  # None if it was not there when this was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +237,11 @@ class Collector:
         memory = GaugeMetricFamily(
             "mms_worker_resident_memory_bytes", "Resident memory of a worker process.", labels=labels
         )
+        private = GaugeMetricFamily(
+            "mms_worker_private_memory_bytes",
+            "Memory of a worker process that it shares with no other: what one more costs.",
+            labels=labels,
+        )
         for facts in versions:
             for state in WORKER_STATES:
                 count = facts.failed_workers if state == "FAILED" else 0
@@ -244,7 +250,9 @@ class Collector:
             for worker in facts.workers:
                 cpu.add_metric([facts.model, facts.version, str(worker.slot)], worker.cpu_seconds)
                 memory.add_metric([facts.model, facts.version, str(worker.slot)], worker.resident_bytes)
-        yield from (states, cpu, memory)
+                if worker.private_bytes is not None:
+                    private.add_metric([facts.model, facts.version, str(worker.slot)], worker.private_bytes)
+        yield from (states, cpu, memory, private)
 
     def _host(self) -> Iterator[Metric]:
         front = self._front_end()

@@ -24,6 +24,8 @@ MAX_PAYLOAD = 16 << 30
 
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
 READY, FAILED, RESULT = 16, 17, 18  # worker -> server
+FORK = 32  # server -> template
+LOADED, FORKED = 48, 49  # template -> server
 
 # What a worker tells of its progress in the memory page that it shares with the server: how many jobs it has finished
 # and how many it has begun since its start, and when it began the batch in hand (time.monotonic(); 0 while idle).
@@ -179,10 +181,10 @@ class Sandbox(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ForkRequest(msgspec.Struct, array_like=True):
-    """What the fork server does on request: fork a worker that owns the descriptors passed beside this message.
+    """What a fork server or a template does on request: fork a worker that owns the descriptors passed beside this.
 
     Descriptors, in order: channel, progress page, output (a pipe for standard output and standard error).
-    `server` is the server's pid: the worker's parent once the fork server has let go of it.
+    `server` is the server's pid: the worker's parent once the process that forked it has let go of it.
     """
 
     environ: dict[str, str]
@@ -194,9 +196,10 @@ class ForkRequest(msgspec.Struct, array_like=True):
 
 
 class Preloaded(msgspec.Struct, array_like=True):
-    """The fork server's first message; `errors` names the modules that could not be imported, and why.
+    """The first message of a fork server; `errors` names the modules that could not be imported, and why.
 
-    With more than one thread it must not fork: a lock held by another thread would stay locked in the worker.
+    A template says it as well, when it has loaded. With more than one thread neither must fork: a lock held by another
+    thread would stay locked in the worker.
     """
 
     errors: list[str]
@@ -204,7 +207,7 @@ class Preloaded(msgspec.Struct, array_like=True):
 
 
 class ForkReply(msgspec.Struct, array_like=True):
-    """The fork server's answer, beside which the worker's pidfd is passed; `error` is empty on success."""
+    """The answer to a ForkRequest, beside which the worker's pidfd is passed; `error` is empty on success."""
 
     pid: int
     error: str

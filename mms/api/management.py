@@ -172,6 +172,7 @@ async def _describe(request: web.Request, parameters: _Parameters) -> web.Respon
     name, number = request.match_info["model"], request.match_info.get("version", "")
     model = request.app[CONTROL].registry.model(name)
     version = model.version(number)
+    await version.read_memory()
     return _json(
         {**version.describe(), "defaultVersion": version.version == model.default, "versions": list(model.versions)}
     )

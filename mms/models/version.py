@@ -53,6 +53,7 @@ class ModelVersion:
             fifo=settings.queue_order == "fifo",
         )
         self.pool: WorkerPool | None = None
+        self.private_memory: dict[int, int] = {}  # bytes by pid, when they were last read
         self._leaving = VersionState.READY
 
     @property
@@ -124,6 +125,13 @@ class ModelVersion:
         if self.directory is not None:
             await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
 
+    async def read_memory(self) -> None:
+        """Bring `private_memory` up to date, in a thread: the kernel walks through all pages for it."""
+        processes = [worker.process for worker in (self.pool.workers if self.pool else ()) if worker.pid]
+        self.private_memory = await asyncio.to_thread(
+            lambda: {process.pid: process.private_bytes() for process in processes}
+        )
+
     def describe(self) -> dict[str, Any]:
         """The version as MMS describes it, and what users of MMS missed."""
         settings, pool, archive = self.settings, self.pool, self.archive
@@ -152,7 +160,11 @@ class ModelVersion:
             **({"sandbox": self.sandbox} if self.sandbox else {}),
             "loadedAtStartup": self.at_start,
             "loadedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.loaded_at)),
-            "workers": [describe_worker(worker, _memory(worker.pid)) for worker in (pool.workers if pool else ())],
+            **({"template": _describe_template(pool.template.pid)} if pool and pool.template else {}),
+            "workers": [
+                describe_worker(worker, _memory(worker.pid), self.private_memory.get(worker.pid or 0))
+                for worker in (pool.workers if pool else ())
+            ],
             "jobQueueStatus": {
                 "remainingCapacity": max(0, self.queue.capacity - self.queue.depth),
                 "pendingRequests": self.queue.depth,
@@ -197,7 +209,13 @@ class ModelVersion:
             retries=self.queue.retries,
             in_flight=pool.in_flight if pool else 0,
             workers=[
-                WorkerFacts(worker.slot, str(worker.state), _cpu(worker.pid), _memory(worker.pid))
+                WorkerFacts(
+                    worker.slot,
+                    str(worker.state),
+                    _cpu(worker.pid),
+                    _memory(worker.pid),
+                    self.private_memory.get(worker.pid or 0),
+                )
                 for worker in (pool.workers if pool else ())
             ],
             failed_workers=pool.missing if pool else 0,
@@ -216,6 +234,11 @@ class ModelVersion:
         if state is VersionState.READY:
             return ServiceUnavailableError(f"model {self.label} has no workers; scale it up on the management port")
         return DrainingError(f"model {self.label} is {state.lower()}")
+
+
+def _describe_template(pid: int | None) -> dict[str, Any]:
+    """Of the process that workers are forked from, while there is one."""
+    return {"pid": pid, "memoryUsage": _memory(pid)} if pid is not None else {}
 
 
 def _memory(pid: int | None) -> int:

@@ -25,6 +25,7 @@ from mms.workers.recycling import Recycling
 from mms.workers.restarts import BackOff, Restarts, last_words, load_error
 from mms.workers.settings import PoolSettings
 from mms.workers.starting import Starter
+from mms.workers.template import Template
 from mms.workers.worker import Worker, WorkerState
 
 log = logging.getLogger("mms.pool")
@@ -106,6 +107,11 @@ class WorkerPool:
     def forkserver_deaths(self) -> int:
         """How often the fork server of these workers has died lately."""
         return self._forkservers.deaths(self._settings.launch.preload)
+
+    @property
+    def template(self) -> Template | None:
+        """What its workers are forked from, with share_weights."""
+        return self._starter.template
 
     @property
     def in_flight(self) -> int:
@@ -217,6 +223,7 @@ class WorkerPool:
             for task in self._tasks:
                 task.cancel()
             await self._change(TICK)
+        await self._starter.close()
         for handle in (self._wake, self._delay, self._timer):
             if handle is not None:
                 handle.cancel()
@@ -248,6 +255,8 @@ class WorkerPool:
         surplus = sorted(active, key=lambda worker: (worker.state is WorkerState.READY, -len(worker.in_flight.jobs)))
         for worker in surplus[: max(0, len(active) - wanted)]:
             self._stop_worker(worker)
+        if not self.target and self.template is not None:
+            self.template.release()
         if self._timer is None and (self.workers or self.target):
             self._last_tick = time.monotonic()
             self._timer = self._loop.call_later(TICK, self._tick)
@@ -301,7 +310,7 @@ class WorkerPool:
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
                 await self._starter.start(worker, self.cpu_threads)
-                while worker.state is WorkerState.STARTING and worker in self.workers:
+                while worker.process is not None and worker.state is WorkerState.STARTING and worker in self.workers:
                     await self._change(TICK)
         if worker.process is None:
             self._forget(worker)

@@ -12,8 +12,9 @@ from mms.logs import model_logger
 from mms.workers import environment
 from mms.workers.forkserver import ForkServerDied, ForkServers
 from mms.workers.output import OutputReader
-from mms.workers.process import Launch, launch
+from mms.workers.process import Launch, WorkerProcess, launch
 from mms.workers.settings import PoolSettings
+from mms.workers.template import Template, TemplateFailed
 from mms.workers.worker import Worker, WorkerState
 
 
@@ -26,6 +27,7 @@ class Starter:
         self._forkservers = forkservers
         self._interpreter = ""  # that settings.interpreter has made
         self._log = model_logger(settings.load.model_name)
+        self.template = Template(settings, forkservers) if settings.share_weights else None
 
     @property
     def lacks_interpreter(self) -> bool:
@@ -49,7 +51,10 @@ class Starter:
         """Launch its process and tell it what to load; if that fails, it has no process, but a cause."""
         load = msgspec.structs.replace(self._settings.load, cpu_threads=threads)
         try:
-            process = await launch(self._launch_of(worker, threads), self._forkservers)
+            process = await self._launch(worker, self._launch_of(worker, threads))
+        except TemplateFailed as error:
+            worker.cause, worker.failure, worker.output = str(error), error.failure, error.output
+            return
         except (ForkServerDied, OSError) as error:
             worker.cause = f"could not be started: {error}"
             return
@@ -57,6 +62,17 @@ class Starter:
         await worker.attach(process, OutputReader(self._log, label), load)
         if worker.state is not WorkerState.STARTING:
             worker.kill("stopped")
+
+    async def close(self) -> None:
+        """After the last worker has ended."""
+        if self.template is not None:
+            await self.template.close()
+
+    async def _launch(self, worker: Worker, how: Launch) -> WorkerProcess:
+        process = None
+        if self.template is not None and worker.gpu is None:
+            process = await self.template.launch(how)
+        return process or await launch(how, self._forkservers)
 
     def _launch_of(self, worker: Worker, threads: int) -> Launch:
         how = self._settings.launch

@@ -234,7 +234,7 @@ def _remote_error(outcome: wire.Outcome, message: bytes) -> HandlerError:
     return error
 
 
-def describe_worker(worker: Worker, memory: int) -> dict[str, Any]:
+def describe_worker(worker: Worker, memory: int, private: int | None) -> dict[str, Any]:
     """One entry of `workers` in a model's description."""
     return {
         "id": str(worker.slot),
@@ -243,5 +243,6 @@ def describe_worker(worker: Worker, memory: int) -> dict[str, Any]:
         "gpu": worker.gpu is not None,
         **({"gpuId": worker.gpu} if worker.gpu is not None else {}),
         "memoryUsage": memory,
+        **({"privateMemory": private} if private is not None else {}),
         "pid": worker.pid,
     }

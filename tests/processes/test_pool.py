@@ -94,6 +94,7 @@ class Served:
             stop_grace=0.5,
             max_requests=how.get("max_requests", 0),
             max_rss=how.get("max_rss", 0),
+            share_weights=how.get("share_weights", False),
         )
         self.pool = WorkerPool(settings, self.queue, self.metrics, forkservers, asyncio.Semaphore(4), Restarts())
         self._ids = 0

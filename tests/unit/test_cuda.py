@@ -132,7 +132,7 @@ def test_attributes_are_the_networks() -> None:
 
 def test_flatten_and_unflatten_are_inverse() -> None:
     leaf = numpy.zeros(1)
-    tree = ({"a": [leaf, (leaf,)], "b": leaf}, [])
+    tree: Any = ({"a": [leaf, (leaf,)], "b": leaf}, [])
     leaves, form = flatten(tree)
     assert len(leaves) == 3 and unflatten(iter(leaves), form) == tree
     with pytest.raises(Unfit):

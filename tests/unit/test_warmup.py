@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -47,7 +49,7 @@ def test_a_file_runs_in_each_batch_size_as_often_as_wanted(tmp_path: Path) -> No
 
 
 def test_a_shape_goes_through_collate_and_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(__import__("sys").modules, "torch", raising=False)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     handler = Model()
     prepare(*make(tmp_path, handler, WarmupSample(shape=(4, 2), dtype="int16")))
     assert [(batch.shape, str(batch.dtype), type(batch)) for batch in handler.seen] == [
@@ -99,3 +101,60 @@ def test_what_does_nothing_here_is_said_in_one_line(tmp_path: Path, capfd: pytes
         "warning: compile does nothing: it needs a request-style handler with a torch.nn.Module as attribute",
         "warning: cuda_graphs does nothing on a CPU",
     ]
+
+
+class Network:
+    """Stands for an nn.Module: importing torch takes seconds, and compiling a minute."""
+
+    def __call__(self, batch: Any) -> Any:
+        return batch
+
+
+class Nets(Handler):
+    def __init__(self) -> None:
+        self.network = Network()
+
+    def inference(self, batch: Any) -> Any:
+        return self.network(batch)
+
+
+def test_without_a_compiler_the_network_is_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def compiled(network: Network) -> Any:
+        def call(batch: Any) -> Any:
+            raise RuntimeError("no C++ compiler")
+
+        return call
+
+    torch = SimpleNamespace(nn=SimpleNamespace(Module=Network), compile=compiled, zeros=numpy.zeros, float32="float32")
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    handler = Nets()
+    prepare(*make(tmp_path, handler, WarmupSample(shape=(2,), dtype="float32"), compile=True))
+    assert isinstance(handler.network, Network)
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        "warning: compile failed, it is done without: warmup sample float32 [2] failed in a batch of 1: "
+        "the handler raised RuntimeError: no C++ compiler"
+    ]
+
+
+def test_a_compiled_network_takes_the_attributes_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Compiled:
+        def __init__(self, network: Network) -> None:
+            self.calls = 0
+
+        def __call__(self, batch: Any) -> Any:
+            self.calls += 1
+            return batch
+
+    config = SimpleNamespace(suppress_errors=False)
+    torch = SimpleNamespace(
+        nn=SimpleNamespace(Module=Network), compile=Compiled, _dynamo=SimpleNamespace(config=config),
+        zeros=numpy.zeros, float32="float32",
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    handler = Nets()
+    prepare(*make(tmp_path, handler, WarmupSample(shape=(2,), dtype="float32", count=3), compile=True))
+    assert isinstance(handler.network, Compiled) and handler.network.calls == 6
+    assert config.suppress_errors
