@@ -35,7 +35,7 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     gc.collect()
-    gc.freeze()  # pages that the collector never writes stay shared with the workers
+    gc.freeze()  # pages that the collector never writes stay shared, and its first round in a worker is short
     control.send(wire.encode(wire.Preloaded(errors, len(os.listdir("/proc/self/task")))))
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE, 8)
@@ -75,7 +75,6 @@ def _become_worker(request: wire.ForkRequest, descriptors: list[int]) -> None:
         box=request.sandbox,
     )
     reseed()
-    gc.unfreeze()
     loop.main(socket.socket(fileno=channel), page)
 
 
