@@ -21,7 +21,7 @@ def mlp(*, quick: bool) -> tuple[Any, tuple[int, ...]]:
     return nn.Sequential(*layers), (width,)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(nn.Module):  # type: ignore[misc]  # torch is not typed here
     """The block that ResNet-50 is made of."""
 
     def __init__(self, inside: int, width: int, stride: int) -> None:
