@@ -7,10 +7,10 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench overload build clean nginx wrk
+.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench bench-engine overload build lock audit clean nginx wrk
 
 help: ## print this menu
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.demo nginx ## package a real network, serve it behind nginx, show what it sees in two photos
 	@$(BIN)/python examples/image_classification/demo.py
@@ -52,11 +52,21 @@ format: $(VENV)/.dev ## put the code into its house style
 bench: $(VENV)/.dev nginx wrk ## measure the server against the floor on this machine
 	@$(BIN)/python -m benchmarks.hotpath
 
+bench-engine: $(VENV)/.dev wrk ## what threads, overlap, scheduling and the cache bring, as ratios (ONLY=)
+	@$(BIN)/python -m benchmarks.engine $(if $(ONLY),--only $(ONLY))
+
 overload: $(VENV)/.dev ## twice and five times the load that a model can serve: who is answered, and how soon (SECONDS=60)
 	@$(BIN)/python -m benchmarks.overload $(if $(SECONDS),--seconds $(SECONDS))
 
 build: $(VENV)/.dev ## build the wheel and the source distribution into dist/
 	$(BIN)/python -m build
+
+lock: $(VENV)/.audit ## renew requirements.lock: the newest runtime dependencies that fit, with their hashes
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --upgrade --quiet \
+	  --custom-compile-command "make lock" --output-file requirements.lock
+
+audit: $(VENV)/.audit ## ask PyPI's advisories about requirements.lock (needs pypi.org itself, not only a mirror)
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 
 clean: ## remove what was built, cached and run (keeps the virtual environment)
 	rm -rf build dist *.egg-info demo-run model-store .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis fuzz-findings
@@ -83,3 +93,7 @@ $(VENV)/.dev: $(VENV)/.made pyproject.toml setup.cfg
 	@echo "installing MMS with PyTorch and the developer's tools into $(VENV): several GB when pip has not fetched them before ..."
 	@$(BIN)/python -m pip install --editable '.[demo,dev]'
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.audit: $(VENV)/.made pyproject.toml setup.cfg
+	@$(BIN)/python -m pip install --quiet 'pip-audit>=2.9' 'uv>=0.9'
+	@touch $@

@@ -41,6 +41,7 @@ class Spec:
     commands: Callable[[Path, int], list[Command]]
     path: str = "/"
     ping: str = "/"
+    body: bytes = b"x"  # it answers this with 200 once it is ready
 
 
 def free_port() -> int:
@@ -117,7 +118,7 @@ def _package(folder: Path, handler: str) -> None:
     (folder / "noop.py").write_text(handler)
     archiver = [sys.executable, "-c", "from mms_archiver.cli import main; raise SystemExit(main())"]
     options = ["--model-name", "noop", "--handler", f"{folder}/noop.py:handle", "--export-path", str(folder)]
-    done = subprocess.run([*archiver, *options], capture_output=True, text=True, env=_environment(), cwd=folder)
+    done = subprocess.run([*archiver, *options], capture_output=True, text=True, env=server_environment(), cwd=folder)
     if done.returncode != 0:
         raise ServerError(f"model-archiver failed: {done.stderr.strip()}")
 
@@ -166,7 +167,7 @@ SPECS = {
 }
 
 
-def _environment() -> dict[str, str]:
+def server_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))}
 
 
@@ -222,7 +223,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**_environment(), MARK: self.tree.mark},
+            env={**server_environment(), MARK: self.tree.mark},
             start_new_session=True,
         )
         self._processes.append(process)
@@ -231,7 +232,7 @@ class Server:
     def _answers(self, method: str, path: str) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
-            connection.request(method, path, b"x" if method == "POST" else None)
+            connection.request(method, path, self.spec.body if method == "POST" else None)
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False

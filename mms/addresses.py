@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +13,8 @@ from mms.config import Config
 from mms.errors import ConfigError, StartError
 from mms.http.listener import bind
 from mms.systemd import address_of
+
+log = logging.getLogger("mms.server")
 
 LISTENERS = ("inference", "management", "metrics")
 ANY_HOST = {"0.0.0.0", "*"}
@@ -21,6 +25,9 @@ class Addresses:
 
     def __init__(self, config: Config, passed: Mapping[str, socket.socket]) -> None:
         self.passed = passed
+        self._files: dict[str, str] = {}  # of the front end's Unix sockets, by listener
+        self._group: int | None = None  # that may connect to them
+        self._missing: set[str] = set()  # those that cannot be made anew
         wanted = config.inference_address, config.management_address, config.metrics_address
         self.of = {
             name: address_of(passed[name]) if name in passed else address
@@ -35,14 +42,34 @@ class Addresses:
     def listen(self, behind_edge: Path | None, group: int | None) -> list[socket.socket]:
         """The front end's sockets: Unix ones in the folder `behind_edge`, else the public ones. Raises StartError."""
         bound: list[socket.socket] = []
+        self._group = group
         try:
             for name, public in self.of.items():
                 address = public if behind_edge is None else f"unix:{behind_edge / name}.sock"
                 bound.append(self.passed.get(name) or bind(address, group=group))
+                if address.startswith("unix:") and name not in self.passed:
+                    self._files[name] = address.removeprefix("unix:")
         except StartError:
             for sock in bound:
                 sock.close()
             raise
+        return bound
+
+    def bind_anew(self) -> dict[str, socket.socket]:
+        """New sockets for the listeners whose socket file somebody has deleted: nobody could connect any more."""
+        bound: dict[str, socket.socket] = {}
+        for name, file in self._files.items():
+            if os.path.lexists(file):
+                continue
+            try:
+                bound[name] = bind(f"unix:{file}", group=self._group)
+            except StartError as error:  # its folder may be gone, too
+                if name not in self._missing:
+                    log.error("the socket file of %s was deleted: %s; trying again", name, error.message)
+                self._missing.add(name)
+            else:
+                log.warning("the socket file of %s was deleted; listening anew on %s", name, file)
+                self._missing.discard(name)
         return bound
 
 

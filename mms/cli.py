@@ -23,7 +23,7 @@ from mms.config import Config, load_config, show_setting
 from mms.errors import MMSError
 from mms.program import Program
 from mms.rundir import RunDirectory, Running
-from mms.token import read_token
+from mms.token import find_token
 
 NOT_READY = 3
 HEARTBEAT = 2.0
@@ -185,10 +185,10 @@ def _running(run_dir: Path | None) -> tuple[RunDirectory, Running | None]:
     return directory, directory.running()
 
 
-def _token(running: Running) -> bytes:
-    """What the server's management API wants to see."""
+def _token(api: str, file: str) -> bytes:
+    """What that API of the server wants to see, if anything."""
     try:
-        return read_token(Path(running.management_token_file)) if running.management_token_file else b""
+        return find_token(api, file, os.environ)
     except MMSError as error:
         _fail(error.message, NOT_READY)
 
@@ -279,7 +279,11 @@ def retry(model: str, number: str, run_dir: Path | None) -> None:
     path = "/".join(quote(part, safe="") for part in ("models", model, number, "retry") if part)
     try:
         code, body = send(
-            running.management_address, "POST", f"/{path}", token=_token(running), certificate=running.tls_cert
+            running.management_address,
+            "POST",
+            f"/{path}",
+            token=_token("management", running.management_token_file),
+            certificate=running.tls_cert,
         )
     except OSError as error:
         _fail(f"no answer from {running.management_address}: {error}")
@@ -305,7 +309,8 @@ def status(run_dir: Path | None, as_json: bool, quiet: bool) -> None:
             click.echo('{"running": false}' if as_json else _nobody(directory))
         sys.exit(NOT_READY)
     try:
-        models = describe_models(running.management_address, token=_token(running), certificate=running.tls_cert)
+        token = _token("management", running.management_token_file)
+        models = describe_models(running.management_address, token=token, certificate=running.tls_cert)
     except OSError as error:
         _fail(f"the server (pid {running.pid}) does not answer on {running.management_address}: {error}", NOT_READY)
     ready = all(_is_ready(model) for model in models)
@@ -402,6 +407,7 @@ def predict(model: str, request: Path, content_type: str, number: str, run_dir: 
             f"/predictions/{path}",
             content,
             content_type or guessed,
+            token=_token("inference", running.inference_token_file),
             certificate=running.tls_cert,
         )
     except OSError as error:

@@ -18,18 +18,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from mms.errors import ConfigError
+from mms.safe_yaml import read_yaml
 from mms.samples import WarmupSample, parse_samples
+from mms.token import VARIABLES
 
-MAX_FILE = 1 << 20
-MAX_DEPTH = 32
 MAX_SHOWN = 200  # characters of a wrong value in an error
 MAX_WORKERS = 1024
 MAX_BATCH = 65_536
 MAX_QUEUE = 1_000_000
 MAX_THREADS = 1024
+MAX_AT_A_TIME = 64
 
 _PORTS = {"http": 80, "https": 443}
 _SIZE = re.compile(r"(\d+)\s*(|b|kib|mib|gib|kb|mb|gb)", re.IGNORECASE)
@@ -261,6 +260,16 @@ class ModelSettings:
     cpu_threads: int = _setting(
         0, _integer, "CPU threads per worker (0: its share when it starts, cores / workers)", low=0, high=MAX_THREADS
     )
+    threads: int = _setting(
+        1, _integer, "batches that a worker runs at a time, with one copy of the model", low=1, high=MAX_AT_A_TIME
+    )
+    preprocess_threads: int = _setting(
+        -1,
+        _integer,
+        "threads in which a worker prepares requests while batches run (request style; -1: 2 on a GPU, else 0)",
+        low=-1,
+        high=MAX_AT_A_TIME,
+    )
     preload: tuple[str, ...] = _setting(
         (), _words, "modules that the fork server imports before the workers are forked"
     )
@@ -311,6 +320,9 @@ class Config:
     )
     management_token_file: Path | None = _setting(
         None, _path, "file (mode 0600) with the token that every management call must bring"
+    )
+    inference_token_file: Path | None = _setting(
+        None, _path, "file (mode 0600) with the token that every prediction must bring (empty: none is needed)"
     )
     management_hosts: tuple[str, ...] = _setting(
         (), _words, "names by which the management port may be called, beside its address and localhost"
@@ -373,6 +385,10 @@ class Config:
     download_timeout: float = _setting(600.0, _number, "seconds that one download may take", low=0.001)
     install_requirements: bool = _setting(
         False, _boolean, "install an archive's requirements.txt into a virtual environment of its own"
+    )
+    require_hashes: bool = _setting(False, _boolean, "refuse requirements that have no hash for each file")
+    wheelhouse: Path | None = _setting(
+        None, _path, "folder of wheels that requirements are installed from, and from nowhere else"
     )
     worker_env: tuple[str, ...] = _setting(
         (), _words, "names of environment variables that workers get beside the usual ones"
@@ -469,69 +485,6 @@ def show_setting(kind: type, name: str, value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that stands twice is an error, and so are depth and aliases (bombs need them)."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        mark: Any = event.start_mark
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def fetch_flow_collection_start(self, token: Any) -> None:
-        if self.flow_level >= MAX_DEPTH:  # the scanner runs far ahead, at a cost that grows with the depth
-            mark: Any = self.get_mark()
-            raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=mark)
-        super().fetch_flow_collection_start(token)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file with one mapping: at most 1 MiB, 32 levels, no aliases, no repeated keys. Raises ConfigError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    return parse_yaml(data, str(path))
-
-
-def parse_yaml(data: bytes, origin: str) -> dict[str, Any]:
-    """As read_yaml, from memory; `origin` is named in errors."""
-    if len(data) > MAX_FILE:
-        raise ConfigError(f"{origin}: larger than {MAX_FILE} bytes")
-    try:
-        content = yaml.load(data, _UniqueKeys)  # noqa: TID251  # the one place
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
-        raise ConfigError(f"{origin}:{line} {error.problem}") from None
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        first = str(error).partition("\n")[0]  # PyYAML's constructors raise any of these on values that do not fit
-        raise ConfigError(f"{origin}: not YAML: {first}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"{origin}: must hold 'key: value' lines")
-    return content
-
-
 def load_config(
     *, file: Path | None = None, environ: Mapping[str, str] | None = None, command_line: Mapping[str, Any] | None = None
 ) -> tuple[Config, dict[str, str]]:
@@ -550,7 +503,11 @@ def load_config(
     if file is not None:
         take(read_yaml(file), str(file))
     environ = os.environ if environ is None else environ
-    named = {key.removeprefix("MMS_").lower(): value for key, value in environ.items() if key.startswith("MMS_")}
+    named = {
+        key.removeprefix("MMS_").lower(): value
+        for key, value in environ.items()
+        if key.startswith("MMS_") and key not in VARIABLES.values()  # secrets, which no command shows
+    }
     for name in named:
         if name not in known:
             suggestion = nearest(name, known).upper().replace("; DID YOU MEAN ", "; did you mean MMS_")

@@ -17,7 +17,7 @@ import msgspec
 
 from mms import wire
 from mms.archive import HANDLER, MODEL_NAME, ModelArchive
-from mms.config import Config, ModelSettings, merge_settings, read_yaml
+from mms.config import Config, ModelSettings, merge_settings
 from mms.errors import (
     ArchiveError,
     BadRequestError,
@@ -28,17 +28,20 @@ from mms.errors import (
     ServiceUnavailableError,
 )
 from mms.logs import close_model_log, model_logger, open_model_log
+from mms.metrics import RestartFacts
 from mms.models.download import Downloads, is_remote, split_pin
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
 from mms.rundir import CacheDirectory
+from mms.safe_yaml import read_yaml
 from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers import environment
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
 from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch, reap_orphans
+from mms.workers.requirements import Installer
 from mms.workers.restarts import MAX_BOOT_FAILURES, Restarts
 from mms.workers.sandbox import Sandboxes, only_stricter
 from mms.workers.settings import PoolSettings
@@ -240,6 +243,10 @@ class ControlPlane:
             for pid in reap_orphans(workers | others | set(self.forkservers.pids())):
                 log.warning("process %d, which a worker had started, had left its session; killed", pid)
 
+    def restarts(self) -> list[RestartFacts]:
+        """What has died and is started again, beside the workers of each version."""
+        return [*self.forkservers.facts(), self._restarts.facts()]
+
     async def close(self, drain: float) -> None:
         """Unload everything and end the fork servers; what is registered stays saved."""
         self._closed = True
@@ -408,6 +415,8 @@ class ControlPlane:
             cpu_threads=settings.cpu_threads,
             max_request_size=self.config.max_request_size,
             max_response_size=self.config.max_response_size,
+            threads=settings.threads,
+            preprocess_threads=settings.preprocess_threads,
             preparation=wire.Preparation(
                 warmup=settings.warmup,
                 batch_sizes=_warmup_sizes(settings),
@@ -427,7 +436,7 @@ class ControlPlane:
             label=version.label,
             load=load,
             launch=how,
-            interpreter=self._interpreter(version, folder),
+            interpreter=self._interpreter(version, folder, sandbox),
             gpus=[self.gpus[index] for index in settings.gpus],
             response_timeout=settings.response_timeout,
             startup_timeout=settings.startup_timeout,
@@ -439,7 +448,9 @@ class ControlPlane:
         )
         return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, self._restarts)
 
-    def _interpreter(self, version: ModelVersion, folder: Path) -> Callable[[], Awaitable[str]] | None:
+    def _interpreter(
+        self, version: ModelVersion, folder: Path, sandbox: wire.Sandbox
+    ) -> Callable[[], Awaitable[str]] | None:
         """What makes the archive's own Python, if it brings requirements and may install them."""
         file = version.archive.manifest.requirements_file
         if not file:
@@ -447,8 +458,15 @@ class ControlPlane:
         if not self.config.install_requirements:
             log.warning("%s brings %s, which is not installed: install_requirements is off", version.label, file)
             return None
-        make, output = environment.own_interpreter, model_logger(version.name)
-        return partial(make, folder / file, self._cache.venvs, self._cache.own, output, version.label)
+        installer = Installer(
+            venvs=self._cache.venvs,
+            scratch=self._sandboxes.scratch,
+            sandbox=sandbox,
+            worker_env=self.config.worker_env,
+            wheelhouse=self.config.wheelhouse,
+            require_hashes=self.config.require_hashes,
+        )
+        return partial(installer.interpreter, folder / file, model_logger(version.name), version.label)
 
 
 def _warmup_sizes(settings: ModelSettings) -> tuple[int, ...]:

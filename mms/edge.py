@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,15 +20,17 @@ from mms_nginx.find import edge_user, find_nginx
 from mms.addresses import Addresses
 from mms.config import Config, is_loopback
 from mms.errors import ConfigError, MMSError, StartError
+from mms.metrics import RestartFacts
 from mms.rundir import CacheDirectory, RunDirectory
 from mms.secret import read_secret
+from mms.workers.budget import Budget, how_it_ended
 
 if TYPE_CHECKING:
     from mms_nginx.run import Nginx
 
 log = logging.getLogger("mms.server")
 
-DEATHS = 5
+DEATHS = 5  # with more within DEATH_WINDOW, the server ends
 DEATH_WINDOW = 60.0
 READ_TIMEOUT = 86_400.0  # the front end answers within its own limits; nginx must not be quicker
 KEEPALIVE = 3600.0  # nginx must be the side that closes idle connections: it cannot repeat a POST
@@ -60,18 +61,16 @@ class Edge:
         self._certificate = Certificate.of(config, self._program is not None)
         self._nginx: Nginx | None = None
         self._leaving: Nginx | None = None
-        self._deaths: deque[float] = deque()
+        self._budget = Budget(DEATHS, DEATH_WINDOW)
+        self.trouble = ""  # why nothing comes through nginx at the moment
+        self._turn = asyncio.Lock()  # of those who start it again or reload it, in threads
         self._renewal: asyncio.Task[None] | None = None
-        self._applying = False
+        self._restart: asyncio.Task[None] | None = None
 
     @property
     def wanted(self) -> bool:
         """Whether nginx listens at the public addresses, and the front end behind it."""
         return self._program is not None
-
-    @property
-    def running(self) -> bool:
-        return self._nginx is not None
 
     @property
     def user(self) -> tuple[str, int] | None:
@@ -95,6 +94,16 @@ class Edge:
         )
         return inference, management, metrics
 
+    def restarts(self) -> list[RestartFacts]:
+        """How often nginx has died; empty without it."""
+        return [self._budget.facts("nginx", self.trouble or "running")] if self.wanted else []
+
+    def what(self) -> str:
+        """What stands in front, with its version: in the ready line."""
+        if self._nginx is None:
+            return "without nginx"
+        return f"behind nginx {self._nginx.version}".rstrip()
+
     def start(self) -> None:
         """Return when every public address accepts connections. Raises StartError."""
         if self._program is None:
@@ -110,22 +119,17 @@ class Edge:
         """Put changed settings in force. Raises ConfigError or StartError; then the old ones stay in force."""
         if self._program is None and config.access_log is not None:
             raise ConfigError(NO_ACCESS_LOG)
-        self._applying = True
-        try:
-            if self._renewal is not None:
-                await asyncio.wait([self._renewal])
+        async with self._turn:
             if self._nginx is not None and (text := self._text(config)) != self._text(self._config):
                 await asyncio.to_thread(self._nginx.reload, text)  # closes idle connections: not without need
             self._config = config
-        finally:
-            self._applying = False
 
     def renew_certificate(self) -> None:
         """nginx reads certificate and key at its start: it reloads when they have changed."""
-        if self._nginx is None or self._certificate is None or self._renewal is not None or self._applying:
+        if self._nginx is None or self._certificate is None or self._renewal is not None:
             return
         if self._certificate.has_changed():
-            self._renewal = asyncio.create_task(asyncio.to_thread(self._nginx.reload_files))
+            self._renewal = asyncio.create_task(self._renew(self._nginx))
             self._renewal.add_done_callback(self._renewed)
 
     def reopen_log(self) -> None:
@@ -138,10 +142,12 @@ class Edge:
         nginx, self._nginx = self._nginx, None
         if nginx is None:
             return True
-        if nginx.pidfd != -1:
-            asyncio.get_running_loop().remove_reader(nginx.pidfd)
         self._leaving = nginx
-        return await asyncio.to_thread(nginx.stop, limit)
+        nginx.give_up()
+        async with self._turn:
+            if nginx.pidfd != -1:
+                asyncio.get_running_loop().remove_reader(nginx.pidfd)
+            return await asyncio.to_thread(nginx.stop, limit)
 
     def hasten(self) -> None:
         """It may be waiting for its last requests, in a thread that cannot be cancelled: end that."""
@@ -179,6 +185,10 @@ class Edge:
             access_log=config.access_log,
         )
 
+    async def _renew(self, nginx: Nginx) -> None:
+        async with self._turn:
+            await asyncio.to_thread(nginx.reload_files)
+
     def _renewed(self, renewal: asyncio.Task[None]) -> None:
         self._renewal = None
         if not renewal.cancelled():
@@ -190,24 +200,41 @@ class Edge:
 
     def _ended(self) -> None:
         """nginx has died: start it again, but not for ever."""
-        nginx, loop = self._nginx, asyncio.get_running_loop()
-        if nginx is None:
-            return
-        loop.remove_reader(nginx.pidfd)
-        code = nginx.exit_code()
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - DEATH_WINDOW:
-            self._deaths.popleft()
-        if len(self._deaths) <= DEATHS:
-            log.error("nginx ended (%s); starting it again", code)
-            nginx.stop(0)
-            try:
-                nginx.start()
-                loop.add_reader(nginx.pidfd, self._ended)
+        nginx = self._nginx
+        if nginx is not None:
+            asyncio.get_running_loop().remove_reader(nginx.pidfd)
+            self.trouble = "nginx has ended"
+            self._restart = asyncio.create_task(self._start_again(nginx))
+
+    async def _start_again(self, nginx: Nginx) -> None:
+        async with self._turn:
+            code = await asyncio.to_thread(nginx.exit_code)
+            if self._nginx is None or code is None:  # a stop came first
                 return
-            except StartError as error:
-                log.error("nginx cannot be started again: %s", error.message)
+            try:
+                await self._replace(nginx, how_it_ended(code))
+            except (StartError, OSError) as error:
+                if self._nginx is not None:
+                    log.error("nginx cannot be started again: %s", error)
+                    self._cannot_go_on()
+
+    async def _replace(self, nginx: Nginx, cause: str) -> None:
+        begun = time.monotonic()
+        self._budget.count(cause)
+        self.trouble = f"nginx ended: {cause}"
+        if self._budget.spent:
+            return self._cannot_go_on()
+        log.error("%s; starting it again", self.trouble)
+        await asyncio.to_thread(nginx.stop, 0)
+        await asyncio.to_thread(nginx.prepare)
+        nginx.spawn()
+        await asyncio.to_thread(nginx.wait)
+        if self._nginx is not None:
+            asyncio.get_running_loop().add_reader(nginx.pidfd, self._ended)
+            log.info("nginx %s serves again, after %.1f s", nginx.version, time.monotonic() - begun)
+            self.trouble = ""
+
+    def _cannot_go_on(self) -> None:
         log.critical("nginx cannot be kept running; stopping")
         self._lost()
 

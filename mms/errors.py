@@ -28,7 +28,7 @@ class BadRequestError(MMSError):
 
 
 class UnauthorizedError(MMSError):
-    """The management API wants its token, and this call brought none or a wrong one. Do not retry."""
+    """The API wants its token, and this call brought none or a wrong one. Do not retry."""
 
     status = 401
     type = "UnauthorizedException"

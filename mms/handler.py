@@ -8,7 +8,8 @@ the result a list of the same length. Request style: a subclass of Handler with 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mms import payload, wire
+from mms.handler_metrics import Metrics
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -163,6 +165,7 @@ class Context:
             "server_name": "MMS",
             "server_version": load.manifest.get("modelServerVersion", ""),
         }
+        self.metrics = Metrics()
         self.requests: Sequence[Request] = ()
         self.responses: dict[int, ResponseHead] = {}  # what the handler has set, by index in the batch
 
@@ -178,6 +181,12 @@ class Context:
             there = sorted(entry.name for entry in self.model_dir.iterdir())
             raise FileNotFoundError(f"{name} is not in the archive of {self.model_name}; it holds: {', '.join(there)}")
         return path
+
+    def for_thread(self) -> Context:
+        """The same facts for another thread, with requests and answers of its own."""
+        other = copy(self)
+        other.requests, other.responses = (), {}
+        return other
 
     def begin_batch(self, requests: Sequence[Request]) -> None:
         """Called by the worker's loop before each batch."""
@@ -250,8 +259,12 @@ class Handler:
         """Per request: the item that goes into the batch. An exception fails this request only."""
         return request.data()
 
+    def bucket_by(self, item: Any) -> Hashable:
+        """Per request: only items with equal values share a batch (their shape, say). By default all may."""
+        return None
+
     def collate(self, items: list[Any]) -> Any:
-        """Per batch: tensors and arrays are stacked along a new first axis, anything else stays a list."""
+        """Per batch: tensors and arrays are stacked along a new first axis, anything else stays a list; may pad."""
         return _stack(items)
 
     def inference(self, batch: Any) -> Any:

@@ -3,61 +3,24 @@
 from __future__ import annotations
 
 import platform
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.utils import floatToGoString
 
 import mms
+from mms.measures import SECONDS, Histogram
+from mms.tallies import Tallies, families
 
-SECONDS = (
-    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0,
-)  # fmt: skip
 BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
-
-
-class Histogram:
-    """Counts per bucket; not cumulative until it is shown."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def observe_all(self, values: Sequence[float]) -> None:
-        """As `observe` for each of at least one: what one frame brings mostly falls into one bucket."""
-        self.total += sum(values)
-        bounds, counts = self.bounds, self.counts
-        low = bisect_left(bounds, min(values))
-        if low == bisect_left(bounds, max(values)):
-            counts[low] += len(values)
-        else:
-            for value in values:
-                counts[bisect_left(bounds, value)] += 1
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts by upper bound, as Prometheus wants them."""
-        shown, running = [], 0
-        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
-            running += count
-            shown.append((str(floatToGoString(bound)), float(running)))  # type: ignore[no-untyped-call]
-        return shown
 
 
 class VersionMetrics:
     """The counters of one model version. The front end's event loop is the only writer."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: str = "") -> None:
         self.requests: Counter[int] = Counter()  # by status
         self.errors: Counter[str] = Counter()  # by cause: the error's type
         self.restarts: Counter[str] = Counter()  # by cause
@@ -69,6 +32,7 @@ class VersionMetrics:
         self.postprocess = Histogram(SECONDS)
         self.batch_size = Histogram(BATCH_SIZES)
         self.load_seconds = 0.0
+        self.tallies = Tallies(label)  # of the handler
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +75,21 @@ class FrontEndFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class RestartFacts:
+    """One level of what is started again when it dies: nginx, a fork server, the workers of all versions together."""
+
+    level: str  # nginx, forkserver or workers
+    preload: str  # of a fork server
+    causes: Mapping[str, int]  # of all deaths there were, with their numbers
+    recent: int  # deaths within the last `window` seconds, of which `limit` are put up with
+    limit: int
+    window: float
+    last_cause: str
+    spent: bool
+    state: str  # in words
+
+
+@dataclass(frozen=True, slots=True)
 class GpuFacts:
     """One GPU at scrape time: index, ratio 0 to 1 (None where it is not known), bytes."""
 
@@ -143,11 +122,13 @@ class Collector:
         front_end: Callable[[], FrontEndFacts],
         failures: Counter[tuple[int, str]],
         unsaved: Callable[[], bool] = lambda: False,
+        restarts: Callable[[], Iterable[RestartFacts]] = lambda: (),
     ) -> None:
         self._versions = versions
         self._gpus = gpus
         self._front_end = front_end
         self._unsaved = unsaved
+        self._restarts = restarts
         self._failures = failures  # of requests that reached no model, by status and cause
 
     def collect(self) -> Iterator[Metric]:
@@ -161,7 +142,9 @@ class Collector:
             yield family
         yield from self._gauges(versions)
         yield from self._worker_families(versions)
+        yield from self._restart_families()
         yield from self._host()
+        yield from families((facts.model, facts.version, facts.metrics.tallies) for facts in versions)
 
     def _counters(self, versions: list[VersionFacts]) -> Iterator[Metric]:
         requests = CounterMetricFamily(
@@ -253,6 +236,25 @@ class Collector:
                 if worker.private_bytes is not None:
                     private.add_metric([facts.model, facts.version, str(worker.slot)], worker.private_bytes)
         yield from (states, cpu, memory, private)
+
+    def _restart_families(self) -> Iterator[Metric]:
+        nginx = CounterMetricFamily("mms_nginx_restarts", "Deaths of nginx, by cause.", labels=["reason"])
+        forkservers = CounterMetricFamily(
+            "mms_forkserver_restarts", "Deaths of fork servers, by cause.", labels=["preload", "reason"]
+        )
+        held_back = GaugeMetricFamily(
+            "mms_restarts_held_back",
+            "1 while more has died than is put up with, so that it is started again later or otherwise.",
+            labels=["level", "preload"],
+        )
+        for facts in self._restarts():
+            held_back.add_metric([facts.level, facts.preload], facts.spent)
+            for cause, count in sorted(facts.causes.items()):
+                if facts.level == "nginx":
+                    nginx.add_metric([cause], count)
+                elif facts.level == "forkserver":
+                    forkservers.add_metric([facts.preload, cause], count)
+        yield from (nginx, forkservers, held_back)
 
     def _host(self) -> Iterator[Metric]:
         front = self._front_end()

@@ -17,9 +17,9 @@ log = logging.getLogger("mms.server")
 # What a reload changes: the front end and nginx at once, models where they are registered from then on.
 LIVE = (
     "access_log", "log_level", "max_connections", "header_timeout", "body_timeout", "keepalive_timeout", "drain_delay",
-    "drain_timeout", "stop_grace", "verify_archives", "install_requirements", "worker_env", "batch_size",
-    "max_batch_delay", "workers", "response_timeout", "startup_timeout", "queue_size", "queue_bytes", "queue_timeout",
-    "queue_order", "max_bytes_in_flight",
+    "drain_timeout", "stop_grace", "verify_archives", "install_requirements", "require_hashes", "wheelhouse",
+    "worker_env", "batch_size", "max_batch_delay", "workers", "response_timeout", "startup_timeout", "queue_size",
+    "queue_bytes", "queue_timeout", "queue_order", "max_bytes_in_flight",
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ class Running:
     metrics_address: str
     stop_limit: float  # seconds in which the server has ended after SIGTERM, if all is well
     management_token_file: str = ""
+    inference_token_file: str = ""
     tls_cert: str = ""
 
 

@@ -10,7 +10,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mms.addresses import LISTENERS, Addresses
@@ -21,9 +22,9 @@ from mms.dataplane import DataPlane
 from mms.edge import KEEPALIVE, Edge
 from mms.errors import ConfigError
 from mms.http.limits import Limits
-from mms.http.listener import HttpServer
+from mms.http.listener import BACKLOG_TIME, HttpServer
 from mms.http.shedding import NO_CONNECTIONS
-from mms.metrics import Collector, FrontEndFacts, GpuFacts, registry
+from mms.metrics import Collector, FrontEndFacts, GpuFacts, RestartFacts, registry
 from mms.models.readiness import Phase, Readiness
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
@@ -32,7 +33,7 @@ from mms.rundir import CacheDirectory, RunDirectory, Running, note
 from mms.signature import TrustedKeys
 from mms.startup import HEARTBEAT, Plan, Startup
 from mms.systemd import Notifier, passed_sockets
-from mms.token import TokenFile
+from mms.token import Token, take_token
 from mms.workers.environment import memory
 from mms.workers.gpus import GpuMonitor
 from mms.workers.process import prepare_process
@@ -64,19 +65,22 @@ class ModelServer:
         self._at_terminal = os.isatty(0)
         self._addresses = Addresses(config, passed_sockets(os.environ, LISTENERS))
         self._token = self._management_token()
+        inference_token = take_token("inference", config.inference_token_file, os.environ)
         keys = None if config.trusted_keys is None else TrustedKeys(config.trusted_keys)
         store = ModelStore(config.model_store, keys)
         self._registry = ModelRegistry()
         self._cache = CacheDirectory(config.cache_dir)
-        self._readiness = Readiness(self._registry, self._overload)
+        self._readiness = Readiness(self._registry, self._obstacle, self._restarts)
         self._control = ControlPlane(config, self._registry, store, self._cache, config.state)
         self._startup = Startup(Plan(config, self._control, fresh=fresh), self._control, say, self._manager)
         self._run_dir = RunDirectory(config.run_dir)
-        self._inference = InferenceApi(DataPlane(self._registry), self._readiness)
+        self._inference = InferenceApi(DataPlane(self._registry), self._readiness, inference_token)
         self._edge = Edge(config, self._addresses, self._run_dir, self._cache, say, self._edge_lost)
         self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
         self._http = HttpServer(self._inference, self._limits(), edge=self._edge.wanted)
         self._runners: list[web.AppRunner] = []
+        self._listen: dict[str, Callable[[socket.socket], Coroutine[Any, Any, None]]] = {"inference": self._http.listen}
+        self._listening: set[asyncio.Task[None]] = set()
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._exit_code = 0
@@ -106,7 +110,6 @@ class ModelServer:
             await self._serve(sockets)
             self._edge.start()
             self._tick()
-            self._watchdog()
             await self._startup.wait(self._stop_asked)
             if not self._stop_asked.is_set():
                 self._startup.check(self._run_dir.logs)
@@ -119,8 +122,9 @@ class ModelServer:
         self._readiness.phase = Phase.SERVING
         gc.collect()
         gc.freeze()
-        line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.running)
+        line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.what())
         self._manager.ready(line)
+        self._watchdog()
         self._say(line)
 
     async def run_until_stopped(self) -> int:
@@ -128,15 +132,16 @@ class ModelServer:
         await self._stop_asked.wait()
         return self._exit_code
 
-    def _management_token(self) -> TokenFile | None:
+    def _management_token(self) -> Token | None:
         """Whoever can register a model runs code here: only this machine may do that without a token."""
-        address, file = self._addresses.of["management"], self._config.management_token_file
-        if file is None and not is_loopback(address):
+        address = self._addresses.of["management"]
+        token = take_token("management", self._config.management_token_file, os.environ)
+        if token is None and not is_loopback(address):
             raise ConfigError(
                 f"management_address = {address}: other machines reach it, and whoever registers a model runs code "
                 "here; set management_token_file, or keep it on 127.0.0.1 or a Unix socket"
             )
-        return None if file is None else TokenFile(file)
+        return token
 
     def _limits(self) -> Limits:
         config = self._config
@@ -150,8 +155,15 @@ class ModelServer:
         )
 
     def _running(self) -> Running:
-        token_file = str(self._config.management_token_file or "")
-        return Running(os.getpid(), *self._edge.places(), self._stop_limit(), token_file, self._edge.certificate)
+        config = self._config
+        return Running(
+            os.getpid(),
+            *self._edge.places(),
+            self._stop_limit(),
+            management_token_file=str(config.management_token_file or ""),
+            inference_token_file=str(config.inference_token_file or ""),
+            tls_cert=self._edge.certificate,
+        )
 
     def _stop_limit(self) -> float:
         return self._config.drain_delay + self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
@@ -172,6 +184,7 @@ class ModelServer:
             lambda: FrontEndFacts(len(self._http.connections), self._http.shedding.bytes, self._http.shedding.step),
             self._inference.failures,
             lambda: self._control.saver is not None and self._control.saver.failed,
+            self._restarts,
         )
 
         async def refresh() -> None:
@@ -181,10 +194,10 @@ class ModelServer:
 
         guard = Guard(self._addresses.of["management"], self._config.management_hosts, self._token)
         apps = (
-            (management.application(self._control, self._readiness, guard), control),
-            (metrics.application(registry(collector), refresh), scrape),
+            ("management", management.application(self._control, self._readiness, guard), control),
+            ("metrics", metrics.application(registry(collector), refresh), scrape),
         )
-        for app, sock in apps:
+        for name, app, sock in apps:
             keepalive = KEEPALIVE if self._edge.wanted else self._config.keepalive_timeout
             runner = web.AppRunner(
                 app,
@@ -196,22 +209,35 @@ class ModelServer:
             await runner.setup()
             self._runners.append(runner)
             await web.SockSite(runner, sock).start()
+            self._listen[name] = partial(_listen, runner)
 
-    def _overload(self) -> str:
-        """Why no connection is taken; empty while they are."""
-        return self._http.shedding.full().message if self._http.shedding.step == NO_CONNECTIONS else ""
+    def _obstacle(self) -> tuple[str, str]:
+        """Why no connection is taken: a word and a sentence; empty while they are."""
+        if trouble := self._edge.trouble:
+            return "unreachable", trouble
+        if self._http.shedding.step == NO_CONNECTIONS:
+            return "overloaded", f"the front end refuses connections: {self._http.shedding.full().message}"
+        return "", ""
+
+    def _restarts(self) -> list[RestartFacts]:
+        return [*self._edge.restarts(), *self._control.restarts()]
 
     def _tick(self) -> None:
         # first: whatever fails below, the clock goes on
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
         self._edge.renew_certificate()
+        self._inference.renew_token()
         self._control.reap_orphans(self._edge.pids)
+        for name, sock in self._addresses.bind_anew().items():
+            listening = asyncio.create_task(self._listen[name](sock))
+            self._listening.add(listening)
+            listening.add_done_callback(self._listening.discard)
 
     def _watchdog(self) -> None:
-        """Tell the service manager that the event loop turns."""
+        """Tell the service manager that the event loop turns; it wants to know from the ready message on."""
         if self._manager.watchdog:
             asyncio.get_running_loop().call_later(self._manager.watchdog, self._watchdog)
-            self._manager.send("WATCHDOG=1")
+            self._manager.alive()
 
     # what happens to it while it runs
 
@@ -302,6 +328,17 @@ class ModelServer:
         pools = [(version.queue, version.pool) for version in self._registry.versions() if version.pool is not None]
         waiting = sum(queue.depth + pool.in_flight for queue, pool in pools)
         return f"requests in hand ({waiting} at workers and in queues) have {left:.0f} s left"
+
+
+async def _listen(runner: web.AppRunner, sock: socket.socket) -> None:
+    """As HttpServer.listen, for aiohttp."""
+    from aiohttp import web
+
+    before = set(runner.sites)
+    await web.SockSite(runner, sock).start()
+    await asyncio.sleep(BACKLOG_TIME)
+    for site in before & set(runner.sites):
+        await site.stop()
 
 
 async def _first_of(*tasks: asyncio.Task[Any]) -> bool:

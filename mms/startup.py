@@ -154,11 +154,10 @@ class Startup:
         if failed and not self._plan.restored() and len(failed) == len(self._registry.versions()):
             raise StartError(f"no model could be loaded: {'; '.join(failed)} (more in {logs})")
 
-    def ready_line(self, seconds: float, places: tuple[str, str, str], behind_nginx: bool) -> str:
+    def ready_line(self, seconds: float, places: tuple[str, str, str], edge: str) -> str:
         """What is said when the start is over; `places` are the addresses of inference, management and metrics."""
         failed, count = self._failed(), len(self._registry.versions()) + len(self._unrestored)
         inference, management, metrics = map(_url, places)
-        edge = "behind nginx" if behind_nginx else "without nginx"
         ready = f"{count - len(failed)} of {count}" if failed else str(count)
         text = (
             f"ready in {seconds:.1f} s: {ready} model{'s' * (count != 1)} at {inference} {edge}, "

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from mms.errors import StartError
 
 FIRST_DESCRIPTOR = 3  # sd_listen_fds(3)
+PATIENCE = 1.0  # seconds for a manager that has not read the messages before
 MAX_DIGITS = 15
 
 
@@ -26,13 +27,18 @@ class Notifier:
         if self._address and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
             self.watchdog = _number(environ, "WATCHDOG_USEC") / 2e6
 
-    def send(self, *lines: str) -> None:
+    def send(self, *lines: str, patience: float = PATIENCE) -> None:
+        """Blocks while the manager's queue is full: a READY=1 or STOPPING=1 that is lost would not be said again."""
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)
+            sock.settimeout(patience)
             sock.sendto("\n".join(lines).encode(), address)
+
+    def alive(self) -> None:
+        """For the watchdog. Unread signs of life tell as much as one more."""
+        self.send("WATCHDOG=1", patience=0)
 
     def ready(self, status: str) -> None:
         self.send("READY=1", f"STATUS={status}")
@@ -41,8 +47,8 @@ class Notifier:
         self.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def loading(self, status: str, seconds: float) -> None:
-        """The start goes on: do not lose patience for that long."""
-        self.send(f"EXTEND_TIMEOUT_USEC={seconds * 1e6:.0f}", f"STATUS={status}")
+        """The start goes on: do not lose patience for that long. Is said again and again."""
+        self.send(f"EXTEND_TIMEOUT_USEC={seconds * 1e6:.0f}", f"STATUS={status}", patience=0)
 
 
 def passed_sockets(environ: Mapping[str, str], names: Sequence[str]) -> dict[str, socket.socket]:

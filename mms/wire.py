@@ -7,8 +7,9 @@ one system call, one encode and one decode however many requests it carries.
 
 from __future__ import annotations
 
+import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,13 +24,19 @@ MAX_HEAD = 64 << 20
 MAX_PAYLOAD = 16 << 30
 
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
-READY, FAILED, RESULT = 16, 17, 18  # worker -> server
+READY, FAILED, RESULT, MEASURED = 16, 17, 18, 19  # worker -> server
 FORK = 32  # server -> template
 LOADED, FORKED = 48, 49  # template -> server
 
 # What a worker tells of its progress in the memory page that it shares with the server: how many jobs it has finished
 # and how many it has begun since its start, and when it began the batch in hand (time.monotonic(); 0 while idle).
+# A worker that runs several batches at a time leaves the last one 0, and has a slot for each of its threads instead:
+# when the thread began the work in hand (0 while it waits), and which of the worker's jobs that is, by their places.
 PROGRESS = struct.Struct("<QQd")
+PAGE = 4096
+_SLOT = struct.Struct("<dI")
+MAX_PLACES = (PAGE - _SLOT.size) // 8
+_write_time = struct.Struct("<d").pack_into
 
 
 class Preparation(msgspec.Struct, array_like=True, frozen=True):
@@ -60,6 +67,8 @@ class Load(msgspec.Struct, array_like=True):
     cpu_threads: int
     max_request_size: int
     max_response_size: int
+    threads: int = 1
+    preprocess_threads: int = 0
     preparation: Preparation = Preparation()
 
 
@@ -148,11 +157,35 @@ class Result(msgspec.Struct, array_like=True):
     batches: list[BatchTimes]
 
 
+class Series(msgspec.Struct, array_like=True, gc=False):
+    """What was added to one metric of a handler with one set of labels: [name, value, name, value, ...].
+
+    `value` is the sum of what was added, for a gauge the latest value; `counts` are those of a histogram's buckets.
+    """
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    value: float
+    counts: list[int]
+
+
+class Measured(msgspec.Struct, array_like=True):
+    """What the handler has counted and measured since the last frame of this kind; not sent when that is nothing."""
+
+    series: list[Series]
+
+
 class Ready(msgspec.Struct, array_like=True):
-    """The handler is loaded; `style` is 'batch' or 'request'."""
+    """The handler is loaded; `style` is 'batch' or 'request'.
+
+    `threads` batches run at a time; with `preprocess_threads`, requests are prepared while they do.
+    """
 
     style: str
     load_seconds: float
+    threads: int = 1
+    preprocess_threads: int = 0
 
 
 class Failed(msgspec.Struct, array_like=True):
@@ -216,7 +249,7 @@ class ForkReply(msgspec.Struct, array_like=True):
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Load, PredictView, Result, Ready, Failed, Preloaded, ForkRequest, ForkReply)
+    for kind in (Load, PredictView, Result, Measured, Ready, Failed, Preloaded, ForkRequest, ForkReply)
 }
 EMPTY_HEADERS = msgspec.Raw(_encoder.encode([]))
 decode_headers = msgspec.msgpack.Decoder(list[bytes]).decode
@@ -245,6 +278,34 @@ def spread(distinct: list[T], places: list[int], count: int) -> list[T]:
     if len(values) != count:
         raise FrameError(f"a frame with {count} jobs but {len(places)} references to {len(distinct)} values")
     return values
+
+
+def page_size(threads: int, preprocess_threads: int) -> int:
+    """Bytes of the memory that a worker shares with the server, with a slot for each thread: one more replies."""
+    if threads == 1 and not preprocess_threads:
+        return PAGE
+    return PAGE * (1 + threads + preprocess_threads + 1)
+
+
+def write_slot(page: mmap.mmap, thread: int, begun_at: float, places: Sequence[int]) -> None:
+    """The work that a thread has in hand. Of more than MAX_PLACES jobs, the last ones are not noted."""
+    places = places[:MAX_PLACES]
+    at = PAGE * (1 + thread)
+    _write_time(page, at, 0.0)  # nothing in between may be taken for the new batch
+    struct.pack_into(f"<I{len(places)}Q", page, at + 8, len(places), *places)
+    _write_time(page, at, begun_at)
+
+
+def clear_slot(page: mmap.mmap, thread: int) -> None:
+    _write_time(page, PAGE * (1 + thread), 0.0)
+
+
+def read_slots(page: mmap.mmap) -> Iterator[tuple[float, tuple[int, ...]]]:
+    """When each thread that is at work began, and the places of its jobs."""
+    for at in range(PAGE, len(page), PAGE):
+        begun_at, count = _SLOT.unpack_from(page, at)
+        if begun_at:
+            yield begun_at, struct.unpack_from(f"<{min(count, MAX_PLACES)}Q", page, at + _SLOT.size)
 
 
 def pack(kind: int, head: Any, payload_size: int = 0) -> bytes:

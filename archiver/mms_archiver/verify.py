@@ -10,8 +10,9 @@ import tempfile
 from pathlib import Path
 
 from mms.archive import ModelArchive
-from mms.config import ModelSettings, merge_settings, read_yaml
+from mms.config import ModelSettings, merge_settings
 from mms.errors import ArchiveError, ConfigError
+from mms.safe_yaml import read_yaml
 from mms.signature import TrustedKeys
 
 # Runs in a process of its own, in the folder of the archive, and finds the handler by the server's own rule.

@@ -22,7 +22,8 @@ MODEL_NAME = "digits"
 def split_digits() -> list[Any]:
     """Training pictures, held-out pictures, and the digits of each; the same split every time."""
     pictures, digits = load_digits(return_X_y=True)
-    return train_test_split(pictures / 16, digits, test_size=0.25, random_state=0, stratify=digits)  # type: ignore[no-any-return]
+    split: list[Any] = train_test_split(pictures / 16, digits, test_size=0.25, random_state=0, stratify=digits)
+    return split
 
 
 def train(path: Path) -> float:

@@ -16,6 +16,7 @@ from mms.handler import Context
 
 __all__ = ["load_model", "options"]
 
+SAFE_TORCH = "2.10"  # the first in which weights_only holds
 _TORCHSCRIPT = (".ts", ".torchscript")
 _STATE_DICT = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -90,6 +91,11 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return dict(load_file(path))
+    if torch.__version__ < SAFE_TORCH:
+        raise ValueError(
+            f"{path.name} is not read by torch {torch.__version__}, in which weights_only can be got round "
+            f"(CVE-2026-24747): install torch {SAFE_TORCH} or newer, or save the weights as .safetensors"
+        )
     weights = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251  # nothing is tried without it
     if not isinstance(weights, dict):
         raise ValueError(f"{path.name} holds a {type(weights).__name__}, not a state dict; save model.state_dict()")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from mms.errors import ForbiddenError, UnauthorizedError
-from mms.token import TokenFile
+from mms.token import Token
 
 _Next = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -22,7 +22,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 class Guard:
     """The rules of one listener. `hosts` are names that it is called by beside its own address."""
 
-    def __init__(self, address: str, hosts: Sequence[str], token: TokenFile | None) -> None:
+    def __init__(self, address: str, hosts: Sequence[str], token: Token | None) -> None:
         self._token = token
         self._hosts = {host.lower() for host in hosts}
         self._own, self._port, self._everywhere = "localhost", 0, False
@@ -36,7 +36,9 @@ class Guard:
         self._check_host(request.headers.getall("Host", []))
         self._check_origin(request.headers.getall("Origin", []))
         if self._token is not None:
-            _check_token(self._token, request.headers.getall("Authorization", []))
+            given = [value.encode("utf-8", "surrogateescape") for value in request.headers.getall("Authorization", [])]
+            if not self._token.admits(given):
+                raise UnauthorizedError("the management API needs its token: Authorization: Bearer TOKEN")
         return await handler(request)
 
     def _check_host(self, given: list[str]) -> None:
@@ -78,9 +80,3 @@ def _hostname(value: str) -> str:
         return (parts.hostname or "").lower() if parts.netloc == value and "@" not in value else ""
     except ValueError:
         return ""
-
-
-def _check_token(token: TokenFile, given: list[str]) -> None:
-    scheme, _, word = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-    if scheme.lower() != "bearer" or not token.matches(word.strip().encode("utf-8", "surrogateescape")):
-        raise UnauthorizedError("the management API needs its token: Authorization: Bearer TOKEN")

@@ -70,7 +70,7 @@ class Operation:
     operation_id: str = ""
 
 
-_PREDICTION_STATUSES = (200, 400, 404, 405, 413, 429, 500, 503, 504)
+_PREDICTION_STATUSES = (200, 400, 401, 404, 405, 413, 429, 500, 503, 504)
 
 
 def _predictions() -> Iterable[Operation]:

@@ -12,7 +12,7 @@ import msgspec
 
 from mms.api.openapi import inference_document
 from mms.dataplane import DataPlane
-from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, NotFoundError
+from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, NotFoundError, UnauthorizedError
 from mms.http.connection import Exchange
 from mms.http.request import Head
 from mms.http.response import JSON, json_body
@@ -20,6 +20,7 @@ from mms.http.shedding import NO_REQUESTS
 from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion, VersionState
 from mms.payload import parse_query
+from mms.token import Token
 from mms.wire import RequestFacts
 
 MAX_ROUTES = 4096
@@ -45,9 +46,9 @@ class Meaning(msgspec.Struct, eq=False):
 
 
 class InferenceApi:
-    """The application on the inference port."""
+    """The application on the inference port. With a `token`, models are for those only who bring it."""
 
-    def __init__(self, dataplane: DataPlane, readiness: Readiness) -> None:
+    def __init__(self, dataplane: DataPlane, readiness: Readiness, token: Token | None = None) -> None:
         self.failures: Counter[tuple[int, str]] = Counter()  # of requests that reached no model, by status and cause
         self._dataplane = dataplane
         self._registry = dataplane.registry
@@ -60,6 +61,8 @@ class InferenceApi:
         }
         self._routes: dict[bytes, Route] = {}
         self._generation = -1
+        self._token = token
+        self._token_changes = 0
 
     def handle(self, exchange: Exchange) -> None:
         meaning: Meaning | None = exchange.head.meaning
@@ -98,6 +101,14 @@ class InferenceApi:
     def refused(self, error: MMSError) -> None:
         self.failures[error.status, error.type] += 1
 
+    def renew_token(self) -> None:
+        """A token that is not the same any more: nothing is known any more of heads that have brought it."""
+        if self._token is not None:
+            self._token.refresh()
+            if self._token.changes != self._token_changes:
+                self._token_changes = self._token.changes
+                self._registry.generation += 1
+
     def held(self) -> int:
         return sum([version.held for version in self._registry.versions()])
 
@@ -117,7 +128,8 @@ class InferenceApi:
             busy = shedding.busy()
             self.refused(busy)
             raise busy
-        facts = RequestFacts(head.content_type, head.encoding, route.query, route.query_is_input, head.headers)
+        headers = head.headers if self._token is None else _without_token(head.headers)
+        facts = RequestFacts(head.content_type, head.encoding, route.query, route.query_is_input, headers)
         head.meaning = Meaning(generation, route.version, facts)
         return cast(Meaning, head.meaning)
 
@@ -137,11 +149,13 @@ class InferenceApi:
         except MMSError as error:
             self.refused(error)
             raise
-        if not query and len(self._routes) < MAX_ROUTES:
+        if not query and self._token is None and len(self._routes) < MAX_ROUTES:
             self._routes[head.target] = route
         return route
 
     def _route(self, head: Head, path: str, query: bytes) -> Route:
+        if self._token is not None and not self._token.admits(_authorization(head.headers)):
+            raise UnauthorizedError("the inference API needs its token: Authorization: Bearer TOKEN")
         route = self._prediction(path, query)
         if head.method not in _METHODS:
             raise MethodNotAllowedError(_NOT_ALLOWED, allow="GET, POST, PUT")
@@ -187,3 +201,13 @@ def _split(target: bytes) -> tuple[str, bytes]:
     path, _, query = target.partition(b"?")
     text = path.decode("latin-1")
     return (text.rstrip("/") or "/"), query
+
+
+def _authorization(headers: list[bytes]) -> list[bytes]:
+    return [value for name, value in zip(headers[::2], headers[1::2], strict=True) if name.lower() == b"authorization"]
+
+
+def _without_token(headers: list[bytes]) -> list[bytes]:
+    """The headers that a handler sees: the token is for the server."""
+    pairs = zip(headers[::2], headers[1::2], strict=True)
+    return [part for pair in pairs if pair[0].lower() != b"authorization" for part in pair]

@@ -9,6 +9,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from mms.archive.checks import MANIFEST, SIGNATURE, Container, Contents, Member
@@ -22,7 +23,7 @@ from mms.errors import ArchiveError
 class ModelArchive:
     """An archive on disk that has passed every check which needs no content. Made by `open`."""
 
-    def __init__(self, path: Path, container: Container, stamp: tuple[int, ...], name: str) -> None:
+    def __init__(self, path: Path, container: Container, stamp: tuple[int, ...], name: str, sha256: str) -> None:
         self.path = path
         self.name = name
         self.format = container.format
@@ -34,6 +35,7 @@ class ModelArchive:
             member.deflated for member in container.members if member.name not in (MANIFEST, SIGNATURE)
         )
         self._stamp = stamp
+        self._sha256 = sha256  # of the file, if it was checked
         self._digest = hashlib.sha256(container.manifest).hexdigest()
         known = self.manifest.files
         self.files: Sequence[ArchivedFile] = [
@@ -43,26 +45,32 @@ class ModelArchive:
         ]
 
     @classmethod
-    def open(cls, path: Path, *, name: str = "") -> ModelArchive:
+    def open(cls, path: Path, *, name: str = "", sha256: str = "") -> ModelArchive:
         """Checks names, sizes, structure and manifest; nothing is extracted. Raises ArchiveError.
 
-        `name` stands for the archive in errors, where the file's own name would tell nobody anything.
+        `name` stands for the archive in errors, where the file's own name would tell nobody anything. With `sha256`,
+        the file must have that hash, and later it must still be that very file, unchanged.
         """
         name = name or path.name
-        with _naming(name), _container(path) as container:
-            return cls(path, container, _stamp(path), name)
+        with _naming(name), _opened(path) as file:
+            stamp = _stamp(path, file)
+            if sha256 and file is None:
+                raise ArchiveError("a folder has no SHA-256; pin a file, or leave the SHA-256 away")
+            if sha256 and file is not None and (found := _sha256(file)) != sha256:
+                raise ArchiveError(f"its SHA-256 is {found}, and another was asked for")
+            return cls(path, _container(path, file), stamp, name, sha256)
 
     def digest(self) -> str:
         """SHA-256 of what names its content: the manifest with the hash of each file, or else the archive file."""
         if self.manifest.files or self.format == "directory":
             return self._digest
-        with _naming(self.name), open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with _naming(self.name), self._reopen() as file:
+            return self._sha256 or (_sha256(file) if file else self._digest)
 
     def verify(self) -> None:
         """Reads everything and compares it with the manifest's hashes, if it has any. Raises ArchiveError."""
-        with _naming(self.name), self._reopen() as container:
-            for _, chunks in self._contents(container, verify=True):
+        with _naming(self.name), self._reopen() as file:
+            for _, chunks in self._contents(file, verify=True):
                 for _ in chunks:
                     pass
 
@@ -77,13 +85,14 @@ class ModelArchive:
             if verify:
                 self.verify()
             return self.path
-        with _naming(self.name), self._reopen() as container:
+        with _naming(self.name), self._reopen() as file:
             if os.path.lexists(destination):
                 raise ArchiveError(f"{destination} exists")
             temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
             try:
-                for member, chunks in self._contents(container, verify=verify):
+                for member, chunks in self._contents(file, verify=verify):
                     _write(temporary, member, chunks)
+                self._check_unchanged(file)
                 os.rename(temporary, destination)
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -91,19 +100,23 @@ class ModelArchive:
         return destination
 
     @contextmanager
-    def _reopen(self) -> Iterator[Container]:
-        if _stamp(self.path) != self._stamp:
-            raise ArchiveError("changed since it was opened")
-        with _container(self.path) as container:
-            yield container
+    def _reopen(self) -> Iterator[BufferedReader | None]:
+        with _opened(self.path) as file:
+            self._check_unchanged(file)
+            yield file
 
-    def _contents(self, container: Container, *, verify: bool) -> Contents:
+    def _check_unchanged(self, file: BufferedReader | None) -> None:
+        if _stamp(self.path, file) != self._stamp:
+            raise ArchiveError("changed since it was opened")
+
+    def _contents(self, file: BufferedReader | None, *, verify: bool) -> Contents:
+        container = _container(self.path, file)
         expected = self.manifest.files if verify else {}
         if verify and self.manifest.hashed:
             _compare_names({file.name for file in self.files}, set(expected))
         for member, chunks in container.contents():
-            file = expected.get(member.name)
-            yield member, _hashed(file, chunks) if file else chunks
+            known = expected.get(member.name)
+            yield member, _hashed(known, chunks) if known else chunks
 
 
 def _compare_names(found: set[str], expected: set[str]) -> None:
@@ -137,29 +150,42 @@ def _write(root: Path, member: Member, chunks: Iterator[bytes]) -> None:
 
 
 @contextmanager
-def _container(path: Path) -> Iterator[Container]:
-    """The archive by what it is, not by its name."""
+def _opened(path: Path) -> Iterator[BufferedReader | None]:
+    """The file at `path`; None if that is a folder."""
     if path.is_dir():
-        yield FolderContainer(path)
+        yield None
         return
     # Without O_NONBLOCK, opening a FIFO would wait for its other end.
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ArchiveError("neither a file nor a folder")
-        magic = file.read(2)
-        if magic == b"\x1f\x8b":
-            yield TarContainer(file)
-        elif magic == b"PK" or end_record(file):
-            yield ZipContainer(file)
-        else:
-            raise ArchiveError("neither a zip nor a tar.gz file")
+        yield file
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def _container(path: Path, file: BufferedReader | None) -> Container:
+    """The archive by what it is, not by its name."""
+    if file is None:
+        return FolderContainer(path)
+    file.seek(0)
+    magic = file.read(2)
+    if magic == b"\x1f\x8b":
+        return TarContainer(file)
+    if magic == b"PK" or end_record(file):
+        return ZipContainer(file)
+    raise ArchiveError("neither a zip nor a tar.gz file")
+
+
+def _sha256(file: BufferedReader) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stamp(path: Path, file: BufferedReader | None) -> tuple[int, ...]:
     """Changes when the file is replaced or rewritten. A folder's says only that it is the same folder."""
-    facts = path.stat()
+    facts = path.stat() if file is None else os.fstat(file.fileno())
     same = (facts.st_dev, facts.st_ino)
-    return same if stat.S_ISDIR(facts.st_mode) else (*same, facts.st_size, facts.st_mtime_ns)
+    # whoever rewrites a file can set its mtime, but not its ctime
+    return same if file is None else (*same, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
 @contextmanager

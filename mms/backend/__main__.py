@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", default="", help=argparse.SUPPRESS)
     parser.add_argument("--sandbox", default="{}", help=argparse.SUPPRESS)
+    parser.add_argument("--interpreter", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--settled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--archive", type=Path, help="the folder of an extracted archive")
     parser.add_argument("--request", type=Path, help="a file that is sent as the body")
     parser.add_argument("--content-type", default="application/octet-stream")
@@ -35,26 +37,35 @@ def main() -> None:
         if arguments.archive is None or arguments.request is None:
             parser.error("--archive and --request are needed")
         try:
-            load, body = _prepare(arguments.archive), arguments.request.read_bytes()
+            load, body = load_of(arguments.archive), arguments.request.read_bytes()
         except MMSError as error:
             parser.exit(2, f"{parser.prog}: error: {error.message}\n")
         except OSError as error:
             parser.exit(2, f"{parser.prog}: error: {error.filename}: {error.strerror}\n")
         sys.exit(run_once(load, body, arguments.content_type))
-    process.settle_in(
-        server=arguments.server,
-        name=arguments.name,
-        directory=os.getcwd(),
-        keep=(arguments.channel, arguments.page),
-        scratch=arguments.scratch,
-        box=msgspec.json.decode(arguments.sandbox, type=wire.Sandbox),
-    )
+    if arguments.settled:
+        process.set_name(arguments.name)
+    else:
+        process.settle_in(
+            server=arguments.server,
+            name=arguments.name,
+            directory=os.getcwd(),
+            keep=(arguments.channel, arguments.page),
+            scratch=arguments.scratch,
+            box=msgspec.json.decode(arguments.sandbox, type=wire.Sandbox),
+        )
+    if arguments.interpreter:
+        # only now: an archive's own Python runs what its packages left for the start
+        channel = ("--channel", str(arguments.channel), "--page", str(arguments.page))
+        words = ("-P", "-m", "mms.backend", "--settled", *channel, "--name", arguments.name)
+        os.execv(arguments.interpreter, (arguments.interpreter, *words))
     loop.main(socket.socket(fileno=arguments.channel), arguments.page)
 
 
-def _prepare(directory: Path) -> wire.Load:
+def load_of(directory: Path) -> wire.Load:
     """What the server would tell its worker. Raises ArchiveError and ConfigError."""
-    from mms.config import ModelSettings, merge_settings, read_yaml  # workers do without
+    from mms.config import ModelSettings, merge_settings  # workers do without
+    from mms.safe_yaml import read_yaml
 
     if not directory.is_dir():
         raise ArchiveError(f"{directory} is no folder; model-archiver --archive-format no-archive makes one")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mms.backend import oldnames
 from mms.backend.stages import BatchStages, RequestStages, Stages
 from mms.errors import ModelLoadError
 from mms.handler import Context, Handler
@@ -22,7 +23,8 @@ def load_handler(load: Load) -> Stages:
     """Import the archive's handler and initialize it. Whatever the handler raises passes through."""
     sys.path.insert(0, load.directory)
     limit_threads(load.cpu_threads)
-    context = Context(load, f"cuda:{load.gpu}" if load.gpu is not None else "cpu")
+    oldnames.provide()
+    context = Context(load, device_of(load))
     entry = find_entry(load.handler, Path(load.directory))
     isolate = load.isolate_errors
     if inspect.isclass(entry):
@@ -41,6 +43,11 @@ def load_handler(load: Load) -> Stages:
             error.add_note(_HINT)
             raise
     return BatchStages(handle, context, isolate=isolate == "true", limit=load.max_response_size)
+
+
+def device_of(load: Load) -> str:
+    """The worker's device, as torch names it."""
+    return f"cuda:{load.gpu}" if load.gpu is not None else "cpu"
 
 
 def find_entry(handler: str, directory: Path) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import mmap
 import os
 import socket
@@ -15,103 +14,20 @@ from functools import partial
 
 from mms import wire
 from mms.backend import template
-from mms.backend.answers import Answer, Body
-from mms.backend.loader import load_handler
+from mms.backend.answers import Answer
+from mms.backend.channel import Channel, requests_of
+from mms.backend.loader import device_of, load_handler
+from mms.backend.pipeline import Pipeline
 from mms.backend.prepare import prepare
-from mms.backend.stages import Stages
-from mms.errors import FrameError, ModelLoadError
-from mms.handler import Request
+from mms.backend.stages import RequestStages, Stages
+from mms.errors import ModelLoadError
 
-READ_SIZE = 256 << 10
 ANSWER_WITHIN = 0.0005  # seconds that a finished answer may wait for the next batches of its frame
-JOIN_BELOW = 128 << 10
 
 # A handler may replace functions of these modules; the loop keeps the ones it was imported with.
 _monotonic = time.monotonic
 _perf_counter = time.perf_counter
 _pack_progress = wire.PROGRESS.pack_into
-
-
-class Channel:
-    """The worker's end of its socket to the server. Blocking."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._recv_into = sock.recv_into
-        self._send = sock.sendmsg
-        self._buffer = bytearray(READ_SIZE)  # kept: a fresh one per read costs three system calls
-        self._view = memoryview(self._buffer)
-        self._at = self._end = 0  # what was read and not yet handed out
-
-    def read(self) -> tuple[int, bytes, bytearray, int] | None:
-        """(kind, head, a buffer, where in it the payloads begin), or None when the server has closed the channel.
-
-        The buffer may be overwritten by the next read, unless the payloads are all that it holds. Raises FrameError.
-        """
-        if not self._fill(wire.HEADER.size):
-            return None
-        kind, head_size, payload_size = wire.parse_header(self._buffer, self._at)
-        start = wire.HEADER.size + head_size
-        if not self._fill(start):
-            return None
-        begin = self._at + start
-        head = bytes(self._view[self._at + wire.HEADER.size : begin])
-        if start + payload_size > len(self._buffer):
-            self._at = begin
-            payload = self._large(payload_size)
-            return None if payload is None else (kind, head, payload, 0)
-        if not self._fill(start + payload_size):
-            return None
-        begin = self._at + start
-        self._at = begin + payload_size
-        return kind, head, self._buffer, begin
-
-    def _fill(self, size: int) -> bool:
-        """Have `size` bytes in hand; False at the end of the channel."""
-        while self._end - self._at < size:
-            if self._at + size > len(self._buffer) or self._at == self._end:
-                self._move(size)
-            count = self._recv_into(self._view[self._end :])
-            if not count:
-                return False
-            self._end += count
-        return True
-
-    def _move(self, size: int) -> None:
-        """What is in hand goes to the front of a buffer with room for `size` bytes."""
-        rest = self._buffer[self._at : self._end]
-        if size > len(self._buffer):
-            self._buffer = bytearray(size)
-            self._view = memoryview(self._buffer)
-        self._view[: len(rest)] = rest
-        self._at, self._end = 0, len(rest)
-
-    def _large(self, size: int) -> bytearray | None:
-        """A payload that does not fit into the buffer."""
-        payload = bytearray(size)
-        have = self._end - self._at
-        view = memoryview(payload)
-        view[:have] = self._view[self._at : self._end]
-        self._at = self._end = 0
-        while have < size:
-            count = self._recv_into(view[have:])
-            if not count:
-                return None
-            have += count
-        return payload
-
-    def write(self, kind: int, head: object, payloads: list[Body], size: int) -> None:
-        frame = wire.pack(kind, head, size)
-        if size < JOIN_BELOW:
-            self._sock.sendall(frame + b"".join(payloads))
-            return
-        buffers = [memoryview(frame), *(memoryview(payload) for payload in payloads if len(payload))]
-        while buffers:
-            sent = self._send(buffers[:512])
-            while buffers and sent >= len(buffers[0]):
-                sent -= len(buffers.pop(0))
-            if sent:
-                buffers[0] = buffers[0][sent:]
 
 
 class Replies:
@@ -131,18 +47,13 @@ class Replies:
     def flush(self) -> None:
         answers = self._answers
         if answers:
-            ids = self._ids[self._sent : self._sent + len(answers)]
-            payloads = [body for _, body in answers]
-            sizes = list(map(len, payloads))
-            outcomes = wire.share([outcome for outcome, _ in answers])
-            result = wire.Result(ids, sizes, *outcomes, self._batches)
-            self._channel.write(wire.RESULT, result, payloads, sum(sizes))
+            self._channel.reply(self._ids[self._sent : self._sent + len(answers)], answers, self._batches)
             self._sent += len(answers)
             self._answers, self._batches = [], []
 
 
 class Loop:
-    """A loaded handler and its channel."""
+    """A loaded handler and its channel: one batch at a time."""
 
     def __init__(self, channel: Channel, stages: Stages, progress: mmap.mmap, max_request_size: int) -> None:
         self._channel = channel
@@ -153,21 +64,16 @@ class Loop:
 
     def run(self) -> None:
         """Until the server closes the channel or says STOP."""
-        while (frame := self._channel.read()) is not None:
-            kind, head, payload, at = frame
-            if kind == wire.STOP:
-                return
-            if kind != wire.PREDICT:
-                raise FrameError(f"unexpected frame of kind {kind}")
-            self._predict(wire.decode(wire.PredictView, head), payload, at)
+        for frame, payload, at in self._channel.predictions():
+            self._predict(frame, payload, at)
 
     def _predict(self, frame: wire.PredictView, payload: bytearray, at: int) -> None:
         """Run the frame's jobs; their bodies lie back to back in `payload`, from `at` on."""
         received = flushed = begun = _monotonic()
         size = frame.batch_size
-        replies = Replies(self._channel, frame.ids)
         stages, progress = self._stages, self._progress
-        requests = self._requests(frame, payload, at)
+        replies = Replies(self._channel, frame.ids)
+        requests = requests_of(frame, payload, at, self._limit)
         for first in range(0, len(requests), size):
             batch = requests[first : first + size]
             if begun - flushed > ANSWER_WITHIN:
@@ -184,17 +90,8 @@ class Loop:
         _pack_progress(progress, 0, self._started, self._started, 0.0)
         replies.flush()
 
-    def _requests(self, frame: wire.PredictView, payload: bytearray, at: int) -> list[Request]:
-        facts = wire.spread(frame.facts, frame.facts_of, len(frame.ids))
-        if len(facts) == 1 and len(payload) == frame.sizes[0]:
-            bodies = [payload]
-        else:
-            ends = list(itertools.accumulate(frame.sizes, initial=at))
-            bodies = [payload[start:end] for start, end in itertools.pairwise(ends)]
-        return list(map(Request, facts, frame.request_ids, bodies, itertools.repeat(self._limit)))
 
-
-def serve(sock: socket.socket, progress: mmap.mmap, loaded: Stages | None = None) -> int:
+def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) -> int:
     """The whole life of a worker; returns its exit code. Runs in the worker process, on its main thread.
 
     `loaded` is what the template has loaded from which this process was forked.
@@ -222,8 +119,15 @@ def serve(sock: socket.socket, progress: mmap.mmap, loaded: Stages | None = None
         return template.serve(sock, partial(main, loaded=stages))
     gc.collect()
     gc.freeze()
-    channel.write(wire.READY, wire.Ready(stages.style, _perf_counter() - begun), [], 0)
-    Loop(channel, stages, progress, load.max_request_size).run()
+    channel.metrics = stages.metrics
+    channel.send_metrics()
+    prepares = load.preprocess_threads if isinstance(stages, RequestStages) else 0
+    ready = wire.Ready(stages.style, _perf_counter() - begun, load.threads, prepares)
+    channel.write(wire.READY, ready, [], 0)
+    if load.threads > 1 or prepares:
+        Pipeline(channel, stages, page, load, preprocess_threads=prepares, device=device_of(load)).run()
+    else:
+        Loop(channel, stages, page, load.max_request_size).run()
     return 0
 
 
@@ -231,7 +135,7 @@ def main(sock: socket.socket, page: int, leave: Callable[[int], None] = os._exit
     """Serve and leave the process, without waiting for threads or exit handlers of the handler's libraries."""
     code = 70  # EX_SOFTWARE
     try:
-        progress = mmap.mmap(page, wire.PROGRESS.size)
+        progress = mmap.mmap(page, 0)
         os.close(page)  # the map keeps a descriptor of its own
         code = serve(sock, progress, loaded)
     except (BrokenPipeError, ConnectionResetError):

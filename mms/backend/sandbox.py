@@ -1,7 +1,8 @@
 """What a worker gives up before it loads anything: limits, privileges and, where asked for, user, files and network.
 
 Runs in the worker process while it has one thread, as most of this binds the calling thread and what it starts. As a
-program (`python -m mms.backend.sandbox`) it tries a sandbox and says in one line why it cannot be had.
+program (`python -m mms.backend.sandbox`) it tries a sandbox, or becomes another program in it, and says in one line why
+it cannot be had.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _restrict_files(readable: Iterable[str], scratch: str, *, gpu: bool) -> None
     try:
         # of /proc, other processes are left out: their environment is as readable as a file. The rule for this one
         # lasts as long as something holds its folder, so the descriptor stays open.
-        os.open(f"/proc/{os.getpid()}", os.O_PATH | os.O_CLOEXEC)
+        os.set_inheritable(os.open(f"/proc/{os.getpid()}", os.O_PATH), True)  # it may yet become another program
         for path in {*_SYSTEM, *(f"/proc/{name}" for name in (os.getpid(), *_PROC)), *readable}:
             _allow(ruleset, path, _READ)
         gpus = [str(path) for pattern in _GPU_DEVICES for path in Path("/dev").glob(pattern)] if gpu else []
@@ -206,12 +207,19 @@ def filter_program(architecture: int, socket_call: int, forbidden: list[int]) ->
 
 
 def main() -> None:
-    """Runs in a process of its own: exit code 0 if a worker could work like this, else one line on standard error."""
+    """Runs in a process of its own: exit code 0 if a worker could work like this, else one line on standard error.
+
+    With a folder and a command, it becomes that command, which may read the folder and works there.
+    """
     sandbox = msgspec.json.decode(sys.argv[1], type=wire.Sandbox)
-    scratch = sys.argv[2]
+    scratch, *then = sys.argv[2:]
     try:
         limit()
-        apply(sandbox, scratch, scratch)
+        apply(sandbox, then[0] if then else scratch, scratch)
+        if then:
+            os.environ["TMPDIR"] = scratch
+            os.chdir(then[0])
+            os.execv(then[1], then[1:])
         _try_out(sandbox, scratch)
     except Refused as error:
         sys.exit(str(error))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from mms.backend.answers import PLAIN_BYTES, Answer, answer, failure, is_error_status
 from mms.errors import HandlerError, MMSError
 from mms.handler import Context, Handler, PredictionError, Request
+from mms.handler_metrics import Metrics
 
 _now = time.perf_counter
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -21,6 +22,7 @@ class Stages(Protocol):
     """One loaded handler."""
 
     style: str
+    metrics: Metrics  # the handler's own
 
     @property
     def context(self) -> Context: ...
@@ -36,6 +38,10 @@ class Stages(Protocol):
 
     def take_times(self) -> tuple[float, float, float]:
         """Seconds spent in preprocess, inference and postprocess since the last call (zeros in batch style)."""
+        ...
+
+    def for_thread(self) -> Stages:
+        """The same handler for a thread of its own."""
         ...
 
 
@@ -55,8 +61,12 @@ class BatchStages:
     def __init__(self, handle: Callable[[Any, Context], Any], context: Context, *, isolate: bool, limit: int) -> None:
         self._handle = handle
         self._context = context
+        self.metrics = context.metrics
         self._isolate = isolate
         self._limit = limit
+
+    def for_thread(self) -> BatchStages:
+        return BatchStages(self._handle, self._context.for_thread(), isolate=self._isolate, limit=self._limit)
 
     def run(self, requests: list[Request]) -> list[Answer]:
         try:
@@ -113,8 +123,20 @@ class BatchStages:
         return one_answer(result, requests[index], self._limit, head.status, head.content_type, head.headers)
 
 
+class Prepared:
+    """A request after `preprocess`: the item for the batch and its bucket, or the answer if it has failed."""
+
+    __slots__ = ("answer", "bucket", "item", "request")
+
+    def __init__(self, request: Request, item: Any, bucket: Hashable, answer: Answer | None) -> None:
+        self.request = request
+        self.item = item
+        self.bucket = bucket
+        self.answer = answer
+
+
 class RequestStages:
-    """A Handler: preprocess and postprocess per request, inference per batch."""
+    """A Handler: preprocess and postprocess per request, inference per batch of one bucket."""
 
     style = "request"
 
@@ -122,64 +144,80 @@ class RequestStages:
     def context(self) -> Context:
         return self._context
 
-    @property
-    def handler(self) -> Handler:
-        return self._handler
-
     def __init__(self, handler: Handler, context: Context, *, isolate: bool, limit: int) -> None:
-        self._handler = handler
+        self.handler = handler
         self._context = context
+        self.metrics = context.metrics
         self._isolate = isolate
         self._limit = limit
         self._times = [0.0, 0.0, 0.0]
 
+    def for_thread(self) -> RequestStages:
+        return RequestStages(self.handler, self._context.for_thread(), isolate=self._isolate, limit=self._limit)
+
     def run(self, requests: list[Request]) -> list[Answer]:
         self._context.begin_batch(requests)
         begun = _now()
-        outcomes: dict[int, Answer] = {}
-        items: list[tuple[int, Any]] = []
-        for index, request in enumerate(requests):
-            try:
-                items.append((index, self._handler.preprocess(request)))
-            except BaseException as error:
-                outcomes[index] = failure(client_error(error, [request]))
-        prepared = _now()
-        outputs = self._infer(items, requests, outcomes) if items else []
+        prepared = list(map(self.prepare, requests))
+        ready = _now()
+        buckets: dict[Hashable, list[Prepared]] = {}
+        for one in prepared:
+            if one.answer is None:
+                buckets.setdefault(one.bucket, []).append(one)
+        for batch in buckets.values():
+            self.infer(batch)
         inferred = _now()
-        for index, output in outputs:
-            try:
-                result = self._handler.postprocess(output)
-            except BaseException as error:
-                result = error
-            outcomes[index] = one_answer(result, requests[index], self._limit)
+        answers = list(map(self.finish, prepared))
         times = self._times
-        times[0] += prepared - begun
-        times[1] += inferred - prepared
+        times[0] += ready - begun
+        times[1] += inferred - ready
         times[2] += _now() - inferred
-        return [outcomes[index] for index in range(len(requests))]
+        return answers
 
     def take_times(self) -> tuple[float, float, float]:
         preprocess, inference, postprocess = self._times
         self._times = [0.0, 0.0, 0.0]
         return preprocess, inference, postprocess
 
-    def _infer(
-        self, items: list[tuple[int, Any]], requests: list[Request], outcomes: dict[int, Answer]
-    ) -> list[tuple[int, Any]]:
-        """(index, output) of each item; items that fail get their outcome instead."""
+    def prepare(self, request: Request) -> Prepared:
+        """Never raises."""
+        handler = self.handler
         try:
-            outputs = self._handler.inference(self._handler.collate([item for _, item in items]))
-            fault = miscount(outputs, len(items), "inference")
+            item = handler.preprocess(request)
+            bucket = handler.bucket_by(item)
+            hash(bucket)
+        except BaseException as error:
+            return Prepared(request, None, None, failure(client_error(error, [request])))
+        return Prepared(request, item, bucket, None)
+
+    def infer(self, batch: list[Prepared]) -> None:
+        """Each item becomes its output; those that fail get their answer. Never raises."""
+        try:
+            outputs = self.handler.inference(self.handler.collate([one.item for one in batch]))
+            fault = miscount(outputs, len(batch), "inference")
             if fault:
                 raise HandlerError(fault)
-            return [(index, output) for (index, _), output in zip(items, outputs, strict=True)]
+            for one, output in zip(batch, outputs, strict=True):
+                one.item = output
         except BaseException as error:
-            if self._isolate and len(items) > 1:
-                half = len(items) // 2
-                return self._infer(items[:half], requests, outcomes) + self._infer(items[half:], requests, outcomes)
-            failed = failure(client_error(error, [requests[index] for index, _ in items]))
-            outcomes.update((index, failed) for index, _ in items)
-            return []
+            if self._isolate and len(batch) > 1:
+                half = len(batch) // 2
+                self.infer(batch[:half])
+                self.infer(batch[half:])
+                return
+            failed = failure(client_error(error, [one.request for one in batch]))
+            for one in batch:
+                one.answer = failed
+
+    def finish(self, one: Prepared) -> Answer:
+        """The answer of a request that has its output, or has failed. Never raises."""
+        if one.answer is not None:
+            return one.answer
+        try:
+            result = self.handler.postprocess(one.item)
+        except BaseException as error:
+            result = error
+        return one_answer(result, one.request, self._limit)
 
 
 def one_answer(

@@ -18,6 +18,7 @@ from mms.ports import cannot_listen
 BACKLOG = 4096
 TICK = 0.25
 TICKS_A_SWEEP = 4
+BACKLOG_TIME = 1.0  # seconds in which a listening socket that is given up is emptied of connections
 MAX_UNIX_PATH = 107  # unix(7): sun_path without its final zero
 
 
@@ -73,14 +74,21 @@ class HttpServer:
         self.connections: set[Connection] = set()
         self.shedding = new_shedding(application, limits)
         self._ticks = 0
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
 
     async def start(self, sock: socket.socket) -> None:
+        await self.listen(sock)
+        self._tick()
+
+    async def listen(self, sock: socket.socket) -> None:
+        """Accept on this socket from now on, and soon no more on the one before; its connections stay."""
         loop = asyncio.get_running_loop()
         create = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
-        self._server = await create(self._connect, sock=sock, backlog=BACKLOG)
-        self._tick()
+        self._servers.append(await create(self._connect, sock=sock, backlog=BACKLOG))
+        for before in self._servers[:-1]:
+            self._servers.remove(before)
+            loop.call_later(BACKLOG_TIME, before.close)
 
     def apply(self, limits: Limits) -> None:
         """Other limits from now on; those of a request's time and size for connections that are made from now on."""
@@ -89,8 +97,8 @@ class HttpServer:
 
     async def drain(self, limit: float) -> int:
         """Accept nothing more, let requests in hand finish for `limit` seconds; returns how many were cut off."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         waiting = [connection.drain() for connection in list(self.connections)]
         if waiting:
             await asyncio.wait(waiting, timeout=limit)

@@ -35,8 +35,8 @@ def judge_head(head: Head) -> MMSError | None:
         return too_large()
     if head.hosts != 1 and (head.hosts or head.version != "1.0"):
         return BadRequestError(f"the request has {head.hosts} Host headers; exactly one is needed")
-    if head.bad_host:
-        return BadRequestError("the Host header is not a host name")
+    if head.fault:
+        return BadRequestError(head.fault)
     if head.method == b"CONNECT" or head.upgrade:
         return MethodNotAllowedError("this server is no proxy and does not change protocols", status=400)
     if target[:1] != b"/" and target[:7].lower() != b"http://" and not (target == b"*" and head.method == b"OPTIONS"):
@@ -70,10 +70,10 @@ class Head:
     """What the parser has told of the request so far. Complete heads may be shared: they are not changed any more."""
 
     __slots__ = (
-        "bad_host",
         "content_type",
         "encoding",
         "expect",
+        "fault",
         "headers",
         "hosts",
         "keep_alive",
@@ -94,7 +94,7 @@ class Head:
         self.headers: list[bytes] = []
         self.size = 0
         self.hosts = 0
-        self.bad_host = False
+        self.fault = ""  # of one header or of two that contradict each other
         self.content_type = ""
         self.encoding = ""
         self.expect = b""
@@ -121,9 +121,12 @@ class Head:
 
     def note_host(self, value: bytes) -> None:
         self.hosts += 1
-        self.bad_host = not _HOST_BYTES.issuperset(value)
+        if not _HOST_BYTES.issuperset(value):
+            self.fault = "the Host header is not a host name"
 
     def note_type(self, value: bytes) -> None:
+        if self.content_type:
+            self.fault = "the request has more than one Content-Type"
         self.content_type = value.decode("latin-1")
 
     def note_encoding(self, value: bytes) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from mms.errors import MethodNotAllowedError, MMSError, OverloadError
+from mms.errors import MethodNotAllowedError, MMSError, OverloadError, UnauthorizedError
 
 JSON = b"content-type: application/json\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -59,4 +59,6 @@ def error_response(error: MMSError) -> tuple[int, bytes, bytes]:
         head += b"retry-after: %d\r\n" % error.retry_after
     elif isinstance(error, MethodNotAllowedError) and error.allow:
         head += b"allow: %s\r\n" % error.allow.encode()
+    elif isinstance(error, UnauthorizedError):
+        head += b"www-authenticate: Bearer\r\n"
     return error.status, head, body

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from mms.config import Config, origin_of
 from mms.errors import BadRequestError, ConflictError, DownloadError
-from mms.models.store import ModelStore, file_sha256
+from mms.models.store import ModelStore
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
@@ -84,13 +84,14 @@ class Downloads:
     async def fetch(self, url: str, sha256: str = "") -> str:
         """The name in the store of the file at `url`, which must have that SHA-256 if one is given.
 
-        A file of that name with the same bytes is used as it is, without a download if the hash is known. Raises
-        BadRequestError, ConflictError (there is another file of that name), DownloadError or ArchiveError; whatever
-        happens, the store then holds the whole file or nothing of it.
+        A file of that name with the same bytes is used as it is. With a hash there is no download then, and no look at
+        the bytes either: `ModelStore.open` compares the hash with what it opens. Raises BadRequestError, ConflictError
+        (there is another file of that name), DownloadError or ArchiveError; whatever happens, the store then holds the
+        whole file or nothing of it.
         """
         name, folder = self.check(url), self._store.folder()
         target = folder / name
-        if sha256 and target.is_file() and await asyncio.to_thread(file_sha256, target) == sha256:
+        if sha256 and target.exists():
             return name
         async with self._turns:
             with _temporary(folder) as file:
@@ -161,7 +162,7 @@ class Downloads:
             try:
                 os.link(file.name, target)
             except FileExistsError:
-                if not target.is_file() or file_sha256(target) != digest:
+                if not target.is_file() or _sha256(target) != digest:
                     raise ConflictError(
                         f"the model store holds another {target.name} already; register that one by its name, "
                         "or remove it"
@@ -230,6 +231,11 @@ def _reason(error: Exception) -> str:
     """What went wrong, but not in the library's words: they have the address with its query, or a redirect's."""
     words = error.strerror if isinstance(error, OSError) else ""
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _append(file: IO[bytes], digest: Any, chunk: bytes) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from mms.metrics import RestartFacts
 from mms.models.registry import ModelRegistry
 from mms.models.version import ModelVersion, VersionState
 
@@ -25,13 +26,24 @@ class Readiness:
     registered or scaled up on a running server does not count before its workers have become ready.
     """
 
-    def __init__(self, registry: ModelRegistry, overload: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        registry: ModelRegistry,
+        obstacle: Callable[[], tuple[str, str]],
+        restarts: Callable[[], Iterable[RestartFacts]],
+    ) -> None:
         self.phase = Phase.STARTING
         self._registry = registry
-        self._overload = overload  # why the front end takes no connections; empty while it does
+        self._obstacle = obstacle  # why no connections are taken, in a word and in a sentence; empty while they are
+        self._restarts = restarts
 
     def report(self, *, details: bool) -> tuple[int, dict[str, Any]]:
-        """HTTP status and body; with `details`, reasons are quoted, which may be for the operator only."""
+        """HTTP status and body; with `details`, what may be for the operator only: reasons in full, restarts."""
+        status, body = self._report(details)
+        restarts = [_restart(facts) for facts in self._restarts() if _tells(facts)] if details else []
+        return status, {**body, "restarts": restarts} if restarts else body
+
+    def _report(self, details: bool) -> tuple[int, dict[str, Any]]:
         missing = [
             _missing(name, number, VersionState.FAILED if why else VersionState.LOADING, 0, 1,
                      (why if details else "it could not be restored") if why else "it is about to be loaded")
@@ -42,8 +54,9 @@ class Readiness:
             if version.pool is not None and version.pool.ready < version.pool.minimum
         ]  # fmt: skip
         if self.phase is Phase.SERVING:
-            if overload := self._overload():
-                return _answer("overloaded", False, missing, f"the front end refuses connections: {overload}")
+            word, why = self._obstacle()
+            if word:
+                return _answer(word, False, missing, why)
             return _answer("incomplete", not missing, missing)
         return _answer(str(self.phase), False, missing)
 
@@ -78,6 +91,19 @@ def _reason(version: ModelVersion, details: bool) -> str:
     if pool.last_death:
         return f"a worker died: {pool.last_death}"
     return "its workers are loading" if pool.target else "it is scaled to 0"
+
+
+def _tells(facts: RestartFacts) -> bool:
+    """Whether it is worth a line: single deaths of workers are in the descriptions of their versions."""
+    return facts.spent or (facts.recent > 0 and facts.level != "workers")
+
+
+def _restart(facts: RestartFacts) -> dict[str, Any]:
+    """One line of `restarts`."""
+    return {
+        "level": facts.level, **({"preload": facts.preload} if facts.preload else {}), "deaths": facts.recent,
+        "limit": facts.limit, "window": facts.window, "lastCause": facts.last_cause, "state": facts.state,
+    }  # fmt: skip
 
 
 def _answer(status: str, ready: bool, missing: list[dict[str, Any]], why: str = "") -> tuple[int, dict[str, Any]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
 
 from mms.archive import ModelArchive
-from mms.errors import ArchiveError, BadRequestError, ConfigError, ModelNotFoundError
+from mms.errors import BadRequestError, ConfigError, ModelNotFoundError
 from mms.signature import TrustedKeys
 
 _SUFFIXES = (".mar", ".tar.gz", ".tgz")
@@ -62,26 +61,17 @@ class ModelStore:
 
     def open(self, url: str, sha256: str = "") -> ModelArchive:
         """The archive; structure, signature and, if given, the file's SHA-256 are checked. Raises ArchiveError too."""
-        path = self.path(url)
-        archive = self._opened(path, url)
-        if sha256 and (path.is_dir() or file_sha256(path) != sha256):
-            raise ArchiveError(f"{url}: its SHA-256 is not the one that was asked for")
-        return archive
+        return self._opened(self.path(url), url, sha256)
 
     def check(self, path: Path, name: str) -> None:
         """Raises ArchiveError if the file at `path` could not be served as `name`: what `open` checks, and hashes."""
         self._opened(path, name).verify()
 
-    def _opened(self, path: Path, name: str) -> ModelArchive:
-        archive = ModelArchive.open(path, name=name)
+    def _opened(self, path: Path, name: str, sha256: str = "") -> ModelArchive:
+        archive = ModelArchive.open(path, name=name, sha256=sha256)
         if self._keys is not None:
             archive.signed_by = self._keys.check(archive)
         return archive
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check(folder: Path) -> None:

@@ -42,7 +42,7 @@ class ModelVersion:
         self.loaded_at = time.time()
         self.directory: Path | None = None  # a folder of ours with the extracted archive, removed at the end
         self.sandbox: dict[str, Any] = {}  # what its workers give up, as it is described
-        self.metrics = VersionMetrics()
+        self.metrics = VersionMetrics(self.label)
         self.queue = BatchQueue(
             batch_size=settings.batch_size,
             max_batch_delay=settings.max_batch_delay,
@@ -178,7 +178,9 @@ class ModelVersion:
         pool = self.pool
         if pool is None:
             return {}
-        troubles = {"forkServerDeaths": pool.forkserver_deaths} if pool.forkserver_deaths else {}
+        troubles: dict[str, Any] = {"forkServerDeaths": pool.forkserver_deaths} if pool.forkserver_deaths else {}
+        if pool.forkserver_back_in:
+            troubles["forkServerBackIn"] = round(pool.forkserver_back_in, 1)
         if pool.back_off.last_failure is None:
             return troubles
         failure, wait = pool.back_off.last_failure, pool.next_start

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
+from collections.abc import Collection
 
 from mms.errors import (
     DeadlineError,
@@ -213,6 +214,13 @@ class BatchQueue:
         error = f"the handler did not answer within response_timeout ({limit:g} s)"
         return [(job, DeadlineError(error)) for job in self._part(worker, started, done)]
 
+    def overdue(self, worker: InFlight, places: Collection[int], limit: float) -> list[tuple[Job, MMSError]]:
+        """The jobs at these places, of a worker that runs several batches, ran longer than `limit` seconds: they fail
+        with 504. The worker keeps the others, until it is killed.
+        """
+        error = f"the handler did not answer within response_timeout ({limit:g} s)"
+        return [(job, DeadlineError(error)) for job in worker.take_places(places)]
+
     def expire(self, now: float) -> list[tuple[Job, MMSError]]:
         """The jobs that have waited longer than the queue's timeout."""
         expired: list[tuple[Job, MMSError]] = []
@@ -265,13 +273,16 @@ class BatchQueue:
         """How many jobs may go to `worker` now: whole batches, more than one only if they are short."""
         batch_size = self.batch_size
         ahead = worker.batches_ahead()
-        if not worker.jobs:
+        if not worker.jobs or len(worker.frames) < worker.threads:
             if self.max_batch_delay and self.depth < batch_size and self._oldest().arrived + self.max_batch_delay > now:
                 return 0
             return min(max(1, ahead) * batch_size, max(MAX_FRAME_JOBS, batch_size))
-        if len(worker.frames) > 1 or self.depth < batch_size:
+        if worker.preprocess_threads:  # a batch more for the preprocess threads, and what they have in hand
+            window = max(batch_size * (worker.threads + 1) + worker.preprocess_threads, ahead * batch_size)
+            return max(0, min(window - len(worker.jobs), MAX_FRAME_JOBS))
+        if len(worker.frames) > worker.threads or self.depth < batch_size:
             return 0
-        room = ahead * batch_size - len(worker.jobs)
+        room = ahead * worker.threads * batch_size - len(worker.jobs)
         return min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
 
     def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int) -> tuple[int, list[Job]]:

@@ -10,20 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 from mms import wire
 from mms.errors import FrameError
+from mms.metrics import RestartFacts
 from mms.workers import environment
+from mms.workers.budget import Budget, how_it_ended
 
 log = logging.getLogger("mms.forkserver")
 
 REPLY_LIMIT = 60.0  # seconds for one fork
 PRELOAD_LIMIT = 300.0
 MAX_MESSAGE = 256 << 10
-DEATHS = 5  # within DEATH_WINDOW: then workers start as fresh interpreters
+DEATHS = 5  # with more within DEATH_WINDOW, workers start as fresh interpreters
 DEATH_WINDOW = 60.0
 
 
@@ -53,6 +54,7 @@ class ForkServer:
         self._ready: asyncio.Task[None] | None = None
         self._readable = asyncio.Event()
         self._closed = False
+        self._fault = ""
 
     @property
     def pid(self) -> int:
@@ -61,6 +63,11 @@ class ForkServer:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def cause(self) -> str:
+        """How it ended, or why it was killed; known after `kill`."""
+        return self._fault or how_it_ended(self._process.wait())
 
     async def ready(self) -> None:
         """Wait for the imports; all who ask wait for the same answer. Raises ForkServerDied."""
@@ -85,6 +92,7 @@ class ForkServer:
         if reply.error or len(received) != 1:
             for descriptor in received:
                 os.close(descriptor)
+            self._fault = "cannot fork"
             raise ForkServerDied(reply.error or "the fork server sent no pidfd")
         return reply.pid, received[0]
 
@@ -121,6 +129,7 @@ class ForkServer:
             async with asyncio.timeout(limit):
                 await self._readable.wait()
         except TimeoutError:
+            self._fault = "no answer"
             raise ForkServerDied(f"the fork server did not answer within {limit:g} s") from None
         finally:
             if not self._closed:
@@ -147,7 +156,8 @@ class ForkServers:
 
     def __init__(self) -> None:
         self._servers: dict[tuple[str, ...], ForkServer] = {}
-        self._deaths: defaultdict[tuple[str, ...], deque[float]] = defaultdict(deque)
+        self._budgets: defaultdict[tuple[str, ...], Budget] = defaultdict(lambda: Budget(DEATHS, DEATH_WINDOW))
+        self._given_up: set[tuple[str, ...]] = set()
 
     async def fork(
         self, preload: tuple[str, ...], request: wire.ForkRequest, descriptors: Sequence[int]
@@ -164,10 +174,20 @@ class ForkServers:
 
     def deaths(self, preload: tuple[str, ...]) -> int:
         """How often that fork server has died lately."""
-        died = self._deaths.get(preload, deque())
-        while died and died[0] < time.monotonic() - DEATH_WINDOW:
-            died.popleft()
-        return len(died)
+        return self._budgets[preload].recent
+
+    def spent_for(self, preload: tuple[str, ...]) -> float:
+        """Seconds for which workers start without it, because it has died too often; mostly 0."""
+        return self._budgets[preload].spent_for
+
+    def facts(self) -> Iterator[RestartFacts]:
+        """One for each fork server there has been."""
+        for preload, budget in self._budgets.items():
+            if seconds := budget.spent_for:
+                state = f"workers start as fresh interpreters for {seconds:.0f} s"
+            else:
+                state = "running" if preload in self._servers else "started when it is needed"
+            yield budget.facts("forkserver", state, ",".join(preload))
 
     def pids(self) -> list[int]:
         return [server.pid for server in self._servers.values()]
@@ -182,8 +202,11 @@ class ForkServers:
         if server is not None and not server.alive:
             self._died(server)
             server = None
-        if self.deaths(preload) >= DEATHS:
+        if self._budgets[preload].spent:
             raise UnsafeFork(",".join(preload))
+        if preload in self._given_up:
+            self._given_up.discard(preload)
+            log.info("the fork server (preload: %s) is used again", _named(preload))
         if server is None:
             server = self._servers[preload] = ForkServer(preload)
         return server
@@ -191,11 +214,11 @@ class ForkServers:
     def _died(self, server: ForkServer) -> None:
         self._discard(server)
         preload = server.preload
-        self._deaths[preload].append(time.monotonic())
-        if self.deaths(preload) >= DEATHS:
-            log.error("the fork server (preload: %s) died %d times within %g s; until one of these is longer ago, "
-                      "workers start as fresh interpreters", ",".join(preload) or "nothing", DEATHS,
-                      DEATH_WINDOW)  # fmt: skip
+        self._budgets[preload].count(server.cause)
+        if self._budgets[preload].spent:
+            self._given_up.add(preload)
+            log.error("the fork server (preload: %s) died more than %d times within %g s; until one of these is longer "
+                      "ago, workers start as fresh interpreters", _named(preload), DEATHS, DEATH_WINDOW)  # fmt: skip
 
     def _discard(self, server: ForkServer) -> None:
         """Give up this one; its successor, if another caller was quicker, stays."""
@@ -208,6 +231,10 @@ class ForkServers:
         if server.threads > 1:
             raise UnsafeFork(",".join(server.preload))
         return await server.fork(request, descriptors)
+
+
+def _named(preload: tuple[str, ...]) -> str:
+    return ",".join(preload) or "nothing"
 
 
 class UnsafeFork(Exception):

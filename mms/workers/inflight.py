@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from mms.workers.job import Job
 
@@ -25,9 +25,22 @@ class Frame:
 class InFlight:
     """The jobs at one worker, by id, in the order in which they were sent, and what it may be sent ahead."""
 
-    __slots__ = ("batch_seconds", "exclusive", "finished", "frames", "jobs", "sent")
+    __slots__ = (
+        "batch_seconds",
+        "exclusive",
+        "finished",
+        "frames",
+        "jobs",
+        "overlaps",
+        "preprocess_threads",
+        "sent",
+        "threads",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1, preprocess_threads: int = 0) -> None:
+        self.threads = threads  # batches that the worker runs at a time
+        self.preprocess_threads = preprocess_threads  # with some, it prepares requests while batches run
+        self.overlaps = threads > 1 or preprocess_threads > 0
         self.jobs: dict[int, Job] = {}
         self.sent = 0
         self.finished = 0  # results received since the worker started
@@ -80,6 +93,16 @@ class InFlight:
             for place, job in enumerate(frame.jobs, frame.first):
                 if job.id in held:
                     yield place, job
+
+    def take_places(self, places: Collection[int]) -> list[Job]:
+        """The jobs at these places, no longer in hand."""
+        jobs = [
+            job
+            for frame in self.frames
+            for place, job in enumerate(frame.jobs, frame.first)
+            if place in places and job.id in self.jobs
+        ]
+        return self.finish([job.id for job in jobs]) or []
 
     def observe(self, batches: int, seconds: float) -> None:
         """A RESULT frame reports that `batches` batches took `seconds` in the handler."""

@@ -27,12 +27,18 @@ class Lateness:
         """The jobs of a worker's batch that takes too long, each with its error; None while it is in time."""
         if worker.state is WorkerState.STARTING or not worker.in_flight.jobs:
             return None
+        limit = self._settings.response_timeout
+        if worker.cause:
+            return None
+        running = worker.process.running()
+        if running:
+            late = {place for begun_at, places in running if now - begun_at > limit for place in places}
+            return self._queue.overdue(worker.in_flight, late, limit) if late else None
         done, started, begun_at = worker.process.progress()
         if not begun_at:  # stopped or stuck between two batches: it owes the next one
             begun_at = max(next(iter(worker.in_flight.jobs.values())).taken, self._standing_since(worker, done, now))
             started = max(started, done + self._queue.batch_size)
-        limit = self._settings.response_timeout
-        if now - begun_at <= limit or worker.cause:
+        if now - begun_at <= limit:
             return None
         return self._queue.timed_out(worker.in_flight, started, limit, done=done)
 

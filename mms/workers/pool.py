@@ -70,6 +70,7 @@ class WorkerPool:
         self._last_tick = 0.0
         self._changed = asyncio.Event()
         self._draining = False
+        self._overlaps = False
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -95,7 +96,9 @@ class WorkerPool:
     @property
     def cpu_threads(self) -> int:
         """CPU threads that a worker gets that starts now."""
-        return self._settings.load.cpu_threads or max(1, environment.cores() // max(1, self.target))
+        return self._settings.load.cpu_threads or max(
+            1, environment.cores() // max(1, self.target * self._settings.load.threads)
+        )
 
     @property
     def next_start(self) -> float | None:
@@ -112,6 +115,11 @@ class WorkerPool:
     def template(self) -> Template | None:
         """What its workers are forked from, with share_weights."""
         return self._starter.template
+
+    @property
+    def forkserver_back_in(self) -> float:
+        """Seconds for which its workers start as fresh interpreters, because it has died too often; mostly 0."""
+        return self._forkservers.spent_for(self._settings.launch.preload)
 
     @property
     def in_flight(self) -> int:
@@ -153,7 +161,9 @@ class WorkerPool:
         now = time.monotonic()
         for job, error in queue.expire(now):
             self.fail(job, error)
-        if len(self.ready_workers) == 1:
+        if self._overlaps:
+            self._feed_in_turns(now)
+        elif len(self.ready_workers) == 1:
             self._feed(self.ready_workers[0], now)
         else:
             idle = [worker for worker in self.ready_workers if not worker.in_flight.jobs]
@@ -165,10 +175,18 @@ class WorkerPool:
         if queue.depth and queue.max_batch_delay:
             self._wake_later(now)
 
-    def _feed(self, worker: Worker, now: float) -> None:
+    def _feed(self, worker: Worker, now: float) -> bool:
         frame = self._queue.take(worker.in_flight, now)
-        if frame is not None:
-            worker.send(*frame)
+        if frame is None:
+            return False
+        worker.send(*frame)
+        return True
+
+    def _feed_in_turns(self, now: float) -> None:
+        """Workers that have room for several batches get one each in turn, those with the fewest first."""
+        workers = sorted(self.ready_workers, key=lambda worker: len(worker.in_flight.frames))
+        while self._queue.depth and any([self._feed(worker, now) for worker in workers]):
+            pass
 
     def _wake_later(self, now: float) -> None:
         wake_at = self._queue.wake_at()
@@ -343,6 +361,7 @@ class WorkerPool:
         self.failure = None
         self.was_ready = True
         self.ready_workers.append(worker)
+        self._overlaps = any(worker.in_flight.overlaps for worker in self.ready_workers)
         self._queue.forget_rate()
         self.minimum = max(self.minimum, min(self.ready, self.target))
         if self.ready >= self.target:
@@ -459,7 +478,7 @@ class WorkerPool:
         self._queue.tick(now)
         for job, error in self._queue.expire(now):
             self.fail(job, error)
-        self._restarts.memory_kills.look(now)
+        self._restarts.tick(now)
         if self._recycling.wanted:
             self._recycle()
         if not asleep:  # answers may lie unread in the sockets: nobody is late yet

@@ -25,6 +25,7 @@ from typing import Protocol
 import msgspec
 
 from mms import wire
+from mms.workers.budget import how_it_ended
 from mms.workers.forkserver import UnsafeFork
 from mms.workers.sandbox import new_scratch
 
@@ -43,6 +44,8 @@ class Launch:
     scratch: Path  # where each gets a folder for its temporary files
     sandbox: wire.Sandbox
     interpreter: str | None = None
+    threads: int = 1
+    preprocess_threads: int = 0
 
 
 class WorkerProcess:
@@ -62,6 +65,10 @@ class WorkerProcess:
         """Jobs finished and begun since the start, and when the batch in hand began (monotonic; 0 while idle)."""
         done, started, begun_at = wire.PROGRESS.unpack_from(self._progress)
         return done, started, begun_at
+
+    def running(self) -> list[tuple[float, tuple[int, ...]]]:
+        """Of a worker with several threads: when each of those at work began, and the places of its jobs."""
+        return list(wire.read_slots(self._progress))
 
     def resident_bytes(self) -> int:
         """Memory that it holds now, with what it shares with others; 0 when it has ended."""
@@ -99,9 +106,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # the pid is still ours: nobody has reaped it
         os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        if status.si_code == os.CLD_EXITED:
-            return f"exit code {status.si_status}"
-        return f"signal {status.si_status} ({signal.Signals(status.si_status).name})"
+        return how_it_ended(status.si_status if status.si_code == os.CLD_EXITED else -status.si_status)
 
     def close(self, *, keep_scratch: bool = False) -> None:
         """Release the descriptors; after the transports that use channel and output are closed."""
@@ -129,14 +134,14 @@ async def launch(how: Launch, forker: Forker) -> WorkerProcess:
     scratch = None
     try:
         scratch = new_scratch(how.scratch, how.name, how.sandbox)
-        os.ftruncate(page, wire.PROGRESS.size)
-        progress = mmap.mmap(page, wire.PROGRESS.size)
+        os.ftruncate(page, wire.page_size(how.threads, how.preprocess_threads))
+        progress = mmap.mmap(page, 0)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
         if how.interpreter is None:
             pid, pidfd = await _fork_or_spawn(how, forker, scratch, theirs, page, write_end)
         else:
-            pid, pidfd = _spawn(how, how.interpreter, scratch, theirs, page, write_end)
+            pid, pidfd = _spawn(how, scratch, theirs, page, write_end)
     except BaseException:
         ours.close()
         os.close(read_end)
@@ -157,12 +162,17 @@ async def _fork_or_spawn(
     try:
         return await forker.fork(how.preload, request, (channel.fileno(), page, output))
     except UnsafeFork:
-        return _spawn(how, sys.executable, scratch, channel, page, output)
+        return _spawn(how, scratch, channel, page, output)
 
 
-def _spawn(
-    how: Launch, interpreter: str, scratch: Path, channel: socket.socket, page: int, output: int
-) -> tuple[int, int]:
+def _spawn(how: Launch, scratch: Path, channel: socket.socket, page: int, output: int) -> tuple[int, int]:
+    """A fresh process of the server's Python, which becomes one of the worker's own in its sandbox."""
+    sandbox = how.sandbox
+    own: tuple[str, ...] = ()
+    if how.interpreter is not None:
+        own = ("--interpreter", how.interpreter)
+        if sandbox.files:
+            sandbox = msgspec.structs.replace(sandbox, read=(*sandbox.read, str(Path(how.interpreter).parents[1])))
     arguments = [
         "--channel",
         str(channel.fileno()),
@@ -175,10 +185,11 @@ def _spawn(
         "--scratch",
         str(scratch),
         "--sandbox",
-        msgspec.json.encode(how.sandbox).decode(),
+        msgspec.json.encode(sandbox).decode(),
+        *own,
     ]
     process = subprocess.Popen(
-        [interpreter, "-P", "-m", "mms.backend", *arguments],
+        [sys.executable, "-P", "-m", "mms.backend", *arguments],
         pass_fds=(channel.fileno(), page),
         stdin=subprocess.DEVNULL,
         stdout=output,

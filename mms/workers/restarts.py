@@ -5,13 +5,18 @@ Front end's process.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from dataclasses import dataclass
 
 from mms.errors import ModelLoadError
+from mms.metrics import RestartFacts
+from mms.workers.budget import Budget
 from mms.workers.oom import OutOfMemoryKills
 from mms.workers.worker import Worker
+
+log = logging.getLogger("mms.workers")
 
 MAX_BOOT_FAILURES = 3
 BOOT_PAUSES = (0.1, 0.3)  # between the tries before a version is FAILED
@@ -40,18 +45,38 @@ class Restarts:
     """How many workers have died lately in all pools of a server: what they share is the machine."""
 
     def __init__(self) -> None:
-        self.memory_kills = OutOfMemoryKills()
-        self._deaths: deque[float] = deque()
+        self._memory_kills = OutOfMemoryKills()
+        self._budget = Budget(MAX_RESTARTS, RESTART_WINDOW)
+        self._held_back = False
 
     def cause(self, worker: Worker) -> str:
         """How a worker ended; of one that was killed, whether the kernel did it for want of memory."""
-        return "killed (out of memory)" if worker.cause == KILLED and self.memory_kills.claim() else worker.cause
+        return "killed (out of memory)" if worker.cause == KILLED and self._memory_kills.claim() else worker.cause
 
-    def pause(self, now: float) -> float:
+    def pause(self, cause: str) -> float:
         """Seconds that a worker's replacement has to wait because so many others have died; counts this death."""
-        self._deaths.append(now)
-        _forget_before(self._deaths, now - RESTART_WINDOW)
-        return RESTART_PAUSE if len(self._deaths) > MAX_RESTARTS else 0.0
+        self._budget.count(cause)
+        self._note()
+        return RESTART_PAUSE if self._held_back else 0.0
+
+    def tick(self, now: float) -> None:
+        self._memory_kills.look(now)
+        self._note()
+
+    def facts(self) -> RestartFacts:
+        state = f"each replacement waits {RESTART_PAUSE:g} s" if self._budget.spent else "replaced at once"
+        return self._budget.facts("workers", state)
+
+    def _note(self) -> None:
+        """One line in the log when replacements are held back, and one when they are no more."""
+        if self._budget.spent is self._held_back:
+            return
+        self._held_back = not self._held_back
+        if self._held_back:
+            log.error("more than %d workers died within %g s: each replacement waits %g s, until fewer do",
+                      MAX_RESTARTS, RESTART_WINDOW, RESTART_PAUSE)  # fmt: skip
+        else:
+            log.info("fewer workers die: their replacements are no longer held back")
 
 
 class BackOff:
@@ -80,12 +105,11 @@ class BackOff:
 
     def died(self, worker: Worker, others: int) -> float:
         """A worker that was ready has died, and `others` are left; how long its replacement waits."""
-        now = time.monotonic()
-        self._deaths.append(now)
+        self._deaths.append(time.monotonic())
         self._note(worker)
         recent = self.deaths
         pause = 0.0 if recent <= others + 1 else min(DEATH_PAUSE * 2.0 ** (recent - 2), DEATH_PAUSE_LIMIT)
-        return max(pause, self._restarts.pause(now))
+        return max(pause, self._restarts.pause(worker.cause))
 
     def failed_to_start(self, worker: Worker) -> None:
         self.failed_starts += 1

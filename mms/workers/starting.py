@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import msgspec
 
+from mms import wire
 from mms.logs import model_logger
 from mms.workers import environment
 from mms.workers.forkserver import ForkServerDied, ForkServers
@@ -16,6 +17,8 @@ from mms.workers.process import Launch, WorkerProcess, launch
 from mms.workers.settings import PoolSettings
 from mms.workers.template import Template, TemplateFailed
 from mms.workers.worker import Worker, WorkerState
+
+PREPROCESS_THREADS = 2  # of a worker on a GPU, unless the model says otherwise; on CPUs they would take its cores
 
 
 class Starter:
@@ -50,8 +53,10 @@ class Starter:
     async def start(self, worker: Worker, threads: int) -> None:
         """Launch its process and tell it what to load; if that fails, it has no process, but a cause."""
         load = msgspec.structs.replace(self._settings.load, cpu_threads=threads)
+        if load.preprocess_threads < 0:
+            load.preprocess_threads = PREPROCESS_THREADS if worker.gpu is not None else 0
         try:
-            process = await self._launch(worker, self._launch_of(worker, threads))
+            process = await self._launch(worker, self._launch_of(worker, load))
         except TemplateFailed as error:
             worker.cause, worker.failure, worker.output = str(error), error.failure, error.output
             return
@@ -74,10 +79,16 @@ class Starter:
             process = await self.template.launch(how)
         return process or await launch(how, self._forkservers)
 
-    def _launch_of(self, worker: Worker, threads: int) -> Launch:
+    def _launch_of(self, worker: Worker, load: wire.Load) -> Launch:
         how = self._settings.launch
-        environ = {**how.environ, **environment.thread_counts(threads)}
+        environ = {**how.environ, **environment.thread_counts(load.cpu_threads)}
         for gpu in self._settings.gpus:
             if gpu.index == worker.gpu:
                 environ |= gpu.environment()
-        return replace(how, environ=environ, interpreter=self._interpreter or how.interpreter)
+        return replace(
+            how,
+            environ=environ,
+            interpreter=self._interpreter or how.interpreter,
+            threads=load.threads,
+            preprocess_threads=load.preprocess_threads,
+        )

@@ -119,6 +119,8 @@ class Worker(asyncio.Protocol):
             for kind, head, payload in self._reader.feed(data):
                 if kind == wire.RESULT:
                     self._results(wire.decode(wire.Result, head), payload)
+                elif kind == wire.MEASURED:
+                    self._measured(wire.decode(wire.Measured, head))
                 elif kind == wire.READY:
                     self._ready(wire.decode(wire.Ready, head))
                 elif kind == wire.FAILED:
@@ -140,7 +142,12 @@ class Worker(asyncio.Protocol):
     def _ready(self, ready: wire.Ready) -> None:
         if self.state is WorkerState.STARTING:
             self.state = WorkerState.READY
+            self.in_flight = InFlight(ready.threads, ready.preprocess_threads)
             self._owner.worker_ready(self, ready)
+
+    def _measured(self, measured: wire.Measured) -> None:
+        for series in measured.series:
+            self._metrics.tallies.add(series.name, series.kind, series.labels, series.value, series.counts)
 
     def _results(self, result: wire.Result, payload: memoryview) -> None:
         now = time.monotonic()

@@ -15,6 +15,7 @@ CHECK_TIMEOUT = 10.0
 
 _LISTEN = re.compile(r'^\s*listen "((?:[^"\\]|\\.)*)"', re.MULTILINE)
 _PROCESSES = re.compile(r"^worker_processes (\d+);", re.MULTILINE)
+_VERSION = re.compile(r"^nginx version: \S*/(\S+).*", re.MULTILINE)
 _REASON = re.compile(r"\[(?:emerg|alert|crit)\](?: \d+#\d+:)? (.*)")
 
 
@@ -34,9 +35,9 @@ def nginx_command(program: str, directory: Path, file: Path) -> list[str]:
     return [program, "-p", f"{directory}/", "-c", str(file), "-e", "stderr"]
 
 
-def check_file(program: str, directory: Path, file: Path) -> None:
-    """Runs `nginx -t` on the file. Raises StartError with nginx's own reason in one line."""
-    command = [*nginx_command(program, directory, file), "-t"]
+def check_file(program: str, directory: Path, file: Path) -> str:
+    """Runs `nginx -t` on the file, returns nginx's version. Raises StartError with nginx's own reason in one line."""
+    command = [*nginx_command(program, directory, file), "-v", "-t"]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, env=nginx_environment(), timeout=CHECK_TIMEOUT
@@ -45,13 +46,16 @@ def check_file(program: str, directory: Path, file: Path) -> None:
         raise StartError(f"{program}: {error.strerror}") from None
     except subprocess.TimeoutExpired:
         raise StartError(f"{program} -t gave no answer in {CHECK_TIMEOUT:g} s") from None
+    output = done.stderr.decode(errors="replace")
     if done.returncode != 0:
-        raise StartError(f"{program} refused its configuration: {_reason(done.stderr.decode(errors='replace'))}")
+        raise StartError(f"{program} refused its configuration: {_reason(output)}")
+    match = _VERSION.search(output)
+    return match[1] if match else ""
 
 
 def _reason(output: str) -> str:
     match = _REASON.search(output)
-    lines = output.strip().splitlines()
+    lines = _VERSION.sub("", output).strip().splitlines()
     return match[1].strip() if match else lines[0] if lines else "it gave no reason"
 
 

@@ -1,7 +1,8 @@
 """One nginx, as a child of the server process: check, start, reload, reopen, stop.
 
-Everything here blocks, `start` for some 50 ms. `start` must be called in the main thread: nginx gets SIGTERM when the
-thread that started it ends (PR_SET_PDEATHSIG), so that it never outlives the server.
+Everything here blocks but `spawn` and `give_up`, `start` for some 50 ms. `spawn`, and so `start`, must be called in the
+main thread: nginx gets SIGTERM when the thread that started it ends (PR_SET_PDEATHSIG), so that it never outlives the
+server.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mms_nginx.find import edge_user
 START_TIMEOUT = 5.0
 TERM_TIMEOUT = 2.0
 KILL_TIMEOUT = 2.0
+GIVEN_UP = "nginx is being stopped"
 _POLL = 0.01
 
 # Runs in the child before nginx does. A parent that died before prctl sends no signal, hence the second look.
@@ -47,12 +49,14 @@ class Nginx:
     def __init__(self, program: str, directory: Path, text: str) -> None:
         self.pid = 0
         self.pidfd = -1
+        self.version = ""  # what the program said at its last check
         self._program = program
         self._directory = directory
         self._file = directory / "nginx.conf"
         self._candidate = directory / "nginx.conf.new"
         self._text = text
         self._exit_code: int | None = None
+        self._given_up = False
 
     def check(self) -> None:
         """Writes the configuration and has `nginx -t` judge it. Raises StartError with nginx's reason in one line."""
@@ -61,17 +65,45 @@ class Nginx:
 
     def start(self) -> None:
         """Returns when every public address accepts connections, else raises StartError and leaves no process."""
-        addresses = listen_addresses(self._text)
-        for address in addresses:
+        self.prepare()
+        self.spawn()
+        self.wait()
+
+    def prepare(self) -> None:
+        """The first part of a start: what can be known before. Raises StartError."""
+        for address in listen_addresses(self._text):
             check_free(address)  # with a better reason than nginx's
         self.check()
         (self._directory / "nginx.pid").unlink(missing_ok=True)
-        self._spawn()
+
+    def spawn(self) -> None:
+        """The second part of a start: the process. Does not wait for it. Raises StartError."""
+        if self._given_up:
+            raise StartError(GIVEN_UP)
+        shim = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid())]
+        self._exit_code = None
+        self.pid = os.posix_spawn(
+            sys.executable,
+            [*shim, *nginx_command(self._program, self._directory, self._file)],
+            nginx_environment(),
+            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+            setpgroup=0,
+            setsigmask=(),
+            setsigdef=_RESET_SIGNALS,
+        )
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def wait(self) -> None:
+        """The last part of a start, after `spawn`: as `start`."""
         try:
-            self._wait_listening(addresses)
+            self._wait_listening(listen_addresses(self._text))
         except BaseException:
             self.stop(0)
             raise
+
+    def give_up(self) -> None:
+        """It is about to be stopped: a start or reload that is under way in another thread ends with StartError."""
+        self._given_up = True
 
     def exit_code(self) -> int | None:
         """None while the master runs, else its exit code or minus its signal; it is reaped, its workers killed."""
@@ -88,10 +120,10 @@ class Nginx:
             raise StartError("nginx is not running")
         known = listen_addresses(self._text)
         self._adopt(text, [address for address in listen_addresses(text) if address not in known])
-        self._text = text
         before = self._workers()
         signal.pidfd_send_signal(self.pidfd, signal.SIGHUP)
-        self._wait_reloaded(before)
+        self._wait_reloaded(before, worker_count(text))
+        self._text = text
 
     def reload_files(self) -> None:
         """As reload, with the same configuration: for what is in the files that it names."""
@@ -119,9 +151,9 @@ class Nginx:
             os.killpg(self.pid, signal.SIGKILL)
             self._wait_exit(KILL_TIMEOUT)
             self.exit_code()
-        if self.pidfd != -1:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd != -1:
+            os.close(pidfd)
         return in_time
 
     def _prepare_directory(self) -> None:
@@ -133,24 +165,10 @@ class Nginx:
 
     def _adopt(self, text: str, addresses: list[str] | None = None) -> None:
         self._candidate.write_text(text)
-        check_file(self._program, self._directory, self._candidate)
+        self.version = check_file(self._program, self._directory, self._candidate)
         for address in addresses or ():
             check_free(address)
         self._candidate.replace(self._file)
-
-    def _spawn(self) -> None:
-        shim = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid())]
-        self._exit_code = None
-        self.pid = os.posix_spawn(
-            sys.executable,
-            [*shim, *nginx_command(self._program, self._directory, self._file)],
-            nginx_environment(),
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
-            setpgroup=0,
-            setsigmask=(),
-            setsigdef=_RESET_SIGNALS,
-        )
-        self.pidfd = os.pidfd_open(self.pid)
 
     def _wait_listening(self, addresses: list[str]) -> None:
         waiting = list(addresses)
@@ -161,6 +179,8 @@ class Nginx:
                 raise StartError(f"nginx ended at its start with exit code {code}; its own words are in the log")
             if time.monotonic() > deadline:
                 raise StartError(f"nginx is not ready after {START_TIMEOUT:g} s: {', '.join(waiting) or 'no workers'}")
+            if self._given_up:
+                raise StartError(GIVEN_UP)
             waiting = [address for address in waiting if not accepts(address)]
 
     def _pid_written(self) -> bool:
@@ -169,9 +189,11 @@ class Nginx:
         except OSError:
             return False
 
-    def _wait_reloaded(self, before: set[int]) -> None:
+    def _wait_reloaded(self, before: set[int], count: int) -> None:
         deadline = time.monotonic() + START_TIMEOUT
-        while len(self._workers() - before) < worker_count(self._text):
+        while len(self._workers() - before) < count:
+            if self._given_up:
+                raise StartError(GIVEN_UP)
             if self._wait_exit(_POLL) or time.monotonic() > deadline:
                 raise StartError("nginx did not take its new configuration; its own words are in the log")
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import Answering, MakeArchive, MakeGate, Server, eventually, server
+from tests.conftest import MakeArchive, MakeGate, Server, eventually, server
+from tests.traffic import Answering
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import Answering, MakeArchive, MakeGate, Reply, Server, eventually, fetch, server
+from tests.conftest import MakeArchive, MakeGate, Reply, Server, eventually, fetch, server
+from tests.traffic import Answering
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from tests.conftest import Answering, MakeArchive, MakeGate, Server, eventually, fetch, server
+from tests.conftest import MakeArchive, MakeGate, Server, eventually, fetch, server
+from tests.traffic import Answering
 
 FAMILIES = {
     "mms_requests": "counter",
@@ -46,7 +47,8 @@ FAMILIES = {
 
 @pytest.fixture
 def running(make_archive: MakeArchive) -> Iterator[Server]:
-    with server(make_archive("echo"), make_archive("rows"), make_archive("gate", batch_size=4)) as started:
+    archives = make_archive("echo"), make_archive("rows"), make_archive("gate", batch_size=4)
+    with server(*archives, spare=(make_archive("measures"),)) as started:
         yield started
 
 
@@ -77,7 +79,8 @@ def test_errors_have_the_form_of_all_ports(running: Server) -> None:
 def test_openmetrics_is_served_to_those_who_ask(running: Server) -> None:
     reply = fetch(running.metrics, "GET", "/metrics", None, {"Accept": "application/openmetrics-text; version=1.0.0"})
     assert reply.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
-    assert "mms_requests" in {family.name for family in parse_openmetrics(reply.body.decode())}  # type: ignore[no-untyped-call]
+    families = parse_openmetrics(reply.body.decode())  # type: ignore[no-untyped-call]  # the library's parser is untyped
+    assert "mms_requests" in {family.name for family in families}
 
 
 def test_requests_are_counted_by_model_version_and_status(running: Server) -> None:
@@ -157,6 +160,26 @@ def test_deaths_are_counted_by_cause_and_counters_never_fall(running: Server) ->
     eventually(lambda: running.workers("echo") not in ([], [pid]))
     assert running.metric("mms_worker_restarts_total", model="echo", reason="signal 9 (SIGKILL)") == 1
     assert running.metric("mms_requests_total") >= before
+
+
+def test_what_a_handler_measures_is_shown_survives_its_worker_and_goes_with_its_model(running: Server) -> None:
+    assert running.manage("POST", "/models?url=measures-1.0.mar&min_workers=1").status == 200
+    assert running.metric("ModelSize_bytes", model="measures", version="1.0") == 3e6
+    running.predict("measures", b"cat")
+    (pid,) = running.workers("measures")
+    os.kill(pid, signal.SIGKILL)
+    for animal in (b"cat", b"a dog"):
+        assert running.predict("measures", animal).body == b"seen"
+    found = families(running)
+    assert {name: found[name].type for name in ("Seen", "Look_seconds", "Length_bytes", "ModelSize_bytes")} == {
+        "Seen": "counter", "Look_seconds": "histogram", "Length_bytes": "histogram", "ModelSize_bytes": "gauge",
+    }  # fmt: skip
+    assert running.metric("Seen_total", model="measures", Animal="cat") == 2
+    assert running.metric("Seen_total", model="measures", Animal="a dog") == 1
+    assert running.metric("Look_seconds_bucket", model="measures", le="0.005") == 3
+    assert running.metric("Length_bytes_sum", model="measures", Field="body") == 11
+    assert running.manage("DELETE", "/models/measures").status == 200
+    assert "Seen" not in families(running)
 
 
 def test_a_model_that_is_gone_is_no_longer_shown(running: Server) -> None:

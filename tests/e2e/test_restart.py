@@ -11,17 +11,8 @@ from functools import partial
 import psutil
 import pytest
 
-from tests.conftest import (
-    Answering,
-    MakeArchive,
-    MakeGate,
-    Server,
-    Traffic,
-    eventually,
-    needs_nginx,
-    processes_in,
-    server,
-)
+from tests.conftest import MakeArchive, MakeGate, Server, eventually, fetch, needs_nginx, processes_in, server
+from tests.traffic import Answering, Traffic
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +207,11 @@ def test_f36_the_fork_servers_death_is_no_workers_death(running: Server) -> None
     assert running.workers("forked") == before
     os.kill(before[0], signal.SIGKILL)
     eventually(lambda: replaced(running, "forked", 2, before[0]), timeout=2)
+    assert running.metric("mms_forkserver_restarts_total", reason="signal 9 (SIGKILL)") >= 1
+    assert running.describe("forked")["forkServerDeaths"] >= 1
+    lines = running.manage("GET", "/readyz").json()["restarts"]
+    assert ("forkserver", "signal 9 (SIGKILL)") in [(line["level"], line["lastCause"]) for line in lines]
+    assert "restarts" not in fetch(running.url, "GET", "/readyz").json(), "for the operator only"
 
 
 def test_f38_the_fork_server_killed_together_with_a_worker(running: Server) -> None:
@@ -233,7 +229,7 @@ def test_f10_a_model_that_keeps_dying_is_restarted_ever_more_slowly(make_archive
         for _ in range(4):
             running_pid = eventually(lambda: dying.workers("poison"))[0]
             os.kill(running_pid, signal.SIGKILL)
-            eventually(lambda pid=running_pid: replaced(dying, "poison", 1, pid))  # type: ignore[misc]
+            eventually(lambda pid=running_pid: replaced(dying, "poison", 1, pid))  # type: ignore[misc]  # mypy cannot infer it
         assert "replacing it in" in dying.output
         assert dying.predict("poison", b"good").status == 200
 

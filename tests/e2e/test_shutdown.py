@@ -17,11 +17,9 @@ import pytest
 
 from tests.conftest import (
     CLIENT_TIMEOUT,
-    Answering,
     MakeArchive,
     MakeGate,
     Server,
-    Traffic,
     eventually,
     fetch,
     free_ports,
@@ -32,6 +30,7 @@ from tests.conftest import (
     server,
     start_arguments,
 )
+from tests.traffic import Answering, Traffic
 
 EDGES = ["none", pytest.param("nginx", marks=needs_nginx)]
 

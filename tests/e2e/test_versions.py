@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import MakeArchive, Server, Traffic, fetch, server
+from tests.conftest import MakeArchive, Server, fetch, server
+from tests.traffic import Traffic
 
 
 @pytest.fixture

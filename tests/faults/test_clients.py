@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.conftest import CLIENT_TIMEOUT, Answering, MakeArchive, MakeGate, Server, eventually, needs_nginx, server
+from tests.conftest import CLIENT_TIMEOUT, MakeArchive, MakeGate, Server, eventually, needs_nginx, server
+from tests.traffic import Answering
 
 LIMIT = 2 << 20
 SLOW = 100

@@ -314,8 +314,12 @@ def test_s2_the_whole_way_over_the_management_api_and_at_start(origin: Origin, m
     settings: dict[str, Any] = {name: ",".join(value) for name, value in local(origin).items()}
     with scratch() as folder, server(folder=folder, models=f"first={pinned}", **settings) as running:
         assert running.predict("first", b"x").status == 200
-        wrong = fetch(running.management, "POST", f"/models?url={url}&model_name=b&sha256={'0' * 64}")
+        other = origin.serves("/other.mar", data)
+        wrong = fetch(running.management, "POST", f"/models?url={other}&model_name=b&sha256={'0' * 64}")
         assert (wrong.status, wrong.json()["type"]) == (400, "DownloadArchiveException")
+        known = fetch(running.management, "POST", f"/models?url={url}&model_name=b&sha256={'0' * 64}")
+        assert known.status == 400
+        assert f"echo.mar: its SHA-256 is {hashlib.sha256(data).hexdigest()}, and another " in known.message
         body = b'{"url": "%s", "model_name": "second", "initial_workers": 1}' % url.encode()
         reply = fetch(running.management, "POST", "/models", body, {"Content-Type": "application/json"})
         assert reply.status == 200, reply

@@ -21,7 +21,8 @@ import pytest
 from mms.config import load_config
 from mms.errors import ConfigError
 from tests.chaos.rig import Rig
-from tests.conftest import CLIENT_TIMEOUT, MakeArchive, Server, Traffic, eventually, processes_in, server
+from tests.conftest import CLIENT_TIMEOUT, MakeArchive, Server, eventually, processes_in, server
+from tests.traffic import Traffic
 from tests.unit import test_archive as hostile
 
 LIMIT = 16 << 20

@@ -1,4 +1,4 @@
-"""S1, S11, S18, F106: who may use the management API, and where it may listen."""
+"""S1, S11, S18, F106: who may use the two APIs, and where the management API may listen."""
 
 from __future__ import annotations
 

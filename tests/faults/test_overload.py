@@ -12,8 +12,10 @@ import psutil
 import pytest
 
 from benchmarks.openloop import Phase, Request, percentile, run
-from tests.conftest import Answering, MakeArchive, MakeGate, Server, eventually, server
-from tests.e2e.test_bad_input import AFTER, HOST, TIMEOUT, Answer, address, answers, assert_refused, receive, talk
+from tests.conftest import MakeArchive, MakeGate, Server, eventually, server
+from tests.e2e.test_bad_input import TIMEOUT, address, assert_refused, receive, talk
+from tests.odd_requests import AFTER, HOST, Answer, answers
+from tests.traffic import Answering
 
 QUEUE = 20
 BODY = b"Content-Length: 1000000\r\n"

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import (
-    Answering,
     MakeArchive,
     MakeGate,
     Reply,
@@ -24,6 +23,7 @@ from tests.conftest import (
     server,
     start_arguments,
 )
+from tests.traffic import Answering
 
 
 def test_a_server_with_all_its_workers_is_ready(either: Server) -> None:

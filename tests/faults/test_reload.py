@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MakeArchive, Server, Traffic, eventually, mms, needs_nginx, scratch, server
+from tests.conftest import MakeArchive, Server, eventually, mms, needs_nginx, scratch, server
+from tests.traffic import Traffic
 
 
 class Configured:

@@ -16,11 +16,9 @@ import psutil
 import pytest
 
 from tests.conftest import (
-    Answering,
     MakeArchive,
     MakeGate,
     Reply,
-    Traffic,
     environment,
     eventually,
     fetch,
@@ -31,6 +29,7 @@ from tests.conftest import (
     start_arguments,
 )
 from tests.faults.means import fill, full, needs_mounts, needs_pid_namespaces, small_disk
+from tests.traffic import Answering, Traffic
 
 CONNECTIONS = 150
 DAY = 86_400

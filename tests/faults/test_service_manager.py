@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def test_the_manager_is_told_of_each_step(
         assert told(manager, "READY=1") == "READY=1\nSTATUS=reloaded"
         running.signal(signal.SIGTERM)
         assert told(manager, "STOPPING=1") == "STOPPING=1"
+
+
+def test_a_change_is_told_to_a_manager_that_is_behind(folder: Path, manager: socket.socket) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": str(folder / "notify")})
+    for _ in range(1000):
+        notifier.alive()
+    reader = threading.Thread(target=told, args=(manager, "READY=1"))
+    reader.start()
+    notifier.ready("ready")
+    reader.join(5)
+    assert not reader.is_alive()
 
 
 def test_a_manager_that_has_gone_does_no_harm(make_archive: MakeArchive, folder: Path, manager: socket.socket) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from mms.backend.answers import answer
-from mms.config import MAX_FILE, parse_yaml
 from mms.errors import ConfigError, HandlerError, StartError
 from mms.logs import _Formatter
 from mms.rundir import RunDirectory
+from mms.safe_yaml import MAX_FILE, parse_yaml
 from tests.conftest import MakeArchive, Server, eventually, fetch, server
 
 SECRET = "s3cr3t-of-a-client"
@@ -48,7 +48,7 @@ class Odd:
 def test_s10_errors_have_no_addresses_and_no_paths() -> None:
     for value, headers in ((Odd(), {}), (b"", {"x-odd": Odd()})):
         with pytest.raises(HandlerError) as caught:
-            answer(value, 200, "", headers, 1000)  # type: ignore[arg-type]
+            answer(value, 200, "", headers, 1000)  # type: ignore[arg-type]  # what a handler could give
         assert "0x" not in caught.value.message and "somebody" not in caught.value.message
 
 

@@ -265,7 +265,7 @@ def test_f11_killed_for_lack_of_memory_is_said_only_when_it_is_proved(
                 (pid,) = served.pids
                 counter.write_text(f"oom {kills}\noom_kill {kills}\n")
                 os.kill(pid, signal.SIGKILL)
-                await until(lambda pid=pid: served.pids not in ([], [pid]))  # type: ignore[misc]
+                await until(lambda pid=pid: served.pids not in ([], [pid]))  # type: ignore[misc]  # mypy cannot infer it
                 assert served.pool.back_off.last_failure is not None
                 assert served.pool.back_off.last_failure.cause == cause
             assert dict(served.metrics.restarts) == {"killed (out of memory)": 1, "signal 9 (SIGKILL)": 1}
@@ -502,6 +502,7 @@ def test_f39_a_stopped_fork_server_is_replaced(serve: Serve, monkeypatch: pytest
             assert await serves(served)
             await served.scale(2)
             assert served.forkservers.pids() != [stopped]
+            assert [facts.last_cause for facts in served.forkservers.facts()] == ["no answer"]
             assert not psutil.pid_exists(stopped)
 
     uvloop.run(scenario())
@@ -510,14 +511,17 @@ def test_f39_a_stopped_fork_server_is_replaced(serve: Serve, monkeypatch: pytest
 def test_a_fork_server_that_cannot_be_kept_is_done_without(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with serve("misbehaves") as served:
-            for _ in range(forkserver.DEATHS):
+            for _ in range(forkserver.DEATHS + 1):
                 (pid,) = served.forkservers.pids()
                 os.kill(pid, signal.SIGKILL)
-                await until(lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]
+                await until(lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]  # mypy cannot infer it
                 await served.scale(1)
                 await served.scale(2)
             assert served.forkservers.pids() == []
-            assert (served.pool.ready, served.pool.forkserver_deaths) == (2, forkserver.DEATHS)
+            assert (served.pool.ready, served.pool.forkserver_deaths) == (2, forkserver.DEATHS + 1)
+            assert 0 < served.pool.forkserver_back_in <= forkserver.DEATH_WINDOW
+            (facts,) = served.forkservers.facts()
+            assert (facts.spent, facts.causes) == (True, {"signal 9 (SIGKILL)": forkserver.DEATHS + 1})
             assert await serves(served)
 
     with caplog.at_level(logging.WARNING, "mms"):

@@ -2,184 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-import mmap
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
 from mms import wire
-from mms.archive import ModelArchive
-from mms.backend import loop
-from tests.conftest import MakeArchive, MakeGate, digest, eventually
-
-HEADERS: list[bytes] = [b"X-Asked", b"this"]
-
-
-class Backend:
-    """The server's end of one worker's channel."""
-
-    def __init__(self, sock: socket.socket, progress: mmap.mmap, folder: Path, **load: Any) -> None:
-        sock.settimeout(20)
-        self.progress = progress
-        self._sock = sock
-        self._ids = 0
-        defaults = {
-            "model_name": "m", "version": "1.0", "directory": str(folder), "handler": "", "manifest": {},
-            "model_config": {}, "batch_size": 8, "isolate_errors": "auto", "gpu": None, "cpu_threads": 1,
-            "max_request_size": 1 << 20, "max_response_size": 1 << 20,
-        }  # fmt: skip
-        sock.sendall(wire.pack(wire.LOAD, wire.Load(**{**defaults, **load})))
-
-    def frame(self) -> tuple[int, Any, bytes]:
-        """The next frame: kind, head, payloads."""
-        kind, head_size, size = wire.parse_header(self._exactly(wire.HEADER.size))
-        head = self._exactly(head_size)
-        kinds = {wire.READY: wire.Ready, wire.FAILED: wire.Failed, wire.RESULT: wire.Result}
-        return kind, wire.decode(kinds[kind], head), self._exactly(size)
-
-    def ready(self) -> wire.Ready:
-        kind, head, _ = self.frame()
-        assert kind == wire.READY, head
-        assert isinstance(head, wire.Ready)
-        return head
-
-    def send(self, *bodies: bytes, batch_size: int = 8, content_type: str = "", encoding: str = "") -> list[int]:
-        first, self._ids = self._ids + 1, self._ids + len(bodies)
-        ids, sizes = list(range(first, self._ids + 1)), list(map(len, bodies))
-        facts = wire.RequestFacts(content_type, encoding, b"", False, HEADERS)
-        frame = wire.Predict(batch_size, ids, sizes, [b"id-%d" % number for number in ids], [facts], [])
-        self._sock.sendall(wire.pack(wire.PREDICT, frame, sum(sizes)) + b"".join(bodies))
-        return ids
-
-    def results(self, count: int) -> dict[int, tuple[wire.Outcome, bytes]]:
-        """The next `count` outcomes by job."""
-        found: dict[int, tuple[wire.Outcome, bytes]] = {}
-        while len(found) < count:
-            kind, head, payload = self.frame()
-            assert kind == wire.RESULT
-            assert sum(head.sizes) == len(payload)
-            outcomes = wire.spread(head.outcomes, head.outcome_of, len(head.ids))
-            at = 0
-            for number, outcome, size in zip(head.ids, outcomes, head.sizes, strict=True):
-                found[number] = (outcome, payload[at : at + size])
-                at += size
-        return found
-
-    def predict(self, *bodies: bytes, **how: Any) -> list[tuple[wire.Outcome, bytes]]:
-        ids = self.send(*bodies, **how)
-        results = self.results(len(ids))
-        return [results[number] for number in ids]
-
-    def raw(self, data: bytes) -> None:
-        self._sock.sendall(data)
-
-    def ended(self) -> bool:
-        """Whether the worker has closed its end without another word."""
-        try:
-            return self._sock.recv(1) == b""
-        except ConnectionResetError:
-            return True
-
-    def stop(self) -> None:
-        self._sock.sendall(wire.pack(wire.STOP, None))
-
-    def close(self) -> None:
-        self._sock.close()
-
-    def _exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            chunk = self._sock.recv(size - len(data))
-            assert chunk, "the channel ended"
-            data += chunk
-        return data
-
-
-Start = Callable[..., Backend]
-
-
-@pytest.fixture(params=["thread", "process"])
-def start(request: pytest.FixtureRequest, make_archive: MakeArchive, tmp_path: Path) -> Iterator[Start]:
-    """Starts a worker on one of tests/archives; all end with their test."""
-    with contextlib.ExitStack() as stack:
-
-        def begin(name: str, **load: Any) -> Backend:
-            folder = tmp_path / name
-            archive = ModelArchive.open(make_archive(name))
-            archive.extract(folder)
-            ours, theirs = socket.socketpair()
-            page = os.memfd_create("progress")
-            os.ftruncate(page, wire.PROGRESS.size)
-            progress = mmap.mmap(page, wire.PROGRESS.size)
-            run = in_thread if request.param == "thread" else in_process
-            stack.callback(progress.close)
-            stack.callback(os.close, page)
-            stack.enter_context(run(theirs, page, folder))
-            stack.callback(ours.close)
-            backend = Backend(ours, progress, folder, **{"handler": archive.manifest.handler, **load})
-            return backend
-
-        yield begin
-
-
-@contextlib.contextmanager
-def in_thread(theirs: socket.socket, page: int, folder: Path) -> Iterator[None]:
-    path, modules = list(sys.path), set(sys.modules)
-    view = mmap.mmap(page, wire.PROGRESS.size)
-
-    def run() -> None:
-        with contextlib.suppress(OSError), theirs:
-            loop.serve(theirs, view)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join(10)
-        assert not thread.is_alive()
-        view.close()
-        gc.unfreeze()
-        sys.path[:] = path
-        for name in set(sys.modules) - modules:
-            if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
-                del sys.modules[name]
-        shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def in_process(theirs: socket.socket, page: int, folder: Path) -> Iterator[None]:
-    words = ["--channel", str(theirs.fileno()), "--page", str(page), "--server", str(os.getpid()), "--name", "m"]
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "mms.backend", *words],
-        pass_fds=(theirs.fileno(), page),
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    theirs.close()
-    try:
-        yield
-        assert process.wait(10) in (0, 1, 70)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
+from tests.conftest import MakeGate, digest, eventually
+from tests.processes.conftest import HEADERS, Start
 
 
 @pytest.mark.parametrize(("name", "style"), [("echo", "request"), ("rows", "batch")])
@@ -362,3 +194,24 @@ def test_the_facts_of_a_job_read_as_they_were_written() -> None:
     view = wire.decode(wire.PredictView, wire.encode(wire.Predict(1, [1], [0], [b"a"], [facts], []))).facts[0]
     assert wire.decode_headers(view.headers) == HEADERS
     assert isinstance(view.headers, msgspec.Raw)
+
+
+def test_what_the_handler_measures_goes_before_the_answers_once_per_frame_and_only_then(start: Start) -> None:
+    backend = start("measures")
+    kind, head, _ = backend.frame()
+    assert (kind, [series.name for series in head.series]) == (wire.MEASURED, ["ModelSize_bytes"])
+    backend.ready()
+    backend.send(b"cat", b"dog", b"cat", batch_size=3)
+    kind, head, _ = backend.frame()
+    assert kind == wire.MEASURED
+    assert {(series.name, series.labels): series.value for series in head.series} == {
+        ("Seen", ("Animal", "cat")): 2,
+        ("Seen", ("Animal", "dog")): 1,
+        ("Look_seconds", ()): pytest.approx(0.012),
+        ("Length_bytes", ("Field", "body")): 9,
+    }
+    assert len(backend.results(3)) == 3
+    quiet = start("rows")
+    quiet.ready()
+    quiet.send(b"x")
+    assert quiet.frame()[0] == wire.RESULT

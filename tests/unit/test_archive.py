@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -246,6 +247,26 @@ def test_an_archive_replaced_after_it_was_opened_is_refused(tmp_path: Path) -> N
     write(tmp_path, zip_bytes(entry("other")))
     with pytest.raises(ArchiveError, match="changed since"):
         archive.extract(tmp_path / "out")
+
+
+def test_s2_a_file_that_is_rewritten_with_its_old_times_is_not_the_pinned_one_any_more(tmp_path: Path) -> None:
+    path = write(tmp_path, zip_bytes())
+    archive = ModelArchive.open(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    facts = path.stat()
+    with path.open("r+b") as file:  # the same file, the same size
+        file.write(file.read())
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with pytest.raises(ArchiveError, match="changed since it was opened"):
+        archive.extract(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_s2_another_file_than_the_pinned_one_is_not_opened(tmp_path: Path) -> None:
+    path = write(tmp_path, zip_bytes())
+    with pytest.raises(ArchiveError, match=f"its SHA-256 is {hashlib.sha256(path.read_bytes()).hexdigest()}, and"):
+        ModelArchive.open(path, sha256="0" * 64)
+    with pytest.raises(ArchiveError, match="a folder has no SHA-256"):
+        ModelArchive.open(tmp_path, sha256="0" * 64)
 
 
 def test_a_missing_archive_is_not_found(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mms.config import (
-    MAX_FILE,
     Config,
     ModelSettings,
     default_cache_dir,
@@ -21,11 +20,10 @@ from mms.config import (
     load_config,
     merge_settings,
     parse_setting,
-    parse_yaml,
-    read_yaml,
     show_setting,
 )
 from mms.errors import ConfigError
+from mms.safe_yaml import MAX_FILE, parse_yaml, read_yaml
 
 
 def write(folder: Path, text: str | bytes) -> Path:

@@ -36,21 +36,21 @@ class Double(torch.nn.Module):
 """
 
 
-class Colours(torch.nn.Module):  # type: ignore[misc]
+class Colours(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
     """Scores a picture by the mean of its red, green and blue."""
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return pictures.mean(dim=(2, 3))
 
 
-class Sums(torch.nn.Module):  # type: ignore[misc]
+class Sums(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
     """Two outputs per row: its sum, and the row doubled."""
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rows.sum(dim=1), rows * 2
 
 
-class Double(torch.nn.Module):  # type: ignore[misc]
+class Double(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return rows * 2
 
@@ -260,6 +260,21 @@ def test_malformed_json_is_the_clients_fault(tmp_path: Path, make_context: MakeC
     export(tmp_path, Double(), 2, 3)
     with pytest.raises(BadRequestError, match="not valid JSON"):
         loaded(Tensor(), make_context()).preprocess(request(b"[1, 2"))
+
+
+def test_s5_an_older_torch_reads_weights_from_safetensors_only(
+    tmp_path: Path, make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"factor": torch.tensor([3.0])}
+    torch.save(weights, tmp_path / "weights.pt")
+    save_file(weights, tmp_path / "weights.safetensors")
+    (tmp_path / "network.py").write_text(NETWORK_SOURCE)
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cpu"))
+    with pytest.raises(
+        ValueError, match=r"weights\.pt is not read by torch 2\.9\.1\+cpu.* or save the weights as \.safet"
+    ):
+        loaded(Tensor(), make_context("weights.pt", model_file="network.py"))
+    loaded(Tensor(), make_context("weights.safetensors", model_file="network.py"))
 
 
 @pytest.mark.parametrize("file", ["weights.pt", "weights.safetensors"])

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import mms
 
@@ -79,6 +80,25 @@ def test_the_versions_agree() -> None:
     assert project["version"] == mms.__version__
     headings = re.findall(r"^## .*$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert any(mms.__version__ in heading for heading in headings)
+
+
+def test_s21_runtime_dependencies_are_few_and_each_is_locked_with_hashes() -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert len(wanted) <= 10
+    lock = (ROOT / "requirements.lock").read_text().replace("\\\n", "")
+    locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+) .*--hash=sha256:[0-9a-f]{64}", lock, re.MULTILINE))
+    assert len(locked) == lock.count("==")
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(locked[requirement.name]), f"{requirement}: run make lock"
+
+
+@pytest.mark.parametrize(
+    ("name", "floor"), [("httptools", "0.9"), ("uvloop", "0.22"), ("aiohttp", "3.14.3"), ("jinja2", "3.1.6")]
+)
+def test_s21_known_holes_are_below_what_is_required(name: str, floor: str) -> None:
+    wanted = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    (bounds,) = (requirement.specifier for requirement in wanted if requirement.name == name)
+    assert floor in bounds and not bounds.contains(f"{floor}.dev0", prereleases=True)
 
 
 def test_every_package_is_listed() -> None:

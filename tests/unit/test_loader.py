@@ -208,4 +208,4 @@ def test_isolation_is_on_for_the_request_style(tmp_path: Path, isolate: str, cal
     )
     stages: Any = load(write(tmp_path, service=source), "service:Classifier", isolate=isolate)
     answer(stages, "a", "b")
-    assert stages._handler.calls == calls
+    assert stages.handler.calls == calls

@@ -10,13 +10,13 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import mms
+from mms.measures import SECONDS, Histogram
 from mms.metrics import (
     BATCH_SIZES,
-    SECONDS,
     Collector,
     FrontEndFacts,
     GpuFacts,
-    Histogram,
+    RestartFacts,
     VersionFacts,
     VersionMetrics,
     WorkerFacts,
@@ -50,10 +50,14 @@ def facts(metrics: VersionMetrics, *, model: str = "cat") -> VersionFacts:
 Samples = dict[tuple[str, str], float]
 
 
-def scrape(*versions: VersionFacts, gpus: list[GpuFacts] | None = None) -> Samples:
+def scrape(
+    *versions: VersionFacts, gpus: list[GpuFacts] | None = None, restarts: tuple[RestartFacts, ...] = ()
+) -> Samples:
     """The samples of ours by name and labels (`a=1 b=2`, sorted), read back from the text."""
     failures = Counter({(404, "ModelNotFoundException"): 7, (400, "BadRequestException"): 2})
-    known = make_registry(Collector(lambda: versions, lambda: gpus or [], lambda: FrontEndFacts(5, 6000, 1), failures))
+    front_end = FrontEndFacts(5, 6000, 1)
+    collector = Collector(lambda: versions, lambda: gpus or [], lambda: front_end, failures, restarts=lambda: restarts)
+    known = make_registry(collector)
     text = generate_latest(known).decode()
     found: Samples = {}
     for family in text_string_to_metric_families(text):
@@ -137,6 +141,27 @@ def test_gpus_are_shown_where_there_are_any() -> None:
     assert found["mms_gpu_memory_used_bytes", "gpu=1 uuid=GPU-a"] == 1 << 30
     assert found["mms_gpu_memory_used_bytes", "gpu=2 uuid=MIG-b"] == 1 << 20
     assert ("mms_gpu_utilization_ratio", "gpu=2 uuid=MIG-b") not in found, "NVML does not know it of a part"
+
+
+def test_restarts_are_shown_by_level() -> None:
+    def level(name: str, preload: str, causes: dict[str, int], *, spent: bool) -> RestartFacts:
+        return RestartFacts(name, preload, causes, 0, 5, 60.0, "", spent, "running")
+
+    found = scrape(
+        restarts=(
+            level("nginx", "", {"signal 9 (SIGKILL)": 2}, spent=False),
+            level("forkserver", "numpy,torch", {"no answer": 1, "exit code 1": 5}, spent=True),
+            level("workers", "", {"exit code 1": 7}, spent=False),  # counted by version, too
+        )
+    )
+    assert {key: value for key, value in found.items() if "restarts" in key[0]} == {
+        ("mms_nginx_restarts_total", "reason=signal 9 (SIGKILL)"): 2,
+        ("mms_forkserver_restarts_total", "preload=numpy,torch reason=no answer"): 1,
+        ("mms_forkserver_restarts_total", "preload=numpy,torch reason=exit code 1"): 5,
+        ("mms_restarts_held_back", "level=nginx preload="): 0,
+        ("mms_restarts_held_back", "level=forkserver preload=numpy,torch"): 1,
+        ("mms_restarts_held_back", "level=workers preload="): 0,
+    }
 
 
 def test_several_models_are_shown_side_by_side() -> None:

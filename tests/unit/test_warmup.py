@@ -34,7 +34,7 @@ class Model(Handler):
 
 def make(folder: Path, handler: Handler, *samples: WarmupSample, sizes: tuple[int, ...] = (1, 2), **how: Any) -> Any:
     wanted = wire.Preparation(samples, sizes, **how)
-    load = wire.Load("cat", "1", str(folder), "h", {}, {}, 8, "auto", None, 1, 1000, 1000, wanted)
+    load = wire.Load("cat", "1", str(folder), "h", {}, {}, 8, "auto", None, 1, 1000, 1000, preparation=wanted)
     return RequestStages(handler, Context(load, "cpu"), isolate=True, limit=1000), load
 
 

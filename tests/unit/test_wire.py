@@ -22,7 +22,8 @@ RESULT = wire.Result(
     [0, 1],
     [wire.BatchTimes(2, 0.1, 0.2, 0.0, 0.0, 0.0)],
 )
-READ_KINDS = (wire.Load, wire.PredictView, wire.Result, wire.Ready, wire.Failed, wire.Preloaded, wire.ForkRequest)
+READ_KINDS = (wire.Load, wire.PredictView, wire.Result, wire.Measured, wire.Ready, wire.Failed, wire.Preloaded,
+              wire.ForkRequest)  # fmt: skip
 
 
 def frames(data: bytes, *, step: int) -> list[tuple[int, bytes, bytes]]:
@@ -37,6 +38,9 @@ def frames(data: bytes, *, step: int) -> list[tuple[int, bytes, bytes]]:
     [
         LOAD,
         RESULT,
+        wire.Measured(
+            [wire.Series("hits", "counter", ("a", "b"), 1.0, []), wire.Series("t", "duration", (), 2.0, [1])]
+        ),
         wire.Ready("request", 0.25),
         wire.Failed("no", "Traceback\n"),
         wire.Preloaded(["torch: ImportError: no"], 1),

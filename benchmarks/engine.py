@@ -1,0 +1,292 @@
+"""`make bench-engine`: what the execution engine gets out of the hardware, as ratios within one run; needs wrk."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.load import SCRIPT as POST
+from benchmarks.load import Load, LoadError, find_wrk, put_load
+from benchmarks.models import Model, spec
+from benchmarks.servers import Server, ServerError, running, server_environment
+from mms.archive import ModelArchive
+from mms.client import describe_models, send
+
+PACKAGE = Path(__file__).parents[1] / "examples" / "image_classification" / "package.py"
+WARM_UP = 3.0
+LAST_DEATH_FORGOTTEN = 11.0  # seconds: a death so soon after another one is followed by a pause
+REPLACED_WITHIN = 30.0
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+CORES = len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One ratio and its bar; `least` tells whether it must be at least the bar, or at most."""
+
+    what: str
+    detail: str
+    ratio: float
+    bar: float
+    least: bool = True
+
+    @property
+    def met(self) -> bool:
+        return self.ratio >= self.bar if self.least else self.ratio <= self.bar
+
+
+class Bench:
+    """What the scenarios share: how long to measure, and a body to send."""
+
+    def __init__(self, seconds: float, repeat: int, folder: Path) -> None:
+        self.seconds = seconds
+        self.repeat = repeat
+        self.folder = folder
+        self.body = folder / "body"
+        self.body.write_bytes(os.urandom(1024))
+
+    def load(self, server: Server, connections: int, *, model: str = "", body: Path | None = None) -> Load:
+        url = server.url.rpartition("/")[0] + f"/{model}" if model else server.url
+        put_load(url, body or self.body, connections=connections, seconds=WARM_UP)
+        return put_load(url, body or self.body, connections=connections, seconds=self.seconds)
+
+    def rates(self, server: Server, other: Server, connections: int) -> tuple[float, float, float]:
+        """Requests per second of both, and the median of the ratio of each round."""
+        pairs = []
+        for _ in range(self.repeat):
+            one, two = self.load(server, connections), self.load(other, connections)
+            pairs.append((one.requests / one.seconds, two.requests / two.seconds))
+        firsts, seconds = zip(*pairs, strict=True)
+        return statistics.median(firsts), statistics.median(seconds), statistics.median(a / b for a, b in pairs)
+
+
+def overlap(bench: Bench) -> Iterator[Figure]:
+    """preprocess costs as much as inference on the device."""
+    times = {"preprocess": 5, "item": 5}
+    serial = Model("device", config={"batch_size": 8, "device_model": times, "preprocess_threads": 0})
+    overlapped = Model("device", config={"batch_size": 8, "device_model": times, "preprocess_threads": 1})
+    with running(spec("serial", [serial], workers=1)) as one, running(spec("overlap", [overlapped], workers=1)) as two:
+        rate, base, ratio = bench.rates(two, one, 32)
+    yield Figure("overlap of preprocess and inference", f"{rate:.0f}/s, serial {base:.0f}/s", ratio, 1.8)
+
+
+def threads(bench: Bench) -> Iterator[Figure]:
+    """Four batches at a time on the device, with one copy of the weights."""
+    config = {"device_model": {"inference": 20, "megabytes": 200}, "preprocess_threads": 0}
+    with (
+        running(spec("1 thread", [Model("device", config={**config, "threads": 1})], workers=1)) as one,
+        running(spec("4 threads", [Model("device", config={**config, "threads": 4})], workers=1)) as four,
+    ):
+        rate, base, ratio = bench.rates(four, one, 16)
+        memory = worker_memory(four) / worker_memory(one)
+    yield Figure("threads: 4 against one", f"{rate:.0f}/s, one thread {base:.0f}/s", ratio, 3.8)
+    yield Figure("memory of threads: 4 against one", "resident, a model of 200 MiB", memory, 1.1, least=False)
+
+
+def neighbours(bench: Bench) -> Iterator[Figure]:
+    """A slow model beside a fast one."""
+    fast = Model("fast", config={"device_model": {"inference": 2}})
+    slow = Model("slow", config={"device_model": {"inference": 200}})
+    with running(spec("two models", [fast, slow], workers=1)) as server:
+        ratios, alone, beside = [], 0.0, 0.0
+        for _ in range(bench.repeat):
+            alone = bench.load(server, 1, model="fast").p99
+            with background(server, bench, "slow"):
+                beside = bench.load(server, 1, model="fast").p99
+            ratios.append(beside / alone)
+    detail = f"p99 {beside / 1000:.1f} ms, alone {alone / 1000:.1f} ms"
+    yield Figure("a model of 2 ms beside one of 200 ms", detail, statistics.median(ratios), 1.5, least=False)
+
+
+def network(bench: Bench) -> Iterator[Figure]:
+    """EfficientNet-Lite0: JPEG in, top 5 out, beside the same work in a bare loop on as many cores."""
+    archive, photo = efficientnet(bench.folder), jpeg(bench.folder)
+    folder = bench.folder / "extracted"
+    ModelArchive.open(archive).extract(folder)
+    for batch in (1, 8):
+        with running(spec(f"batch {batch}", [], archives=[archive], body=photo.read_bytes(), workers=CORES)) as server:
+            set_batch_size(server, archive.stem, batch)
+            ratios = []
+            for _ in range(bench.repeat):
+                base = bare(folder, photo, batch, bench.seconds)
+                load = bench.load(server, 2 * CORES * batch, body=photo)
+                rate = load.requests / load.seconds
+                ratios.append(rate / base)
+        detail = f"{rate:.0f}/s, bare loop {base:.0f}/s on {CORES} cores"
+        yield Figure(f"EfficientNet-Lite0, batch {batch}", detail, statistics.median(ratios), 0.95)
+
+
+def replacement(bench: Bench) -> Iterator[Figure]:
+    """A torch worker is killed: seconds until its replacement is ready, the model loading for 0.2 s."""
+    model = Model("torch_model", "torch_model.py:TorchModel", {"preload": ["torch"]})
+    seconds = []
+    with running(spec("torch", [model], workers=1)) as server:
+        for _ in range(bench.repeat):
+            seconds.append(replaced_after(server))
+            time.sleep(LAST_DEATH_FORGOTTEN)
+    figure = statistics.median(seconds)
+    yield Figure("a killed torch worker is replaced", f"after {figure:.2f} s, in seconds", figure, 0.5, least=False)
+
+
+SCENARIOS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
+    "overlap": overlap,
+    "threads": threads,
+    "neighbours": neighbours,
+    "network": network,
+    "replacement": replacement,
+}
+
+
+@contextmanager
+def background(server: Server, bench: Bench, model: str) -> Iterator[None]:
+    """Steady load on another model of the server meanwhile: as much as it can take, one at a time."""
+    url = server.url.rpartition("/")[0] + f"/{model}"
+    command = [find_wrk(), "-t1", "-c1", f"-d{int(bench.seconds) + 10}s", "-s", str(POST), url, "--", str(bench.body)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def workers(server: Server) -> list[dict[str, Any]]:
+    """The workers that are ready, as the management API describes them."""
+    models = describe_models(f"unix:{server.folder}/management.sock")
+    return [worker for model in models for worker in model["workers"] if worker["status"] == "READY"]
+
+
+def worker_memory(server: Server) -> int:
+    return psutil.Process(workers(server)[0]["pid"]).memory_info().rss
+
+
+def set_batch_size(server: Server, model: str, batch: int) -> None:
+    status, body = send(f"unix:{server.folder}/management.sock", "PUT", f"/models/{model}?batch_size={batch}")
+    if status != 200:
+        raise ServerError(f"the batch size cannot be set: {body.decode()}")
+
+
+def replaced_after(server: Server) -> float:
+    """Seconds from the death of the only worker until another one is ready."""
+    (worker,) = workers(server)
+    os.kill(worker["pid"], signal.SIGKILL)
+    begun = time.monotonic()
+    while time.monotonic() - begun < REPLACED_WITHIN:
+        if [other for other in workers(server) if other["pid"] != worker["pid"]]:
+            return time.monotonic() - begun
+        time.sleep(0.005)
+    raise ServerError(f"no new worker within {REPLACED_WITHIN:g} s")
+
+
+def efficientnet(folder: Path) -> Path:
+    """The archive of the image classification example. Raises ServerError."""
+    command = [sys.executable, str(PACKAGE), "--export-path", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=server_environment())
+    if done.returncode != 0:
+        raise ServerError(f"the network cannot be packaged: {done.stderr.strip()}")
+    return next(folder.glob("*.mar"))
+
+
+def jpeg(folder: Path) -> Path:
+    """A photo, as clients send them."""
+    import skimage
+    from PIL import Image
+
+    path = folder / "photo.jpg"
+    Image.open(Path(skimage.__file__).parent / "data" / "chelsea.png").convert("RGB").save(path, quality=90)
+    return path
+
+
+def bare(folder: Path, photo: Path, batch: int, seconds: float) -> float:
+    """Requests per second of bare loops, one per core, that begin together."""
+    command = [sys.executable, "-m", "benchmarks.bare", str(folder), str(photo), str(batch), str(seconds)]
+    loops = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=server_environment() | ONE_THREAD
+        )
+        for _ in range(CORES)
+    ]
+    try:
+        for loop in loops:
+            assert loop.stdout is not None
+            if loop.stdout.readline() != "warm\n":
+                raise ServerError("the bare loop does not run")
+        for loop in loops:
+            assert loop.stdin is not None
+            loop.stdin.write("go\n")
+            loop.stdin.flush()
+        return sum(float(loop.communicate()[0]) for loop in loops)
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def table(figures: Sequence[Figure]) -> Table:
+    result = Table(title="The execution engine")
+    for column in ("scenario", "figures", "ratio", "bar", ""):
+        result.add_column(column, justify="right" if column in ("ratio", "bar") else "left")
+    for figure in figures:
+        bar = f"{'at least' if figure.least else 'at most'} {figure.bar:g}"
+        result.add_row(figure.what, figure.detail, f"{figure.ratio:.2f}", bar, "met" if figure.met else "MISSED")
+    return result
+
+
+def run(options: argparse.Namespace) -> list[Figure]:
+    """All figures. Raises ServerError or LoadError."""
+    find_wrk()
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory(prefix="bench-engine-") as folder:
+        bench = Bench(options.seconds, options.repeat, Path(folder))
+        for name in options.only:
+            print(f"measuring {name}: {SCENARIOS[name].__doc__}", file=sys.stderr, flush=True)
+            for figure in SCENARIOS[name](bench):
+                print(f"  {figure.what}: {figure.ratio:.2f} ({figure.detail})", file=sys.stderr, flush=True)
+                figures.append(figure)
+    return figures
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - SCENARIOS.keys():
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 for errors and, with --check, for missed bars; 130 when interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of one measurement (default 5)")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds; the median counts (default 3)")
+    parser.add_argument("--only", type=_names, default=list(SCENARIOS), help=f"some of {','.join(SCENARIOS)}")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        figures = run(options)
+    except (ServerError, LoadError) as error:
+        print(f"bench-engine failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    Console(width=None if sys.stdout.isatty() else 120).print(table(figures))
+    return 1 if options.check and not all(figure.met for figure in figures) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

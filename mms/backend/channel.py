@@ -1,0 +1,136 @@
+"""The worker's end of its socket to the server: frames in, frames out. Runs in the worker process."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import Iterator, Sequence
+
+from mms import wire
+from mms.backend.answers import Answer, Body
+from mms.errors import FrameError
+from mms.handler import Request
+from mms.handler_metrics import Metrics
+
+READ_SIZE = 256 << 10
+JOIN_BELOW = 128 << 10
+
+
+class Channel:
+    """The worker's end of its socket to the server. Blocking."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.metrics: Metrics | None = None  # the handler's, once it is loaded
+        self._sock = sock
+        self._recv_into = sock.recv_into
+        self._send = sock.sendmsg
+        self._buffer = bytearray(READ_SIZE)  # kept: a fresh one per read costs three system calls
+        self._view = memoryview(self._buffer)
+        self._at = self._end = 0  # what was read and not yet handed out
+
+    def read(self) -> tuple[int, bytes, bytearray, int] | None:
+        """(kind, head, a buffer, where in it the payloads begin), or None when the server has closed the channel.
+
+        The buffer may be overwritten by the next read, unless the payloads are all that it holds. Raises FrameError.
+        """
+        if not self._fill(wire.HEADER.size):
+            return None
+        kind, head_size, payload_size = wire.parse_header(self._buffer, self._at)
+        start = wire.HEADER.size + head_size
+        if not self._fill(start):
+            return None
+        begin = self._at + start
+        head = bytes(self._view[self._at + wire.HEADER.size : begin])
+        if start + payload_size > len(self._buffer):
+            self._at = begin
+            payload = self._large(payload_size)
+            return None if payload is None else (kind, head, payload, 0)
+        if not self._fill(start + payload_size):
+            return None
+        begin = self._at + start
+        self._at = begin + payload_size
+        return kind, head, self._buffer, begin
+
+    def predictions(self) -> Iterator[tuple[wire.PredictView, bytearray, int]]:
+        """Each frame of requests, the buffer with its payloads and where in it they begin, until the server says STOP
+        or closes the channel. Raises FrameError.
+        """
+        while (frame := self.read()) is not None:
+            kind, head, payload, at = frame
+            if kind == wire.STOP:
+                self.send_metrics()
+                return
+            if kind != wire.PREDICT:
+                raise FrameError(f"unexpected frame of kind {kind}")
+            yield wire.decode(wire.PredictView, head), payload, at
+
+    def _fill(self, size: int) -> bool:
+        """Have `size` bytes in hand; False at the end of the channel."""
+        while self._end - self._at < size:
+            if self._at + size > len(self._buffer) or self._at == self._end:
+                self._move(size)
+            count = self._recv_into(self._view[self._end :])
+            if not count:
+                return False
+            self._end += count
+        return True
+
+    def _move(self, size: int) -> None:
+        """What is in hand goes to the front of a buffer with room for `size` bytes."""
+        rest = self._buffer[self._at : self._end]
+        if size > len(self._buffer):
+            self._buffer = bytearray(size)
+            self._view = memoryview(self._buffer)
+        self._view[: len(rest)] = rest
+        self._at, self._end = 0, len(rest)
+
+    def _large(self, size: int) -> bytearray | None:
+        """A payload that does not fit into the buffer."""
+        payload = bytearray(size)
+        have = self._end - self._at
+        view = memoryview(payload)
+        view[:have] = self._view[self._at : self._end]
+        self._at = self._end = 0
+        while have < size:
+            count = self._recv_into(view[have:])
+            if not count:
+                return None
+            have += count
+        return payload
+
+    def send_metrics(self) -> None:
+        """What the handler has counted and measured since the last time, if there is anything."""
+        if self.metrics is not None and self.metrics.changed:
+            self.write(wire.MEASURED, self.metrics.take(), [], 0)
+
+    def reply(self, ids: Sequence[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
+        """A RESULT frame with finished jobs and the times of their batches."""
+        self.send_metrics()  # before the answers: who has one finds its numbers in /metrics
+        payloads = [body for _, body in answers]
+        sizes = list(map(len, payloads))
+        outcomes = wire.share([outcome for outcome, _ in answers])
+        self.write(wire.RESULT, wire.Result(list(ids), sizes, *outcomes, batches), payloads, sum(sizes))
+
+    def write(self, kind: int, head: object, payloads: list[Body], size: int) -> None:
+        frame = wire.pack(kind, head, size)
+        if size < JOIN_BELOW:
+            self._sock.sendall(frame + b"".join(payloads))
+            return
+        buffers = [memoryview(frame), *(memoryview(payload) for payload in payloads if len(payload))]
+        while buffers:
+            sent = self._send(buffers[:512])
+            while buffers and sent >= len(buffers[0]):
+                sent -= len(buffers.pop(0))
+            if sent:
+                buffers[0] = buffers[0][sent:]
+
+
+def requests_of(frame: wire.PredictView, payload: bytearray, at: int, limit: int) -> list[Request]:
+    """The requests of a frame, whose bodies lie back to back in `payload`, from `at` on; unpacked to `limit` bytes."""
+    facts = wire.spread(frame.facts, frame.facts_of, len(frame.ids))
+    if len(facts) == 1 and len(payload) == frame.sizes[0]:
+        bodies = [payload]
+    else:
+        ends = list(itertools.accumulate(frame.sizes, initial=at))
+        bodies = [payload[start:end] for start, end in itertools.pairwise(ends)]
+    return list(map(Request, facts, frame.request_ids, bodies, itertools.repeat(limit)))

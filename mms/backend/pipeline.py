@@ -1,0 +1,269 @@
+"""Several batches at a time, and requests prepared meanwhile: `threads`, `preprocess_threads`. In the worker process.
+
+The main thread reads. Preprocess threads (request style only) take requests in the order in which they came; each
+execution thread forms a batch from what is ready when it is free; one more thread postprocesses and replies. Without
+preprocess threads a batch passes through all its stages in its execution thread. Answers leave as batches end.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
+
+from mms import wire
+from mms.backend.answers import Answer
+from mms.backend.channel import Channel, requests_of
+from mms.backend.device import own_stream
+from mms.backend.stages import Prepared, RequestStages, Stages
+from mms.handler import Request
+
+_monotonic = time.monotonic
+_write_counts = struct.Struct("<QQ").pack_into  # the first two fields of wire.PROGRESS
+
+
+class Ticket:
+    """A request in the worker; `place` counts all that the worker was ever sent."""
+
+    __slots__ = ("id", "place", "prepared", "preprocess", "received", "request")
+
+    def __init__(self, place: int, id: int, request: Request, received: float) -> None:
+        self.place = place
+        self.id = id
+        self.request = request
+        self.received = received
+        self.preprocess = 0.0  # seconds
+        self.prepared: Prepared | None = None
+
+
+@dataclass(slots=True)
+class Ended:
+    """A batch after its inference; times in seconds, `begun` on the monotonic clock."""
+
+    tickets: list[Ticket]
+    begun: float
+    inference: float
+
+
+class Account:
+    """What the server reads of this worker's progress: jobs done and begun, and the work of each thread."""
+
+    def __init__(self, page: mmap.mmap) -> None:
+        self._page = page
+        self._lock = threading.Lock()
+        self._started = 0
+        self._done = 0  # all places below are done
+        self._done_beyond: set[int] = set()
+
+    def begin(self, thread: int, tickets: list[Ticket]) -> float:
+        """They are taken for the first time, or again at the next stage. Returns the time."""
+        now = _monotonic()
+        places = [ticket.place for ticket in tickets]
+        wire.write_slot(self._page, thread, now, places)
+        if places[-1] >= self._started:
+            with self._lock:
+                self._started = max(self._started, places[-1] + 1)
+                _write_counts(self._page, 0, self._done, self._started)
+        return now
+
+    def idle(self, thread: int) -> None:
+        wire.clear_slot(self._page, thread)
+
+    def done(self, tickets: list[Ticket]) -> None:
+        """Their answers are about to be sent."""
+        with self._lock:
+            beyond = self._done_beyond
+            beyond.update([ticket.place for ticket in tickets])
+            while self._done in beyond:
+                beyond.remove(self._done)
+                self._done += 1
+            _write_counts(self._page, 0, self._done, self._started)
+
+
+class Pipeline:
+    """A loaded handler and its channel, with threads that are kept as long as the worker lives."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        stages: Stages,
+        page: mmap.mmap,
+        load: wire.Load,
+        *,
+        preprocess_threads: int,
+        device: str,
+    ) -> None:
+        self._channel = channel
+        self._stages = stages
+        self._account = Account(page)
+        self._limit = load.max_request_size
+        self._threads = load.threads
+        self._preprocess_threads = preprocess_threads
+        self._device = device
+        self._batch_size = load.batch_size
+        self._closed = False
+        lock = threading.Lock()
+        self._arrived = threading.Condition(lock)
+        self._prepared = threading.Condition(lock)
+        self._waiting: deque[Ticket] = deque()
+        self._ready: deque[Ticket] = deque()
+        self._ended: SimpleQueue[Ended | None] = SimpleQueue()
+        self._replying = threading.Lock()
+
+    def run(self) -> None:
+        """Until the server closes the channel or says STOP."""
+        self._start_threads()
+        ready, waiting = (self._arrived, self._waiting) if self._preprocess_threads else (self._prepared, self._ready)
+        place = 0
+        try:
+            for frame, payload, at in self._channel.predictions():
+                now = _monotonic()
+                requests = requests_of(frame, payload, at, self._limit)
+                numbered = enumerate(zip(frame.ids, requests, strict=True), place)
+                tickets = [Ticket(number, id, request, now) for number, (id, request) in numbered]
+                place += len(tickets)
+                with ready:
+                    self._batch_size = frame.batch_size
+                    waiting.extend(tickets)
+                    ready.notify(len(tickets))
+        finally:
+            with ready:
+                self._closed = True
+                self._arrived.notify_all()
+                self._prepared.notify_all()
+            self._ended.put(None)
+
+    def _start_threads(self) -> None:
+        stages, threads = self._stages, self._threads
+        work: list[tuple[str, Callable[[], None]]] = []
+        if isinstance(stages, RequestStages) and self._preprocess_threads:
+            work += [(f"execute-{number}", partial(self._infer, number, stages)) for number in range(threads)]
+            preparing = range(threads, threads + self._preprocess_threads)
+            work += [(f"preprocess-{number}", partial(self._prepare, number, stages)) for number in preparing]
+            work.append(("reply", partial(self._reply, preparing.stop, stages)))
+        else:
+            work += [
+                (f"execute-{number}", partial(self._execute, number, stages.for_thread())) for number in range(threads)
+            ]
+        for name, target in work:
+            threading.Thread(target=self._guarded, args=(target,), name=name, daemon=True).start()
+
+    def _guarded(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except BaseException:
+            if self._closed:  # the server has gone
+                return
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(70)  # EX_SOFTWARE: without this thread, requests would wait for ever
+
+    def _execute(self, thread: int, stages: Stages) -> None:
+        """Whole batches, in the order in which they came."""
+        account = self._account
+        with own_stream(self._device) as wait:
+            while batch := self._next_batch():
+                begun = account.begin(thread, batch)
+                answers = stages.run([ticket.request for ticket in batch])
+                wait()
+                seconds = _monotonic() - begun
+                account.idle(thread)
+                waited = begun - batch[0].received
+                self._send(batch, answers, [wire.BatchTimes(len(batch), waited, seconds, *stages.take_times())])
+
+    def _prepare(self, thread: int, stages: RequestStages) -> None:
+        """preprocess, one request at a time."""
+        account, arrived, waiting = self._account, self._arrived, self._waiting
+        while True:
+            with arrived:
+                while not waiting:
+                    if self._closed:
+                        return
+                    arrived.wait()
+                ticket = waiting.popleft()
+            begun = account.begin(thread, [ticket])
+            prepared = ticket.prepared = stages.prepare(ticket.request)
+            ticket.preprocess = _monotonic() - begun
+            account.idle(thread)
+            if prepared.answer is not None:
+                self._ended.put(Ended([ticket], _monotonic(), 0.0))
+                continue
+            with self._prepared:
+                self._ready.append(ticket)
+                self._prepared.notify()
+
+    def _infer(self, thread: int, stages: RequestStages) -> None:
+        """inference, on batches of what is prepared."""
+        account = self._account
+        with own_stream(self._device) as wait:
+            while batch := self._next_batch():
+                begun = account.begin(thread, batch)
+                stages.infer([ticket.prepared for ticket in batch if ticket.prepared is not None])
+                wait()
+                account.idle(thread)
+                self._ended.put(Ended(batch, begun, _monotonic() - begun))
+
+    def _reply(self, thread: int, stages: RequestStages) -> None:
+        """postprocess, and the answers of all batches that have ended meanwhile in one frame."""
+        account, ended = self._account, self._ended
+        while (first := ended.get()) is not None:
+            batches = [first]
+            while not ended.empty() and (further := ended.get()) is not None:
+                batches.append(further)
+            tickets: list[Ticket] = []
+            answers: list[Answer] = []
+            times: list[wire.BatchTimes] = []
+            for batch in batches:
+                begun = account.begin(thread, batch.tickets)
+                answers += [stages.finish(ticket.prepared) for ticket in batch.tickets if ticket.prepared is not None]
+                tickets += batch.tickets
+                times.append(_times(batch, _monotonic() - begun))
+            account.idle(thread)
+            self._send(tickets, answers, times)
+
+    def _next_batch(self) -> list[Ticket]:
+        """The oldest ready request and those behind it that share its bucket; empty when the channel has ended."""
+        prepared, ready = self._prepared, self._ready
+        with prepared:
+            while not ready:
+                if self._closed:
+                    return []
+                prepared.wait()
+            size = self._batch_size
+            if not self._preprocess_threads:
+                return [ready.popleft() for _ in range(min(size, len(ready)))]
+            bucket = _bucket(ready[0])
+            batch: list[Ticket] = []
+            others: list[Ticket] = []
+            while ready and len(batch) < size:
+                ticket = ready.popleft()
+                (batch if _bucket(ticket) == bucket else others).append(ticket)
+            ready.extendleft(reversed(others))
+            return batch
+
+    def _send(self, tickets: list[Ticket], answers: list[Answer], times: list[wire.BatchTimes]) -> None:
+        self._account.done(tickets)
+        with self._replying:
+            self._channel.reply([ticket.id for ticket in tickets], answers, times)
+
+
+def _bucket(ticket: Ticket) -> object:
+    return ticket.prepared.bucket if ticket.prepared is not None else None
+
+
+def _times(batch: Ended, postprocess: float) -> wire.BatchTimes:
+    """`preprocess` is that of all its requests, of which several may have been prepared at a time."""
+    count = len(batch.tickets)
+    preprocess = sum(ticket.preprocess for ticket in batch.tickets)
+    waited = batch.begun - sum(ticket.received + ticket.preprocess for ticket in batch.tickets) / count
+    handler = batch.inference + postprocess
+    return wire.BatchTimes(count, max(0.0, waited), handler, preprocess, batch.inference, postprocess)

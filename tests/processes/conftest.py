@@ -1,0 +1,184 @@
+"""A worker without a server, in a thread and as a process, so that the same assertions hold for both."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import mmap
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mms import wire
+from mms.archive import ModelArchive
+from mms.backend import loop
+from tests.conftest import MakeArchive
+
+HEADERS: list[bytes] = [b"X-Asked", b"this"]
+
+
+class Backend:
+    """The server's end of one worker's channel."""
+
+    def __init__(self, sock: socket.socket, progress: mmap.mmap, folder: Path, **load: Any) -> None:
+        sock.settimeout(20)
+        self.progress = progress
+        self._sock = sock
+        self._ids = 0
+        defaults = {
+            "model_name": "m", "version": "1.0", "directory": str(folder), "handler": "", "manifest": {},
+            "model_config": {}, "batch_size": 8, "isolate_errors": "auto", "gpu": None, "cpu_threads": 1,
+            "max_request_size": 1 << 20, "max_response_size": 1 << 20,
+        }  # fmt: skip
+        sock.sendall(wire.pack(wire.LOAD, wire.Load(**{**defaults, **load})))
+
+    def frame(self) -> tuple[int, Any, bytes]:
+        """The next frame: kind, head, payloads."""
+        kind, head_size, size = wire.parse_header(self._exactly(wire.HEADER.size))
+        head = self._exactly(head_size)
+        kinds = {
+            wire.READY: wire.Ready,
+            wire.FAILED: wire.Failed,
+            wire.RESULT: wire.Result,
+            wire.MEASURED: wire.Measured,
+        }
+        return kind, wire.decode(kinds[kind], head), self._exactly(size)
+
+    def ready(self) -> wire.Ready:
+        kind, head, _ = self.frame()
+        assert kind == wire.READY, head
+        assert isinstance(head, wire.Ready)
+        return head
+
+    def send(self, *bodies: bytes, batch_size: int = 8, content_type: str = "", encoding: str = "") -> list[int]:
+        first, self._ids = self._ids + 1, self._ids + len(bodies)
+        ids, sizes = list(range(first, self._ids + 1)), list(map(len, bodies))
+        facts = wire.RequestFacts(content_type, encoding, b"", False, HEADERS)
+        frame = wire.Predict(batch_size, ids, sizes, [b"id-%d" % number for number in ids], [facts], [])
+        self._sock.sendall(wire.pack(wire.PREDICT, frame, sum(sizes)) + b"".join(bodies))
+        return ids
+
+    def results(self, count: int) -> dict[int, tuple[wire.Outcome, bytes]]:
+        """The next `count` outcomes by job."""
+        found: dict[int, tuple[wire.Outcome, bytes]] = {}
+        while len(found) < count:
+            kind, head, payload = self.frame()
+            assert kind == wire.RESULT
+            assert sum(head.sizes) == len(payload)
+            outcomes = wire.spread(head.outcomes, head.outcome_of, len(head.ids))
+            at = 0
+            for number, outcome, size in zip(head.ids, outcomes, head.sizes, strict=True):
+                found[number] = (outcome, payload[at : at + size])
+                at += size
+        return found
+
+    def predict(self, *bodies: bytes, **how: Any) -> list[tuple[wire.Outcome, bytes]]:
+        ids = self.send(*bodies, **how)
+        results = self.results(len(ids))
+        return [results[number] for number in ids]
+
+    def raw(self, data: bytes) -> None:
+        self._sock.sendall(data)
+
+    def ended(self) -> bool:
+        """Whether the worker has closed its end without another word."""
+        try:
+            return self._sock.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def stop(self) -> None:
+        self._sock.sendall(wire.pack(wire.STOP, None))
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            chunk = self._sock.recv(size - len(data))
+            assert chunk, "the channel ended"
+            data += chunk
+        return data
+
+
+Start = Callable[..., Backend]
+
+
+@pytest.fixture(params=["thread", "process"])
+def start(request: pytest.FixtureRequest, make_archive: MakeArchive, tmp_path: Path) -> Iterator[Start]:
+    """Starts a worker on one of tests/archives; all end with their test."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(name: str, **load: Any) -> Backend:
+            folder = tmp_path / name
+            archive = ModelArchive.open(make_archive(name))
+            archive.extract(folder)
+            ours, theirs = socket.socketpair()
+            page = os.memfd_create("progress")
+            os.ftruncate(page, wire.page_size(load.get("threads", 1), load.get("preprocess_threads", 0)))
+            progress = mmap.mmap(page, 0)
+            run = in_thread if request.param == "thread" else in_process
+            stack.callback(progress.close)
+            stack.callback(os.close, page)
+            stack.enter_context(run(theirs, page, folder))
+            stack.callback(ours.close)
+            backend = Backend(ours, progress, folder, **{"handler": archive.manifest.handler, **load})
+            return backend
+
+        yield begin
+
+
+@contextlib.contextmanager
+def in_thread(theirs: socket.socket, page: int, folder: Path) -> Iterator[None]:
+    path, modules = list(sys.path), set(sys.modules)
+    view = mmap.mmap(page, 0)
+
+    def run() -> None:
+        with contextlib.suppress(OSError), theirs:
+            loop.serve(theirs, view)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(10)
+        assert not thread.is_alive()
+        view.close()
+        gc.unfreeze()
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def in_process(theirs: socket.socket, page: int, folder: Path) -> Iterator[None]:
+    words = ["--channel", str(theirs.fileno()), "--page", str(page), "--server", str(os.getpid()), "--name", "m"]
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "mms.backend", *words],
+        pass_fds=(theirs.fileno(), page),
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    theirs.close()
+    try:
+        yield
+        assert process.wait(10) in (0, 1, 70)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)

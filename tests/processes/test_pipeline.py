@@ -1,0 +1,195 @@
+"""Several batches at a time in one worker, and stages that overlap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mms import wire
+from tests.conftest import eventually
+from tests.processes.conftest import Backend, Start
+
+
+class Held:
+    """A request to the archive `held`, stopped in some stages until it is let go."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def body(self) -> bytes:
+        return str(self.path).encode()
+
+    def hold(self, *stages: str) -> Held:
+        for stage in stages:
+            Path(f"{self.path}.{stage}.held").touch()
+        return self
+
+    def let_go(self) -> None:
+        for file in self.path.parent.glob(f"{self.path.name}.*.held"):
+            file.unlink()
+
+    def reached(self, stage: str) -> bool:
+        return Path(f"{self.path}.{stage}").exists()
+
+
+class Requests:
+    """Makes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.made: list[Held] = []
+
+    def __call__(self, name: str = "") -> Held:
+        self.made.append(Held(self._folder / f"{len(self.made)}{name}"))
+        return self.made[-1]
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> Iterator[Requests]:
+    """Makes requests; at the end, all are let go."""
+    folder = tmp_path / "held-requests"
+    folder.mkdir()
+    make = Requests(folder)
+    yield make
+    for held in make.made:
+        held.let_go()
+
+
+def begin(start: Start, name: str = "held", **load: Any) -> Backend:
+    backend = start(name, **load)
+    ready = backend.ready()
+    assert (ready.threads, ready.preprocess_threads) == (load.get("threads", 1), load.get("preprocess_threads", 0))
+    return backend
+
+
+def reaches(held: Held, stage: str) -> None:
+    eventually(lambda: held.reached(stage))
+
+
+@pytest.mark.parametrize("preprocess_threads", [0, 2])
+def test_threads_run_as_many_batches_at_a_time(start: Start, request_: Requests, preprocess_threads: int) -> None:
+    backend = begin(start, threads=3, preprocess_threads=preprocess_threads)
+    all_held = [request_().hold("inference") for _ in range(3)]
+    for held in all_held:
+        (id,) = backend.send(held.body, batch_size=1)
+        reaches(held, "inference")
+    for held, expected in zip(reversed(all_held), (3, 2, 1), strict=True):
+        held.let_go()
+        assert list(backend.results(1)) == [expected]
+    assert id == 3
+
+
+def test_requests_are_prepared_while_a_batch_runs_and_make_up_the_next_one(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    first, second, third = request_().hold("inference"), request_(), request_()
+    backend.send(first.body)
+    reaches(first, "inference")
+    backend.send(second.body)
+    backend.send(third.body)
+    reaches(third, "preprocess")
+    assert not second.reached("inference")
+    first.let_go()
+    results = backend.results(3)
+    assert [body for _, body in results.values()] == [b"1", b"2", b"2"]
+
+
+def test_a_batch_runs_while_the_one_before_is_postprocessed(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    first, second = request_().hold("postprocess"), request_()
+    backend.send(first.body)
+    reaches(first, "postprocess")
+    backend.send(second.body)
+    reaches(second, "inference")
+    first.let_go()
+    assert set(backend.results(2)) == {1, 2}
+
+
+@pytest.mark.parametrize("preprocess_threads", [0, 1])
+def test_only_requests_of_one_bucket_share_a_batch(start: Start, request_: Requests, preprocess_threads: int) -> None:
+    backend = begin(start, preprocess_threads=preprocess_threads)
+    first = request_("@wide").hold("inference")
+    backend.send(first.body)
+    reaches(first, "inference")
+    names = ["@wide", "@tall", "@wide", "@tall", "@tall"]
+    others = [request_(name) for name in names]
+    backend.send(*[held.body for held in others])
+    if preprocess_threads:
+        reaches(others[-1], "preprocess")
+    first.let_go()
+    sizes = {id: body for id, (_, body) in backend.results(6).items()}
+    assert [sizes[id] for id in range(1, 7)] == [b"1", b"2", b"3", b"2", b"3", b"3"]
+
+
+def test_a_request_that_cannot_be_prepared_is_answered_while_others_run(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    first, bad = request_().hold("inference"), request_("bad")
+    backend.send(first.body)
+    reaches(first, "inference")
+    (number,) = backend.send(bad.body)
+    results = backend.results(1)
+    assert results[number][0].error == "HandlerException"
+    first.let_go()
+    assert backend.results(1)[1][1] == b"1"
+
+
+def test_the_guilty_request_of_a_batch_fails_alone(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    first = request_().hold("inference")
+    backend.send(first.body)
+    reaches(first, "inference")
+    others = [request_(), request_("guilty"), request_()]
+    backend.send(*[held.body for held in others])
+    reaches(others[-1], "preprocess")
+    first.let_go()
+    outcomes = backend.results(4)
+    assert [outcomes[id][0].status for id in (1, 2, 3, 4)] == [200, 200, 500, 200]
+
+
+def test_each_threads_work_is_told_to_the_server(start: Start, request_: Requests) -> None:
+    backend = begin(start, threads=2, preprocess_threads=1)
+    running, preparing = request_().hold("inference"), request_().hold("preprocess")
+    backend.send(running.body)
+    reaches(running, "inference")
+    backend.send(preparing.body)
+    reaches(preparing, "preprocess")
+    slots = dict((places, begun_at) for begun_at, places in wire.read_slots(backend.progress))
+    assert set(slots) == {(0,), (1,)}
+    assert slots[0,] <= slots[1,] <= time.monotonic()
+    assert wire.PROGRESS.unpack_from(backend.progress)[:2] == (0, 2)
+    preparing.let_go()
+    backend.results(1)
+    eventually(lambda: wire.PROGRESS.unpack_from(backend.progress)[:2] == (0, 2))
+    running.let_go()
+    backend.results(1)
+    eventually(lambda: not list(wire.read_slots(backend.progress)))
+    assert wire.PROGRESS.unpack_from(backend.progress)[:2] == (2, 2)
+
+
+def test_times_of_the_stages_are_told_for_each_batch(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=2)
+    backend.send(*[request_().body for _ in range(3)])
+    batches: list[wire.BatchTimes] = []
+    while sum(batch.jobs for batch in batches) < 3:
+        batches += backend.frame()[1].batches
+    for batch in batches:
+        assert min(batch.preprocess, batch.inference, batch.postprocess) > 0
+        assert batch.inference + batch.postprocess <= batch.handler + 1e-9 and batch.waited >= 0
+
+
+def test_batch_style_handlers_run_in_threads_with_answers_of_their_own(start: Start) -> None:
+    backend = begin(start, "status_and_headers", threads=2)
+    for _ in range(5):
+        ids = backend.send(b"a", b"b", batch_size=1)
+        assert set(backend.results(2)) == set(ids)
+
+
+def test_a_worker_of_many_threads_ends_when_it_is_told_to(start: Start, request_: Requests) -> None:
+    backend = begin(start, threads=2, preprocess_threads=2)
+    backend.predict(request_().body)
+    backend.stop()
+    assert backend.ended()
