@@ -26,7 +26,8 @@ VALUES = {
     "queue_bytes": "1MiB", "queue_order": "fifo",
     "isolate_errors": "true", "device": "cpu", "gpus": "", "threads": "1", "preload": "", "limit": "5",
     "next_page_token": "0", "sha256": "", "min_worker": "1", "max_worker": "1", "max_requests": "0", "max_rss": "0",
-    "warmup": "[]", "compile": "false", "cuda_graphs": "", "share_weights": "false", "cpu_threads": "1",
+    "warmup": "[]", "compile": "false", "cuda_graphs": "", "share_weights": "false",
+    "cpu_threads": "1", "preprocess_threads": "0",
     "worker_fs": "open", "worker_network": "open", "worker_memory": "0",
 }  # fmt: skip
 METHODS = ("get", "put", "post", "delete", "patch", "options")
