@@ -27,7 +27,7 @@ faults: $(VENV)/.dev nginx ## run every test of the fault catalogue, slow ones t
 chaos: $(VENV)/.dev nginx ## kill, stop and change everything under traffic, then count (5 minutes; SECONDS=)
 	@$(BIN)/python -m tests.chaos chaos $(if $(SECONDS),--seconds $(SECONDS))
 
-lost: $(VENV)/.dev nginx ## requests lost of 100,000 in swaps, reloads and kills (TRIALS=, REQUESTS=)
+lost: $(VENV)/.dev nginx ## requests lost of 100,000 in swaps, reloads, upgrades and kills (TRIALS=, REQUESTS=)
 	@$(BIN)/python -m tests.chaos lost $(TRIALS) $(if $(REQUESTS),--requests $(REQUESTS))
 
 soak: $(VENV)/.dev ## 2,000 registrations beside steady load: does anything grow? (20 minutes; SECONDS=)

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mms.config import Config
@@ -21,23 +21,40 @@ ANY_HOST = {"0.0.0.0", "*"}
 
 
 class Addresses:
-    """The public addresses, in the order of LISTENERS. Raises ConfigError when two listeners share one."""
+    """The public addresses, in the order of LISTENERS. Raises ConfigError when two listeners share one.
+
+    `activated` are the names of those whose sockets the service manager has opened: their settings do not count.
+    `sockets` are the front end's when it listens.
+    """
 
     def __init__(self, config: Config, passed: Mapping[str, socket.socket]) -> None:
-        self.passed = passed
+        self.activated = list(passed)
+        self.sockets = dict(passed)
+        self.of = _wanted(config) | {name: address_of(sock) for name, sock in passed.items()}
         self._files: dict[str, str] = {}  # of the front end's Unix sockets, by listener
         self._group: int | None = None  # that may connect to them
         self._missing: set[str] = set()  # those that cannot be made anew
-        wanted = config.inference_address, config.management_address, config.metrics_address
-        self.of = {
-            name: address_of(passed[name]) if name in passed else address
-            for name, address in zip(LISTENERS, wanted, strict=True)
-        }
         # found here, it can be said in terms of the settings
         for (one, first), (two, second) in itertools.combinations(self.of.items(), 2):
             if _overlap(first, second):
                 where = first if first == second else f"{first} and {second}"
                 raise ConfigError(f"{one}_address and {two}_address would both listen on {where}; each needs its own")
+
+    @classmethod
+    def inherited(
+        cls, config: Config, of: Mapping[str, str], activated: Sequence[str], sockets: Mapping[str, socket.socket]
+    ) -> Addresses:
+        """Those of a running server, whose front end listens on `sockets`. Raises ConfigError for other settings."""
+        for name, address in _wanted(config).items():
+            if name not in activated and address != of[name]:
+                raise ConfigError(
+                    f"{name}_address = {address}: the running server has {of[name]}, and an upgrade keeps its sockets; "
+                    "stop and start instead"
+                )
+        found = cls(config, {name: sockets[name] for name in activated})
+        found.of = dict(of)
+        found.sockets = dict(sockets)
+        return found
 
     def listen(self, behind_edge: Path | None, group: int | None) -> list[socket.socket]:
         """The front end's sockets: Unix ones in the folder `behind_edge`, else the public ones. Raises StartError."""
@@ -46,13 +63,14 @@ class Addresses:
         try:
             for name, public in self.of.items():
                 address = public if behind_edge is None else f"unix:{behind_edge / name}.sock"
-                bound.append(self.passed.get(name) or bind(address, group=group))
-                if address.startswith("unix:") and name not in self.passed:
+                bound.append(self.sockets.get(name) or bind(address, group=group))
+                if address.startswith("unix:") and name not in self.activated:
                     self._files[name] = address.removeprefix("unix:")
         except StartError:
             for sock in bound:
                 sock.close()
             raise
+        self.sockets = dict(zip(LISTENERS, bound, strict=True))
         return bound
 
     def bind_anew(self) -> dict[str, socket.socket]:
@@ -62,7 +80,7 @@ class Addresses:
             if os.path.lexists(file):
                 continue
             try:
-                bound[name] = bind(f"unix:{file}", group=self._group)
+                self.sockets[name] = bound[name] = bind(f"unix:{file}", group=self._group)
             except StartError as error:  # its folder may be gone, too
                 if name not in self._missing:
                     log.error("the socket file of %s was deleted: %s; trying again", name, error.message)
@@ -71,6 +89,11 @@ class Addresses:
                 log.warning("the socket file of %s was deleted; listening anew on %s", name, file)
                 self._missing.discard(name)
         return bound
+
+
+def _wanted(config: Config) -> dict[str, str]:
+    addresses = config.inference_address, config.management_address, config.metrics_address
+    return dict(zip(LISTENERS, addresses, strict=True))
 
 
 def _overlap(one: str, other: str) -> bool:

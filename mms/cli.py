@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
 
 import click
@@ -24,6 +24,9 @@ from mms.errors import MMSError
 from mms.program import Program
 from mms.rundir import RunDirectory, Running
 from mms.token import find_token
+
+if TYPE_CHECKING:
+    from mms.upgrade import Predecessor
 
 NOT_READY = 3
 HEARTBEAT = 2.0
@@ -97,13 +100,36 @@ def start(daemon: bool, foreground: bool, fresh: bool, file: Path | None, **opti
     is_daemon = _READY_FD in os.environ
     if is_daemon:
         os.set_inheritable(int(os.environ[_READY_FD]), False)  # nginx would hold it open for its whole life
-    config, _ = _load(file, options)
-    if daemon and not foreground:
-        _start_daemon(config)
+    from mms.upgrade import predecessor
+
+    old = predecessor(os.environ)
+    try:
+        config, _ = _load(file, options)
+        if daemon and not foreground:
+            _start_daemon(config)
+        code = _serve(config, lambda: _load(file, options)[0], old, fresh=fresh, is_daemon=is_daemon)
+    except MMSError as error:
+        _tell_parent(f"mms: error: {error.message}")
+        if old is not None:
+            old.failed(error.message)
+        raise
+    sys.exit(code)
+
+
+def _serve(
+    config: Config, reread: Callable[[], Config], old: Predecessor | None, *, fresh: bool, is_daemon: bool
+) -> int:
     import uvloop
 
     from mms import logs
     from mms.server import serve
+
+    is_daemon = is_daemon or (old is not None and old.handover.daemon)
+
+    def say(text: str) -> None:
+        _announce(text)
+        if old is not None:
+            old.progress(text)
 
     try:
         if is_daemon and config.log_file is None:
@@ -112,12 +138,7 @@ def start(daemon: bool, foreground: bool, fresh: bool, file: Path | None, **opti
             logs.setup(config.log_level, config.log_file)
     except OSError as error:
         _fail(f"cannot write the log {config.log_file}: {error.strerror}")
-    try:
-        code = uvloop.run(serve(config, _announce, fresh=fresh, reread=lambda: _load(file, options)[0]))
-    except MMSError as error:
-        _tell_parent(f"mms: error: {error.message}")
-        raise
-    sys.exit(code)
+    return uvloop.run(serve(config, say, fresh=fresh, reread=reread, daemon=is_daemon, old=old))
 
 
 def _announce(text: str) -> None:
@@ -263,6 +284,32 @@ def reload(run_dir: Path | None) -> None:
     click.echo(f"reloaded; changed: {', '.join(done.applied) or 'nothing'}")
     if done.restart:
         click.echo(f"changed by a restart only: {', '.join(done.restart)}")
+
+
+@main.command()
+@_run_dir_option
+def upgrade(run_dir: Path | None) -> None:
+    """Have a new server take over from the running one, with the code and settings of now; no request is lost."""
+    directory, running = _running(run_dir)
+    if running is None:
+        _fail(_nobody(directory), NOT_READY)
+    before = directory.upgraded()
+    pidfd = _signal(running, signal.SIGUSR2, "upgrade")
+    said = ""
+    while True:
+        ended = select.select([pidfd], [], [], RELOAD_POLL)[0]
+        state = directory.upgraded()
+        if state is not None and state != before:
+            if state.failure:
+                _fail(f"not upgraded, everything stays as it was: {state.failure}")
+            if state.progress != said:
+                said = state.progress
+                click.echo(said, err=True)
+            if state.pid not in (0, running.pid):  # what made it the running one has been another upgrade
+                click.echo(f"upgraded: pid {state.pid} serves; pid {running.pid} answers what it has in hand and ends")
+                return
+        if ended:
+            _fail(f"the server (pid {running.pid}) has ended before it was upgraded; see its log")
 
 
 @main.command()

@@ -26,6 +26,7 @@ from mms.errors import (
     MMSError,
     NotFoundError,
     ServiceUnavailableError,
+    UpgradingError,
 )
 from mms.logs import close_model_log, model_logger, open_model_log
 from mms.metrics import RestartFacts
@@ -81,6 +82,7 @@ class ControlPlane:
         # by name and version: what is to be registered at start or could not be, and whether it is the default
         self._waiting: dict[tuple[str, str], tuple[SavedVersion, bool]] = {}
         self._closed = False
+        self.frozen = False  # an upgrade goes on: what is registered must stay as the new server was told
 
     async def check_sandbox(self) -> None:
         """Whether this machine can give workers what the server's settings demand. Raises ConfigError."""
@@ -104,6 +106,7 @@ class ControlPlane:
         is registered), ModelLoadError (the version stays registered as FAILED; registering it again replaces it), and
         ConflictError when it was unregistered before its workers were ready.
         """
+        self._check_thawed()
         url, sha256 = await self.fetch(url, sha256)
         archive, digest = await self._open(url, handler, sha256)
         name = name or archive.manifest.model_name
@@ -193,6 +196,7 @@ class ControlPlane:
         ConfigError (nothing is changed), and when synchronous ModelLoadError if workers cannot be started,
         ConflictError if the version is unregistered meanwhile.
         """
+        self._check_thawed()
         found = self.registry.version(name, version)
         settings = merge_settings(found.settings, changes, "request", strict=True)
         pool = found.pool
@@ -209,6 +213,7 @@ class ControlPlane:
         return found
 
     async def set_default(self, name: str, version: str) -> None:
+        self._check_thawed()
         found = self.registry.version(name, version)
         if found.state is VersionState.FAILED:
             raise ConflictError(f"model {found.label} is FAILED and cannot become the default")
@@ -220,6 +225,7 @@ class ControlPlane:
 
     async def unregister(self, name: str, version: str = "") -> None:
         """Stop serving a version (default: all of the model's), after its requests in hand are answered."""
+        self._check_thawed()
         forgotten = self._forget(name, version)
         try:
             model = self.registry.model(name)
@@ -253,6 +259,11 @@ class ControlPlane:
         await asyncio.gather(*(self._unload(version, drain) for version in list(self._versions)))
         self.forkservers.close()
 
+    async def thaw(self) -> None:
+        """Changes are taken again; the saved state may have been changed by another server meanwhile."""
+        self.frozen = False
+        await self._save()
+
     def snapshot(self) -> State:
         """What is registered, or waits to be."""
         models = {
@@ -278,6 +289,10 @@ class ControlPlane:
             await version.pool.settled()
         if version.state in (VersionState.DRAINING, VersionState.UNLOADED):
             raise ConflictError(f"model {version.label} was unregistered before it had its workers")
+
+    def _check_thawed(self) -> None:
+        if self.frozen:
+            raise UpgradingError("the server is being upgraded; try again when that is done")
 
     async def _save(self) -> None:
         if self.saver is not None and not self._closed:
@@ -334,6 +349,8 @@ class ControlPlane:
             version.sandbox = self._sandboxes.describe(settings)
             version.pool = self._pool(version, folder, model_config, sandbox)
             replaced = self._failed(name, number)
+            if not at_start:
+                self._check_thawed()
             open_model_log(self.config.run_dir / "logs", name)
             if replaced is not None:
                 self.registry.remove(replaced)

@@ -10,8 +10,9 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ class Edge:
         self._run_dir = run_dir
         self._cache = cache
         self._lost = lost
-        self._program = _find(config, bool(addresses.passed), say)
+        self._program = _find(config, bool(addresses.activated), say)
         self._certificate = Certificate.of(config, self._program is not None)
         self._nginx: Nginx | None = None
         self._leaving: Nginx | None = None
@@ -104,14 +105,27 @@ class Edge:
             return "without nginx"
         return f"behind nginx {self._nginx.version}".rstrip()
 
-    def start(self) -> None:
-        """Return when every public address accepts connections. Raises StartError."""
+    @property
+    def sockets(self) -> Mapping[str, socket.socket]:
+        """The public sockets that nginx serves, by address."""
+        return self._nginx.sockets if self._nginx is not None else {}
+
+    def share(self, shared: bool = True) -> None:
+        """Whether another server's nginx serves these sockets, too, and will do so when this one has ended."""
+        if self._nginx is not None:
+            self._nginx.shared = shared
+
+    def start(self, sockets: Mapping[str, socket.socket] | None = None) -> None:
+        """Return when every public address accepts connections. Raises StartError.
+
+        `sockets` are those of another server, by address; they are shared with it.
+        """
         if self._program is None:
             return
         # jinja2 is needed behind nginx only
         from mms_nginx.run import Nginx
 
-        self._nginx = Nginx(self._program, self._run_dir.nginx, self._text(self._config))
+        self._nginx = Nginx(self._program, self._run_dir.nginx, self._text(self._config), sockets)
         self._nginx.start()
         asyncio.get_running_loop().add_reader(self._nginx.pidfd, self._ended)
 
@@ -225,7 +239,7 @@ class Edge:
         if self._budget.spent:
             return self._cannot_go_on()
         log.error("%s; starting it again", self.trouble)
-        await asyncio.to_thread(nginx.stop, 0)
+        await asyncio.to_thread(nginx.end, 0)
         await asyncio.to_thread(nginx.prepare)
         nginx.spawn()
         await asyncio.to_thread(nginx.wait)

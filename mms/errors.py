@@ -137,6 +137,13 @@ class DrainingError(ServiceUnavailableError):
     type = "DrainingException"
 
 
+class UpgradingError(ServiceUnavailableError):
+    """Another server is taking over; what is registered stays as it was told. Retry after `retry_after` seconds."""
+
+    type = "UpgradingException"
+    retry_after = 5
+
+
 class WorkerDiedError(MMSError):
     """The worker process died with this request in hand; 500 when it was tried twice, 503 when it was not retried."""
 

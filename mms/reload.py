@@ -52,6 +52,11 @@ class Reloads:
         if self._task is None:
             self._task = asyncio.create_task(self._reload_as_asked())
 
+    async def ended(self) -> None:
+        """Return when none is under way."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
     async def _reload_as_asked(self) -> None:
         try:
             while self._again:

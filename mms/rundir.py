@@ -43,17 +43,34 @@ class Reloaded:
     failure: str
 
 
-class RunDirectory:
-    """Owned by one server at a time, through a lock that ends with its process."""
+@dataclass(frozen=True)
+class Upgraded:
+    """How far an upgrade is; `number` counts those in a run directory."""
 
-    def __init__(self, path: Path) -> None:
+    number: int
+    progress: str
+    failure: str = ""
+    pid: int = 0  # of the new server, when it serves
+
+
+class RunDirectory:
+    """Owned by one server at a time, through a lock that ends with its process.
+
+    In an upgrade the new server (of the next `generation`) shares it with the old one, each with its own sockets.
+    """
+
+    def __init__(self, path: Path, generation: int = 1) -> None:
+        end = f"-{generation}" if generation > 1 else ""
         self.path = path
-        self.sockets = path / "sockets"
-        self.nginx = path / "nginx"
+        self.generation = generation
+        self.sockets = path / f"sockets{end}"
+        self.nginx = path / f"nginx{end}"
         self.logs = path / "logs"
         self._record = path / "mms.json"
         self._reload = path / "reload.json"
+        self._upgrade = path / "upgrade.json"
         self._lock = -1
+        self._owned = False  # else another server is the one that runs here
 
     def prepare(self) -> None:
         """Make it if it is missing. Raises StartError, also when others can write there."""
@@ -82,8 +99,44 @@ class RunDirectory:
             raise StartError(
                 f"a server (pid {pid}) is running in {self.path}; stop it with mms stop, or choose another --run-dir"
             )
-        self._record.unlink(missing_ok=True)
+        self._owned = True
+        for file in (self._record, self._reload, self._upgrade):
+            file.unlink(missing_ok=True)
+        for left in (self.sockets, *self.path.glob("sockets-*"), *self.path.glob("nginx-*")):
+            shutil.rmtree(left, ignore_errors=True)
+        self._make_sockets(edge_user)
+
+    def inherit(self, lock: int, edge_user: tuple[str, int] | None) -> None:
+        """Share it with the server whose lock this is, until `take_over`. Raises StartError."""
+        self._lock = lock
+        self.prepare()
+        try:
+            mine, there = os.fstat(lock), (self.path / "lock").stat()
+        except OSError as error:
+            raise StartError(f"cannot use the run directory {self.path}: {error.strerror}") from None
+        if (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
+            raise StartError(
+                f"run_dir = {self.path} is not that of the running server; an upgrade keeps it: stop and start instead"
+            )
         shutil.rmtree(self.sockets, ignore_errors=True)
+        self._make_sockets(edge_user)
+
+    def take_over(self, running: Running) -> None:
+        """From now on this is the server that runs here."""
+        self.record(running)
+        self._owned = True
+
+    def leave(self) -> None:
+        """Another server has taken over."""
+        self._owned = False
+
+    @property
+    def lock(self) -> int:
+        """The descriptor that a new server inherits."""
+        return self._lock
+
+    def _make_sockets(self, edge_user: tuple[str, int] | None) -> None:
+        edge_group = edge_user[1] if edge_user else None
         self.sockets.mkdir(mode=0o700)
         if edge_user is not None:
             check_reachable(self.path, edge_user[0], "run")
@@ -104,6 +157,17 @@ class RunDirectory:
         """The latest reload."""
         try:
             return Reloaded(**json.loads(self._reload.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def record_upgrade(self, state: Upgraded) -> None:
+        """Say how far an upgrade is, for the command that waits for it."""
+        _write(self._upgrade, asdict(state))
+
+    def upgraded(self) -> Upgraded | None:
+        """The latest upgrade."""
+        try:
+            return Upgraded(**json.loads(self._upgrade.read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -138,7 +202,9 @@ class RunDirectory:
         if self._lock == -1:
             return
         shutil.rmtree(self.sockets, ignore_errors=True)
-        for file in (self._record, self._reload):
+        if self.generation > 1 or not self._owned:
+            shutil.rmtree(self.nginx, ignore_errors=True)
+        for file in (self._record, self._reload, self._upgrade) if self._owned else ():
             file.unlink(missing_ok=True)
         os.close(self._lock)
         self._lock = -1

@@ -32,8 +32,10 @@ from mms.reload import Reloads
 from mms.rundir import CacheDirectory, RunDirectory, Running, note
 from mms.signature import TrustedKeys
 from mms.startup import HEARTBEAT, Plan, Startup
+from mms.state import State, read
 from mms.systemd import Notifier, passed_sockets
-from mms.token import Token, take_token
+from mms.token import VARIABLES, Token, take_token
+from mms.upgrade import Predecessor, Upgrades
 from mms.workers.environment import memory
 from mms.workers.gpus import GpuMonitor
 from mms.workers.process import prepare_process
@@ -45,6 +47,7 @@ log = logging.getLogger("mms.server")
 
 TICK = 1.0
 LAST_ANSWERS = 2.0  # seconds for answers of the management API at the end of a stop
+LAST_REQUESTS = 5.0  # seconds for which idle connections outlive a server that has handed over
 STOP_MARGIN = 10.0  # seconds of a stop beyond drain_timeout and stop_grace
 
 
@@ -58,12 +61,16 @@ class ModelServer:
         *,
         fresh: bool = False,
         reread: Callable[[], Config] | None = None,
+        daemon: bool = False,
+        old: Predecessor | None = None,
     ) -> None:
         self._config = config
         self._say = say
+        self._old = old
         self._manager = Notifier(os.environ)
         self._at_terminal = os.isatty(0)
-        self._addresses = Addresses(config, passed_sockets(os.environ, LISTENERS))
+        self._addresses = self._find_addresses()
+        taken = {name: os.environ[name] for name in VARIABLES.values() if name in os.environ}
         self._token = self._management_token()
         inference_token = take_token("inference", config.inference_token_file, os.environ)
         keys = None if config.trusted_keys is None else TrustedKeys(config.trusted_keys)
@@ -72,10 +79,12 @@ class ModelServer:
         self._cache = CacheDirectory(config.cache_dir)
         self._readiness = Readiness(self._registry, self._obstacle, self._restarts)
         self._control = ControlPlane(config, self._registry, store, self._cache, config.state)
-        self._startup = Startup(Plan(config, self._control, fresh=fresh), self._control, say, self._manager)
-        self._run_dir = RunDirectory(config.run_dir)
+        saved = old.handover.state if old is not None else State() if fresh else read(config.state)
+        self._startup = Startup(Plan(config, self._control, saved), self._control, say, self._manager)
+        self._run_dir = RunDirectory(config.run_dir, 1 if old is None else old.handover.generation)
         self._inference = InferenceApi(DataPlane(self._registry), self._readiness, inference_token)
         self._edge = Edge(config, self._addresses, self._run_dir, self._cache, say, self._edge_lost)
+        self._check_same_edge()
         self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
         self._http = HttpServer(self._inference, self._limits(), edge=self._edge.wanted)
         self._runners: list[web.AppRunner] = []
@@ -83,6 +92,18 @@ class ModelServer:
         self._listening: set[asyncio.Task[None]] = set()
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._upgrades = Upgrades(
+            self._readiness,
+            self._control,
+            self._edge,
+            self._addresses,
+            self._reloads,
+            self._manager,
+            self._run_dir,
+            self._stop_asked.set,
+            daemon=daemon,
+            environ=taken,
+        )
         self._exit_code = 0
         self._timer: asyncio.TimerHandle | None = None
         self._gpus: list[GpuFacts] = []
@@ -98,21 +119,31 @@ class ModelServer:
         begun = time.monotonic()
         prepare_process()
         user = self._edge.user
-        self._run_dir.acquire(user)
+        if self._old is None:
+            self._run_dir.acquire(user)
+        else:
+            self._run_dir.inherit(self._old.handover.lock, user)
         try:
             self._cache.acquire(user, for_others=bool(self._config.worker_user))
             await self._control.check_sandbox()
             behind_edge = self._run_dir.sockets if self._edge.wanted else None
             sockets = self._addresses.listen(behind_edge, user[1] if user else None)
             self._catch_signals()
-            self._run_dir.record(self._running())
+            if self._old is None:
+                self._run_dir.record(self._running())
+            else:
+                self._old.watch(self._given_up)
             self._startup.begin(self._config.state)
-            await self._serve(sockets)
-            self._edge.start()
+            applications = self._applications()
+            if self._old is None:
+                await self._serve(sockets, applications)
+                self._edge.start()
             self._tick()
             await self._startup.wait(self._stop_asked)
             if not self._stop_asked.is_set():
-                self._startup.check(self._run_dir.logs)
+                self._startup.check(self._run_dir.logs, () if self._old is None else self._old.handover.loaded)
+                if self._old is not None:
+                    await self._take_over(self._old, sockets, applications)
         except BaseException:
             await self._startup.cancel()
             await self.stop()
@@ -126,11 +157,27 @@ class ModelServer:
         self._manager.ready(line)
         self._watchdog()
         self._say(line)
+        if self._old is not None:
+            self._old.served(line)
 
     async def run_until_stopped(self) -> int:
         """Wait for SIGTERM, SIGINT or the loss of the edge; returns the exit code."""
         await self._stop_asked.wait()
         return self._exit_code
+
+    def _find_addresses(self) -> Addresses:
+        if self._old is None:
+            return Addresses(self._config, passed_sockets(os.environ, LISTENERS))
+        told = self._old.handover
+        sockets = {} if told.edge else self._old.sockets
+        return Addresses.inherited(self._config, told.addresses, told.activated, sockets)
+
+    def _check_same_edge(self) -> None:
+        if self._old is not None and self._old.handover.edge != self._edge.wanted:
+            raise ConfigError(
+                f"edge: the running server is {'without' if self._edge.wanted else 'behind'} nginx, and an upgrade "
+                "keeps that; stop and start instead"
+            )
 
     def _management_token(self) -> Token | None:
         """Whoever can register a model runs code here: only this machine may do that without a token."""
@@ -168,15 +215,12 @@ class ModelServer:
     def _stop_limit(self) -> float:
         return self._config.drain_delay + self._config.drain_timeout + self._config.stop_grace + STOP_MARGIN
 
-    async def _serve(self, sockets: list[socket.socket]) -> None:
+    def _applications(self) -> list[web.Application]:
+        """Of the management and the metrics port."""
         # aiohttp takes 0.3 s to import: by now the workers are starting beside it
-        from aiohttp import web
-
         from mms.api import management, metrics
         from mms.api.guard import Guard
 
-        inference, control, scrape = sockets
-        await self._http.start(inference)
         monitor = GpuMonitor(self._control.gpus)
         collector = Collector(
             lambda: (version.facts() for version in self._registry.versions()),
@@ -193,14 +237,19 @@ class ModelServer:
                 await version.read_memory()
 
         guard = Guard(self._addresses.of["management"], self._config.management_hosts, self._token)
-        apps = (
-            ("management", management.application(self._control, self._readiness, guard), control),
-            ("metrics", metrics.application(registry(collector), refresh), scrape),
-        )
-        for name, app, sock in apps:
+        return [
+            management.application(self._control, self._readiness, guard),
+            metrics.application(registry(collector), refresh),
+        ]
+
+    async def _serve(self, sockets: list[socket.socket], applications: list[web.Application]) -> None:
+        from aiohttp import web
+
+        await self._http.start(sockets[0])
+        for name, application, sock in zip(LISTENERS[1:], applications, sockets[1:], strict=True):
             keepalive = KEEPALIVE if self._edge.wanted else self._config.keepalive_timeout
             runner = web.AppRunner(
-                app,
+                application,
                 access_log=None,
                 handle_signals=False,
                 keepalive_timeout=keepalive,
@@ -210,6 +259,18 @@ class ModelServer:
             self._runners.append(runner)
             await web.SockSite(runner, sock).start()
             self._listen[name] = partial(_listen, runner)
+
+    async def _take_over(
+        self, old: Predecessor, sockets: list[socket.socket], applications: list[web.Application]
+    ) -> None:
+        """All that the old server serves is loaded: serve on its sockets beside it, and be the one that runs here."""
+        old.stand_alone()
+        self._readiness.phase = Phase.SERVING
+        await self._serve(sockets, applications)
+        self._edge.start(old.sockets)
+        if not self._stop_asked.is_set():
+            self._run_dir.take_over(self._running())
+            self._edge.share(False)
 
     def _obstacle(self) -> tuple[str, str]:
         """Why no connection is taken: a word and a sentence; empty while they are."""
@@ -227,7 +288,9 @@ class ModelServer:
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
         self._edge.renew_certificate()
         self._inference.renew_token()
-        self._control.reap_orphans(self._edge.pids)
+        self._control.reap_orphans(self._edge.pids | self._upgrades.pids)
+        if not self._runners:  # another server serves these sockets
+            return
         for name, sock in self._addresses.bind_anew().items():
             listening = asyncio.create_task(self._listen[name](sock))
             self._listening.add(listening)
@@ -247,6 +310,7 @@ class ModelServer:
             loop.add_signal_handler(number, self._signalled)
         loop.add_signal_handler(signal.SIGUSR1, self._edge.reopen_log)
         loop.add_signal_handler(signal.SIGHUP, self._hung_up)
+        loop.add_signal_handler(signal.SIGUSR2, self._upgrades.begin)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
     def _hung_up(self) -> None:
@@ -257,6 +321,7 @@ class ModelServer:
             self._reloads.begin()
 
     async def _apply(self, config: Config) -> None:
+        self._upgrades.check_none()
         await self._edge.apply(config)
         self._config = config
         self._control.config = config
@@ -265,11 +330,15 @@ class ModelServer:
         note(lambda: self._run_dir.record(self._running()))
 
     def _signalled(self) -> None:
-        if self._readiness.phase is not Phase.DRAINING:
+        if self._readiness.phase is Phase.DRAINING:
+            self._stop_now.set()
+        elif not self._upgrades.handed_over:
             self._manager.send("STOPPING=1")
         self._readiness.phase = Phase.DRAINING
-        if self._stop_asked.is_set():
-            self._stop_now.set()
+        self._stop_asked.set()
+
+    def _given_up(self) -> None:
+        self._exit_code = 1
         self._stop_asked.set()
 
     def _edge_lost(self) -> None:
@@ -288,6 +357,7 @@ class ModelServer:
         begun = time.monotonic()
         if self._timer is not None:
             self._timer.cancel()
+        self._upgrades.cancel()
         delay = self._config.drain_delay if self._readiness.phase is Phase.DRAINING else 0.0
         until = begun + delay + self._config.drain_timeout
         drain = asyncio.create_task(self._drain(delay, until))
@@ -304,6 +374,7 @@ class ModelServer:
             await self._control.close(0)
         for runner in self._runners:
             await runner.cleanup()
+        await self._upgrades.ended()
         self._cache.release()
         self._run_dir.release()
 
@@ -312,6 +383,10 @@ class ModelServer:
             return max(0.0, until - time.monotonic())
 
         await asyncio.sleep(delay)
+        if self._upgrades.handed_over and not self._edge.wanted:
+            for site in [site for runner in self._runners for site in runner.sites]:
+                await site.stop()
+            await self._http.retire(min(LAST_REQUESTS, left()))
         timeout = self._config.drain_timeout
         if not await self._edge.stop(left()):
             log.warning("nginx was ended: its requests took longer than drain_timeout (%g s)", timeout)
@@ -348,13 +423,20 @@ async def _first_of(*tasks: asyncio.Task[Any]) -> bool:
 
 
 async def serve(
-    config: Config, say: Callable[[str], None], *, fresh: bool = False, reread: Callable[[], Config] | None = None
+    config: Config,
+    say: Callable[[str], None],
+    *,
+    fresh: bool = False,
+    reread: Callable[[], Config] | None = None,
+    daemon: bool = False,
+    old: Predecessor | None = None,
 ) -> int:
     """The whole life of a server; returns its exit code. Raises MMSError when it cannot start.
 
-    `fresh` ignores the saved state; `reread` reads the settings again for a reload.
+    `fresh` ignores the saved state; `reread` reads the settings again for a reload; nobody waits for a `daemon`, so
+    that another process may succeed it; `old` is the server that this one succeeds.
     """
-    server = ModelServer(config, say, fresh=fresh, reread=reread)
+    server = ModelServer(config, say, fresh=fresh, reread=reread, daemon=daemon, old=old)
     await server.start()
     try:
         return await server.run_until_stopped()

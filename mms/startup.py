@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,7 @@ from mms.controlplane import ControlPlane
 from mms.errors import ConfigError, MMSError, ModelLoadError, StartError
 from mms.models.download import is_remote, split_pin
 from mms.models.version import ModelVersion
-from mms.state import SavedModel, SavedVersion, State, read
+from mms.state import SavedModel, SavedVersion, State
 from mms.systemd import Notifier
 
 log = logging.getLogger("mms.server")
@@ -27,14 +27,14 @@ PATIENCE = 30.0  # seconds that a service manager is asked for at each heartbeat
 class Plan:
     """What to register: the saved state, and what the setting `models` names beside it.
 
-    The constructor checks what `models` names and reads the state, which `fresh` ignores. It raises MMSError.
+    The constructor checks what `models` names. It raises MMSError.
     """
 
-    def __init__(self, config: Config, control: ControlPlane, *, fresh: bool) -> None:
+    def __init__(self, config: Config, control: ControlPlane, saved: State) -> None:
         self.remote: dict[str, tuple[str, str]] = {}  # file in the store -> name and address to download it from
         self.named: dict[tuple[str, str], SavedVersion] = {}  # what `models` names in the store, by name and version
         self._find(config, control)
-        self.models = self._beside(State() if fresh else read(config.state), config)
+        self.models = self._beside(saved, config)
 
     def is_remote(self, name: str, saved: SavedVersion) -> bool:
         """Whether `models` names it by the address that its archive is downloaded from."""
@@ -148,9 +148,16 @@ class Startup:
             task.cancel()
         await asyncio.gather(*unfinished, return_exceptions=True)
 
-    def check(self, logs: Path) -> None:
-        """Raises StartError when `models` names all there is and nothing of it loads; saved models can be mended."""
+    def check(self, logs: Path, served: Collection[tuple[str, str]] = ()) -> None:
+        """Raises StartError when `models` names all there is and nothing of it loads; saved models can be mended.
+
+        But not those that a running server has `served` until now, by name and version.
+        """
         failed = self._failed()
+        ready = {(each.name, each.version) for each in self._registry.versions() if each.pool and each.pool.ready}
+        wanted = {(model.name, saved.version) for model in self._plan.models for saved in model.versions}
+        if failed and wanted.intersection(served) - ready:
+            raise StartError(f"not all that is served now could be loaded: {'; '.join(failed)}")
         if failed and not self._plan.restored() and len(failed) == len(self._registry.versions()):
             raise StartError(f"no model could be loaded: {'; '.join(failed)} (more in {logs})")
 

@@ -27,6 +27,10 @@ class Notifier:
         if self._address and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
             self.watchdog = _number(environ, "WATCHDOG_USEC") / 2e6
 
+    @property
+    def present(self) -> bool:
+        return bool(self._address)
+
     def send(self, *lines: str, patience: float = PATIENCE) -> None:
         """Blocks while the manager's queue is full: a READY=1 or STOPPING=1 that is lost would not be said again."""
         if not self._address:

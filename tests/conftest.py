@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -166,6 +167,31 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
+class Successor:
+    """A server that another one has started: not our child, so its exit code is its own affair."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._pidfd = os.pidfd_open(pid)  # tells of its end at once, not when somebody has reaped it
+
+    def poll(self) -> int | None:
+        return 0 if self._ended(0) else None
+
+    def wait(self, timeout: float) -> int:
+        assert self._ended(timeout), f"pid {self.pid} is still there after {timeout:g} s"
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _ended(self, timeout: float) -> bool:
+        return bool(select.select([self._pidfd], [], [], timeout)[0])
+
+
 class Server:
     """A server that `mms start` runs as a child of the tests; `output` is all it has printed and logged."""
 
@@ -182,7 +208,7 @@ class Server:
         self._log = folder / "log"
         self._ready = threading.Event()
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
+            self.process: subprocess.Popen[bytes] | Successor = subprocess.Popen(
                 arguments,
                 cwd=folder,
                 stdout=subprocess.PIPE,
@@ -260,6 +286,11 @@ class Server:
         if self.process.poll() is None and not self._stopping:
             self.signal(signal.SIGTERM)
         return self.process.wait(timeout)
+
+    def succeed(self, pid: int) -> None:
+        """Its successor of that pid is the server from now on; the process before must end well."""
+        assert self.process.wait(20) == self.expected_exit, self.output
+        self.process = Successor(pid)
 
     def close(self) -> None:
         """Stop it and see that nothing is left."""
@@ -436,3 +467,13 @@ def either(request: pytest.FixtureRequest) -> Server:
 def folder() -> Iterator[Path]:
     with scratch() as made:
         yield made
+
+
+@pytest.fixture
+def manager(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """The end of NOTIFY_SOCKET that systemd reads, of servers that are started with it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(folder / "notify"))
+        sock.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(folder / "notify"))
+        yield sock

@@ -23,6 +23,7 @@ from mms.errors import (
     NotFoundError,
     RequestTooLargeError,
     UnauthorizedError,
+    UpgradingError,
 )
 from mms.http.response import json_body
 from mms.models.readiness import Readiness
@@ -87,6 +88,8 @@ def _failure(error: MMSError) -> web.Response:
         response.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowedError):
         response.headers["Allow"] = error.allow
+    if isinstance(error, UpgradingError):
+        response.headers["Retry-After"] = str(error.retry_after)
     return response
 
 

@@ -32,7 +32,7 @@ _MEANINGS = {
     413: "the body is over the limit",
     429: "the queue is full; see Retry-After",
     500: "the handler failed, or does not load",
-    503: "no worker is ready, or the worker died",
+    503: "no worker is ready, the worker died, or an upgrade goes on",
     504: "no answer within the time limits",
 }
 

@@ -318,6 +318,17 @@ class Connection(asyncio.Protocol):
                 self._transport.close()
         return self._drained
 
+    def retire(self) -> asyncio.Future[None]:
+        """Another process takes new connections: this one ends with its next answer, but if it idles, it may still ask.
+
+        Done when it is gone. The caller sees to it that no head is known any more.
+        """
+        self._drained = self._loop.create_future()
+        if self._reader.idle and (self._pending or self._backlog):
+            self._last = True
+            (self._backlog or self._pending)[-1].keep_alive = False
+        return self._drained
+
     def abort(self) -> None:
         self._transport.abort()
 

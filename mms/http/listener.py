@@ -73,6 +73,7 @@ class HttpServer:
         self._known = KnownHeads()
         self.connections: set[Connection] = set()
         self.shedding = new_shedding(application, limits)
+        self._retired = False
         self._ticks = 0
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -94,6 +95,18 @@ class HttpServer:
         """Other limits from now on; those of a request's time and size for connections that are made from now on."""
         self.limits = limits
         self.shedding.apply(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections)
+
+    async def retire(self, limit: float) -> None:
+        """Leave new connections to another process that serves the same socket.
+
+        An answer ends its connection. Those that idle stay open for `limit` seconds: a request may be on its way.
+        """
+        for server in self._servers:
+            server.close()
+        self._retired = True
+        self._step_changed()
+        if waiting := [connection.retire() for connection in list(self.connections)]:
+            await asyncio.wait(waiting, timeout=limit)
 
     async def drain(self, limit: float) -> int:
         """Accept nothing more, let requests in hand finish for `limit` seconds; returns how many were cut off."""
@@ -134,8 +147,8 @@ class HttpServer:
                 connection.sweep(now)
 
     def _step_changed(self) -> None:
-        """While something is shed, no request takes the short way of known heads: each one meets the reader."""
-        self._known.shut = self.shedding.step > 0
+        """While something is shed or connections end, no request takes the short way of known heads."""
+        self._known.shut = self._retired or self.shedding.step > 0
         self._known.clear()
         for connection in self.connections:
             connection.forget_heads()

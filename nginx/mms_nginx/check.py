@@ -12,6 +12,7 @@ from mms.errors import StartError
 from mms.ports import cannot_listen
 
 CHECK_TIMEOUT = 10.0
+BACKLOG = 511  # as nginx asks for
 
 _LISTEN = re.compile(r'^\s*listen "((?:[^"\\]|\\.)*)"', re.MULTILINE)
 _PROCESSES = re.compile(r"^worker_processes (\d+);", re.MULTILINE)
@@ -86,20 +87,50 @@ def accepts(address: str) -> bool:
     return True
 
 
-def check_free(address: str) -> None:
-    """Raises StartError that names the address if it is taken; removes the socket file that a dead server left."""
+def listen(address: str) -> socket.socket:
+    """A listening socket on a public address, for nginx to inherit; the socket file that a dead server left gives way.
+
+    Raises StartError that names the address if it is taken.
+    """
     family, target = socket_address(address)
-    if isinstance(target, str):
-        _remove_stale(target)
-        return
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            if family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            probe.bind(target)
-        except OSError as error:
-            raise cannot_listen(address, error) from None
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    # nginx leaves this as it finds it: else a worker whose connection another one has taken would wait for the next
+    sock.setblocking(False)
+    try:
+        if isinstance(target, str):
+            _remove_stale(target)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(target)
+        if isinstance(target, str):
+            Path(target).chmod(0o666)  # as nginx does
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise cannot_listen(address, error) from None
+    except StartError:
+        sock.close()
+        raise
+    return sock
+
+
+def check_free(address: str) -> None:
+    """Raises StartError that names the address if it is taken."""
+    sock = listen(address)
+    sock.close()
+    remove_socket_file(address)
+
+
+def has_lost_its_file(address: str) -> bool:
+    """Whether somebody has deleted the file of a Unix socket: nobody can connect to it any more."""
+    return address.startswith("unix:") and not os.path.lexists(address.removeprefix("unix:"))
+
+
+def remove_socket_file(address: str) -> None:
+    if address.startswith("unix:"):
+        Path(address.removeprefix("unix:")).unlink(missing_ok=True)
 
 
 def _remove_stale(path: str) -> None:

@@ -11,8 +11,10 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from mms.errors import StartError
@@ -20,9 +22,12 @@ from mms_nginx.check import (
     accepts,
     check_file,
     check_free,
+    has_lost_its_file,
+    listen,
     listen_addresses,
     nginx_command,
     nginx_environment,
+    remove_socket_file,
     worker_count,
 )
 from mms_nginx.find import edge_user
@@ -44,12 +49,20 @@ _RESET_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, 
 
 
 class Nginx:
-    """One nginx: the master is our child and leads a process group of its own, with its workers in it."""
+    """One nginx: the master is our child and leads a process group of its own, with its workers in it.
 
-    def __init__(self, program: str, directory: Path, text: str) -> None:
+    It inherits its public `sockets`, by address, from us. Those that are given are served in the place of new ones, and
+    may be those of another nginx that is about to end.
+    """
+
+    def __init__(
+        self, program: str, directory: Path, text: str, sockets: Mapping[str, socket.socket] | None = None
+    ) -> None:
         self.pid = 0
         self.pidfd = -1
         self.version = ""  # what the program said at its last check
+        self.sockets = dict(sockets or {})
+        self.shared = bool(sockets)  # another one serves them, too: socket files are not ours to remove
         self._program = program
         self._directory = directory
         self._file = directory / "nginx.conf"
@@ -65,14 +78,21 @@ class Nginx:
 
     def start(self) -> None:
         """Returns when every public address accepts connections, else raises StartError and leaves no process."""
-        self.prepare()
-        self.spawn()
+        try:
+            self.prepare()
+            self.spawn()
+        except BaseException:
+            self.stop(0)
+            raise
         self.wait()
 
     def prepare(self) -> None:
-        """The first part of a start: what can be known before. Raises StartError."""
+        """The first part of a start: its sockets, and what can be known before. Raises StartError."""
         for address in listen_addresses(self._text):
-            check_free(address)  # with a better reason than nginx's
+            if address in self.sockets and has_lost_its_file(address):
+                self.sockets.pop(address).close()
+            if address not in self.sockets:
+                self.sockets[address] = listen(address)  # with a better reason than nginx's
         self.check()
         (self._directory / "nginx.pid").unlink(missing_ok=True)
 
@@ -81,12 +101,18 @@ class Nginx:
         if self._given_up:
             raise StartError(GIVEN_UP)
         shim = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid())]
+        given = [sock.fileno() for sock in self.sockets.values()]
+        # under other numbers: a descriptor that is copied to itself is inherited from glibc 2.29 on only
+        taken = [max(given, default=0) + 1 + position for position in range(len(given))]
         self._exit_code = None
         self.pid = os.posix_spawn(
             sys.executable,
             [*shim, *nginx_command(self._program, self._directory, self._file)],
-            nginx_environment(),
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)],
+            nginx_environment() | {"NGINX": "".join(f"{number};" for number in taken)},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                *((os.POSIX_SPAWN_DUP2, ours, its) for ours, its in zip(given, taken, strict=True)),
+            ],
             setpgroup=0,
             setsigmask=(),
             setsigdef=_RESET_SIGNALS,
@@ -140,6 +166,17 @@ class Nginx:
 
         The result is whether it ended within `timeout`.
         """
+        addresses = list(self.sockets)
+        for sock in self.sockets.values():  # nginx's are the last ones now: when it closes them, clients are refused
+            sock.close()
+        self.sockets.clear()
+        in_time = self.end(timeout)
+        for address in () if self.shared else addresses:
+            remove_socket_file(address)
+        return in_time
+
+    def end(self, timeout: float) -> bool:
+        """As stop, but keeps the sockets for the next start: clients who connect meanwhile wait."""
         in_time = True
         for number, patience in ((signal.SIGQUIT, timeout), (signal.SIGTERM, TERM_TIMEOUT)):
             if not self.pid or self.exit_code() is not None:

@@ -1,4 +1,4 @@
-"""How many of 100,000 requests are lost while versions are swapped, nginx is reloaded, or workers are killed: none."""
+"""How many of 100,000 requests are lost in swaps, reloads and upgrades, or while workers are killed: none."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ def _kill(under: Rig) -> None:
 TRIALS = {
     "swaps": Trial("none", ("swapped",), 50, Rig.swap),
     "reloads": Trial("nginx", ("steady",), 20, Rig.reload_nginx),
+    "upgrades": Trial("none", ("steady",), 20, Rig.upgrade),
+    "edge-upgrades": Trial("nginx", ("steady",), 20, Rig.upgrade),
     "kills": Trial("none", STEADY, 0, _kill, KILL_EVERY),  # as long as it takes
 }
 
@@ -60,8 +62,8 @@ def run(name: str, requests: int, seed: int, console: Console) -> int:
         under.settle()
         accepted = round(under.running.metric("mms_requests_total"))
     again = account.explained.total()
-    # what the front end has taken must have been answered; versions that are gone have taken their counts along
-    unanswered = max(0, accepted - account.right) if trial.act is not Rig.swap else 0
+    # what the front end has taken must have been answered; versions and servers that are gone took their counts along
+    unanswered = max(0, accepted - account.right) if trial.act not in (Rig.swap, Rig.upgrade) else 0
     lost = account.lost + unanswered + len(under.problems)
     console.print(
         f"{name}: {account.sent:,} requests, {done} {name}, lost {lost}"
@@ -76,4 +78,4 @@ def run(name: str, requests: int, seed: int, console: Console) -> int:
 
 def _crossed(outcome: Outcome, faults: Counter[str]) -> bool:
     """No fault explains a loss, but a client must be ready for the end of an idle connection (RFC 9112, 9.3.1)."""
-    return outcome.status == 0 and outcome.reused and faults["nginx reloaded"] > 0
+    return outcome.status == 0 and outcome.reused and faults["nginx reloaded"] + faults["server upgraded"] > 0

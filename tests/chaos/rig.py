@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.chaos.clients import CUT, Outcome, Port, Timeline
-from tests.conftest import Reply, Server, eventually, fetch, pack, processes_in, scratch, server
+from tests.conftest import Reply, Server, eventually, fetch, mms, pack, processes_in, scratch, server
 
 RESPONSE_TIMEOUT = 2.0
 SETTLE = 30.0
@@ -43,6 +44,7 @@ EFFECTS = {
     "nginx master killed": 2.0,
     "nginx worker stopped for a while": PAUSE,
     "nginx reloaded": 1.0,
+    "server upgraded": 2.0,
     "model absent": 1.0,
 }
 _RANDOM = re.compile(r"-[a-z0-9_]{8}(?=/|$)")  # the ends of temporary names
@@ -178,6 +180,15 @@ class Rig:
             self.timeline.add("nginx reloaded")
             master.send_signal(signal.SIGHUP)
             eventually(lambda: {process.pid for process in self._nginx_workers()} - before or self._nginx() != master)
+
+    def upgrade(self) -> None:
+        """Another process in the place of the server; only nginx's end of an idle connection may be felt."""
+        with self.timeline.lasting("server upgraded") if self._edge == "nginx" else contextlib.nullcontext():
+            done = mms("upgrade", "--run-dir", str(self.running.run_dir))
+            if done.returncode:
+                self.problems.append(done.stderr)
+                return
+            self.running.succeed(int(done.stdout.split("upgraded: pid ")[1].split()[0]))
 
     def register_or_unregister(self) -> None:
         if self._absence is None:
@@ -341,7 +352,7 @@ def _resume(process: psutil.Process) -> None:
 def rig(edge: str, seed: int, *, slow: bool = False) -> Iterator[Rig]:
     """A running server with everything registered; with `slow`, some models take a few milliseconds per batch."""
     few, more = (0.002, 0.005) if slow else (0, 0)
-    with scratch() as archives:
+    with scratch() as archives, pytest.MonkeyPatch.context() as patch:
         models: list[Path] = [
             pack(archives / "a", "account", "steady", "1.0", "", {"min_workers": 2, "batch_size": 4}),
             pack(archives / "b", "account", "swapped", "1.0", "", {"min_workers": 2, "delay": few}),
@@ -351,5 +362,6 @@ def rig(edge: str, seed: int, *, slow: bool = False) -> Iterator[Rig]:
             pack(archives / "d", "account", "swapped", "2.0", "", {"min_workers": 2, "delay": few}),
             pack(archives / "e", "account", "account", "1.0", "", {"min_workers": 1}),
         )
+        patch.setenv("NOTIFY_SOCKET", str(archives / "nobody"))  # an upgrade needs a service manager, or a daemon
         with server(*models, spare=spare, edge=edge, response_timeout=RESPONSE_TIMEOUT, drain_timeout=5) as running:
             yield Rig(running, edge, random.Random(seed))

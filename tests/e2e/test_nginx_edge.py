@@ -78,10 +78,13 @@ def test_what_nginx_refuses_itself_is_json(edged: Server) -> None:
 
 
 def test_nothing_of_ours_listens_beside_nginx(edged: Server) -> None:
-    listening = [
-        c.laddr.port for c in psutil.Process(edged.pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN
-    ]
-    assert listening == []
+    """The server holds the sockets that nginx serves, for an upgrade, and no others."""
+    listening = {
+        "{}:{}".format(*c.laddr)
+        for c in psutil.Process(edged.pid).net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN
+    }
+    assert listening == {edged.url, edged.management, edged.metrics}
     sockets = edged.run_dir / "sockets"
     assert {path.name for path in sockets.iterdir()} == {"inference.sock", "management.sock", "metrics.sock"}
     assert not any(path.stat().st_mode & 0o007 for path in (sockets, *sockets.iterdir()))

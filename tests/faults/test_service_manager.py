@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,16 +26,6 @@ from tests.conftest import (
     server,
     start_arguments,
 )
-
-
-@pytest.fixture
-def manager(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """The end of NOTIFY_SOCKET that systemd reads."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind(str(folder / "notify"))
-        sock.settimeout(10)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(folder / "notify"))
-        yield sock
 
 
 def told(manager: socket.socket, word: str) -> str:

@@ -242,6 +242,11 @@ def test_big_and_chunked_bodies(edge: Edge) -> None:
         assert json.loads(connection.getresponse().read())["sha256"] == hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
+def test_a_worker_whose_connection_another_has_taken_does_not_wait_for_the_next(edge: Edge) -> None:
+    """Accepting must not block; that two workers wake up for one connection cannot be brought about at will."""
+    assert [os.get_blocking(sock.fileno()) for sock in edge.nginx.sockets.values()] == [False]
+
+
 def test_upstream_connections_are_reused(edge: Edge, upstream: Upstream) -> None:
     before = upstream.connections
     connection = edge.connect()
