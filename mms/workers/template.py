@@ -53,6 +53,7 @@ class TemplateProcess:
         self._channel = process.channel
         self._channel.setblocking(False)
         self._readable = asyncio.Event()
+        self._receiving = False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(process.pidfd, self._ended)
         output.start(process.output)
@@ -111,23 +112,27 @@ class TemplateProcess:
         """The next frame and the descriptors beside it. Raises ForkServerDied, OSError or FrameError."""
         frames = wire.FrameReader()
         received: list[int] = []
-        while True:
-            self._readable.clear()
-            self._loop.add_reader(self._channel, self._readable.set)
-            try:
+        self._receiving = True
+        self._loop.add_reader(self._channel, self._readable.set)
+        try:
+            while True:
                 await self._readable.wait()
-            finally:
-                if not self.gone.is_set():
-                    self._loop.remove_reader(self._channel)
+                self._readable.clear()
+                try:
+                    data, more, _, _ = socket.recv_fds(self._channel, MAX_MESSAGE, 4)
+                except BlockingIOError:
+                    continue
+                received += more
+                if not data:
+                    await self.gone.wait()
+                    raise ForkServerDied("the template has ended")
+                for kind, head, _ in frames.feed(data):
+                    return kind, head, received
+        finally:
+            self._receiving = False
+            self._loop.remove_reader(self._channel)
             if self.gone.is_set():
-                raise ForkServerDied("the template has ended")
-            data, more, _, _ = socket.recv_fds(self._channel, MAX_MESSAGE, 4)
-            received += more
-            if not data:
-                await self.gone.wait()
-                raise ForkServerDied("the template has ended")
-            for kind, head, _ in frames.feed(data):
-                return kind, head, received
+                self._channel.close()
 
     def _ended(self) -> None:
         exit_status = self.process.reap()
@@ -135,12 +140,11 @@ class TemplateProcess:
             return
         self.cause = self.cause or exit_status
         self._loop.remove_reader(self.process.pidfd)
-        self._loop.remove_reader(self._channel)
         self.output.finish()
-        self._channel.close()
+        if not self._receiving:  # else its last words are still to be read
+            self._channel.close()
         self.process.close(keep_scratch=True)
         self.gone.set()
-        self._readable.set()
         self._when_gone(self)
 
 
