@@ -25,6 +25,7 @@ from mms.errors import ConfigError
 from mms.instances import MAX_AT_A_TIME, Groups, parse_instances, show_instances
 from mms.instances import gpus as parse_gpus
 from mms.safe_yaml import read_yaml
+from mms.samples import WarmupSample, parse_samples
 from mms.sizes import parse_size as _size
 from mms.token import VARIABLES
 
@@ -109,10 +110,10 @@ def _integers(value: Any) -> tuple[int, ...]:
     return tuple(_integer(word) for word in (value if isinstance(value, list | tuple) else _words(value)))
 
 
-def _numbers_upwards(value: Any) -> tuple[int, ...]:
+def _batch_sizes(value: Any) -> tuple[int, ...]:
     sizes = _integers([value] if isinstance(value, int) else value)
-    if any(size < 1 for size in sizes):
-        raise ValueError("numbers of at least 1 are needed")
+    if any(not 1 <= size <= MAX_BATCH for size in sizes):
+        raise ValueError(f"each must be from 1 to {MAX_BATCH}")
     return tuple(sorted({*sizes}))
 
 
@@ -279,7 +280,7 @@ class ModelSettings:
         "which request is served next (adaptive: the oldest, or while the queue does not empty any more the newest)",
     )
     preferred_batch_sizes: tuple[int, ...] = _setting(
-        (), _numbers_upwards, "batch sizes that are better than others: the largest for which enough wait is taken"
+        (), _batch_sizes, "batch sizes that are better than others: the largest for which enough wait is taken"
     )
     request_timeout: float = _setting(
         0.0,
@@ -344,6 +345,18 @@ class ModelSettings:
     )
     max_rss: int = _setting(
         0, _size, "resident memory above which a worker is replaced by a new one (0: no bound)", low=0
+    )
+    warmup: tuple[WarmupSample, ...] = _setting(
+        (), parse_samples, "requests that each worker runs before it is ready: files of the archive, or shapes"
+    )
+    compile: bool = _setting(
+        False, _boolean, "torch.compile the networks that a request-style handler has loaded; a warmup triggers it"
+    )
+    cuda_graphs: tuple[int, ...] = _setting(
+        (), _batch_sizes, "batch sizes whose CUDA graphs the warmup captures (request style, on GPUs)"
+    )
+    share_weights: bool = _setting(
+        False, _boolean, "on the CPU, load once and fork the workers from that: one copy of the weights in memory"
     )
     worker_fs: str = _setting(
         "open",

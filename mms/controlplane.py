@@ -260,6 +260,7 @@ class ControlPlane:
         # what is being forked, installed or tried at the moment is ours, but not known yet
         if not self._sandboxes.trying and not any(pool.starting for pool in pools):
             workers = {worker.pid for pool in pools for worker in pool.workers if worker.pid is not None}
+            workers |= {pid for pool in pools if pool.template is not None for pid in pool.template.pids}
             for pid in reap_orphans(workers | others | set(self.forkservers.pids())):
                 log.warning("process %d, which a worker had started, had left its session; killed", pid)
 
@@ -410,6 +411,8 @@ class ControlPlane:
         settings = merge_settings(settings, changes, "request", strict=True)
         only_stricter(settings, self.config.model_defaults(), "request")
         placement = plan(settings, self.gpus, environment.cores())
+        if settings.share_weights and placement.gpus:
+            log.warning("%s: share_weights does nothing on GPUs; set device: cpu to use it", archive.path.name)
         settings = dataclasses.replace(settings, gpus=placement.gpus)
         if settings.min_workers == -1:
             settings = merge_settings(settings, {"min_workers": placement.size}, "request", strict=True)
@@ -434,6 +437,12 @@ class ControlPlane:
             max_response_size=self.config.max_response_size,
             threads=settings.threads,
             preprocess_threads=settings.preprocess_threads,
+            preparation=wire.Preparation(
+                warmup=settings.warmup,
+                batch_sizes=_warmup_sizes(settings),
+                compile=settings.compile,
+                cuda_graphs=settings.cuda_graphs,
+            ),
         )
         how = Launch(
             name=f"mms-{version.name}",
@@ -454,6 +463,7 @@ class ControlPlane:
             stop_grace=self.config.stop_grace,
             max_requests=settings.max_requests,
             max_rss=settings.max_rss,
+            share_weights=settings.share_weights,
             boot_tries=self._boot_tries,
         )
         return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, self._restarts)
@@ -488,3 +498,9 @@ def _bounds(settings: ModelSettings) -> Bounds:
         zero_after=settings.scale_to_zero_after,
         on_request=settings.load_on_request and not settings.min_workers,
     )
+
+
+def _warmup_sizes(settings: ModelSettings) -> tuple[int, ...]:
+    """The batch sizes that a warm-up runs: those that workers will see."""
+    sizes = settings.cuda_graphs or (*settings.preferred_batch_sizes, 1, settings.batch_size)
+    return tuple(sorted({min(size, settings.batch_size) for size in sizes}))

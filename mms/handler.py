@@ -249,6 +249,12 @@ class Handler:
     def initialize(self, context: Context) -> None:
         """Once per worker, before it takes requests: load the model onto `context.device`."""
 
+    def after_fork(self, context: Context) -> None:
+        """With share_weights, once per worker after it was forked from the process that ran `initialize`.
+
+        Open here what workers cannot share (connections, files), start threads, seed random generators of your own.
+        """
+
     def preprocess(self, request: Request) -> Any:
         """Per request: the item that goes into the batch. An exception fails this request only."""
         return request.data()

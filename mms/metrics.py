@@ -60,6 +60,7 @@ class WorkerFacts:
     state: str
     cpu_seconds: float
     resident_bytes: int
+    private_bytes: int | None  # None if it was not there when this was read
     batch_limit: int | None = None
 
 
@@ -294,6 +295,11 @@ class Collector:
         limits = GaugeMetricFamily(
             "mms_worker_batch_limit", "Batch size of a worker that follows latency_objective_ms.", labels=labels
         )
+        private = GaugeMetricFamily(
+            "mms_worker_private_memory_bytes",
+            "Memory of a worker process that it shares with no other: what one more costs.",
+            labels=labels,
+        )
         for facts in versions:
             for state in WORKER_STATES:
                 count = facts.failed_workers if state == "FAILED" else 0
@@ -302,9 +308,11 @@ class Collector:
             for worker in facts.workers:
                 cpu.add_metric([facts.model, facts.version, str(worker.slot)], worker.cpu_seconds)
                 memory.add_metric([facts.model, facts.version, str(worker.slot)], worker.resident_bytes)
+                if worker.private_bytes is not None:
+                    private.add_metric([facts.model, facts.version, str(worker.slot)], worker.private_bytes)
                 if worker.batch_limit is not None:
                     limits.add_metric([facts.model, facts.version, str(worker.slot)], worker.batch_limit)
-        yield from (states, cpu, memory, limits)
+        yield from (states, cpu, memory, private, limits)
 
     def _restart_families(self) -> Iterator[Metric]:
         nginx = CounterMetricFamily("mms_nginx_restarts", "Deaths of nginx, by cause.", labels=["reason"])

@@ -232,8 +232,10 @@ class ModelServer:
             self._restarts,
         )
 
-        def refresh() -> None:
-            self._gpus = list(monitor.facts())
+        async def refresh() -> None:
+            self._gpus = await asyncio.to_thread(lambda: list(monitor.facts()))
+            for version in list(self._registry.versions()):
+                await version.read_memory()
 
         guard = Guard(self._addresses.of["management"], self._config.management_hosts, self._token)
         return [

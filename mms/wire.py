@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mms.errors import FrameError
+from mms.samples import WarmupSample
 
 HEADER = struct.Struct("<2sBBIQ")
 MAGIC = b"MM"
@@ -24,6 +25,8 @@ MAX_PAYLOAD = 16 << 30
 
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
 READY, FAILED, RESULT, MEASURED, STREAM = 16, 17, 18, 19, 20  # worker -> server
+FORK = 32  # server -> template
+LOADED, FORKED = 48, 49  # template -> server
 
 # What a worker tells of its progress in the memory page that it shares with the server: how many jobs it has finished
 # and how many it has begun since its start, and when it began the batch in hand (time.monotonic(); 0 while idle).
@@ -43,6 +46,19 @@ CANCELLED_COUNT = struct.Struct("<Q")
 CANCELLED_JOBS_AT = CANCELLED_AT + CANCELLED_COUNT.size
 
 
+class Preparation(msgspec.Struct, array_like=True, frozen=True):
+    """What a worker does between loading its handler and READY.
+
+    Each sample of `warmup` runs in each of `batch_sizes`. A `template` does none of it: it forks the workers that do.
+    """
+
+    warmup: tuple[WarmupSample, ...] = ()
+    batch_sizes: tuple[int, ...] = (1,)
+    compile: bool = False
+    cuda_graphs: tuple[int, ...] = ()
+    template: bool = False
+
+
 class Load(msgspec.Struct, array_like=True):
     """The first frame to a worker: what to load, and where."""
 
@@ -60,6 +76,7 @@ class Load(msgspec.Struct, array_like=True):
     max_response_size: int
     threads: int = 1
     preprocess_threads: int = 0
+    preparation: Preparation = Preparation()
 
 
 class RequestFacts(msgspec.Struct, array_like=True, eq=False, gc=False):
@@ -216,10 +233,10 @@ class Sandbox(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ForkRequest(msgspec.Struct, array_like=True):
-    """What the fork server does on request: fork a worker that owns the descriptors passed beside this message.
+    """What a fork server or a template does on request: fork a worker that owns the descriptors passed beside this.
 
     Descriptors, in order: channel, progress page, output (a pipe for standard output and standard error).
-    `server` is the server's pid: the worker's parent once the fork server has let go of it.
+    `server` is the server's pid: the worker's parent once the process that forked it has let go of it.
     """
 
     environ: dict[str, str]
@@ -231,9 +248,10 @@ class ForkRequest(msgspec.Struct, array_like=True):
 
 
 class Preloaded(msgspec.Struct, array_like=True):
-    """The fork server's first message; `errors` names the modules that could not be imported, and why.
+    """The first message of a fork server; `errors` names the modules that could not be imported, and why.
 
-    With more than one thread it must not fork: a lock held by another thread would stay locked in the worker.
+    A template says it as well, when it has loaded. With more than one thread neither must fork: a lock held by another
+    thread would stay locked in the worker.
     """
 
     errors: list[str]
@@ -241,7 +259,7 @@ class Preloaded(msgspec.Struct, array_like=True):
 
 
 class ForkReply(msgspec.Struct, array_like=True):
-    """The fork server's answer, beside which the worker's pidfd is passed; `error` is empty on success."""
+    """The answer to a ForkRequest, beside which the worker's pidfd is passed; `error` is empty on success."""
 
     pid: int
     error: str

@@ -10,7 +10,9 @@ import tempfile
 from pathlib import Path
 
 from mms.archive import ModelArchive
-from mms.errors import ArchiveError
+from mms.config import ModelSettings, merge_settings
+from mms.errors import ArchiveError, ConfigError
+from mms.safe_yaml import read_yaml
 from mms.signature import TrustedKeys
 
 # Runs in a process of its own, in the folder of the archive, and finds the handler by the server's own rule.
@@ -42,6 +44,7 @@ def verify_archive(path: Path, *, timeout: float, keys: TrustedKeys | None = Non
     with tempfile.TemporaryDirectory(prefix="model-archiver-") as folder:
         root = archive.extract(Path(folder) / "archive")
         _check_place(archive)
+        _check_warmup(archive, root)
         verdict = _import(root.resolve(), archive.manifest.handler, Path(folder), timeout)
     if verdict != "ok":
         raise ArchiveError(f"{path.name}: {verdict}")
@@ -55,6 +58,21 @@ def _check_place(archive: ModelArchive) -> None:
     files = {file.name for file in archive.files}
     if not location.startswith("mms_handlers.") and not {f"{path}.py", f"{path}/__init__.py"} & files:
         raise ArchiveError(f"{archive.path.name}: its handler {location} is not in the archive and not built in")
+
+
+def _check_warmup(archive: ModelArchive, root: Path) -> None:
+    """The samples of `warmup` in model-config.yaml must be well-formed, and their files in the archive."""
+    config_file = archive.manifest.config_file
+    config = read_yaml(root / config_file) if config_file else {}
+    origin = f"{archive.path.name}: {config_file}"
+    try:
+        samples = merge_settings(ModelSettings(), {"warmup": config.get("warmup", ())}, origin, strict=True).warmup
+    except ConfigError as error:
+        raise ArchiveError(error.message) from None
+    there = {file.name for file in archive.files}
+    for sample in samples:
+        if sample.file and sample.file not in there:
+            raise ArchiveError(f"{origin}: the warmup sample {sample.file} is not in the archive")
 
 
 def _import(root: Path, handler: str, folder: Path, timeout: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import fields, replace
@@ -29,7 +28,6 @@ from mms.errors import (
 from mms.http.response import json_body
 from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion
-from mms.workers.gpus import memory_by_process
 
 log = logging.getLogger("mms.management")
 
@@ -184,10 +182,10 @@ async def _describe(request: web.Request, parameters: _Parameters) -> web.Respon
     name, number = request.match_info["model"], request.match_info.get("version", "")
     model = request.app[CONTROL].registry.model(name)
     version = model.version(number)
-    gpu_memory = await asyncio.to_thread(memory_by_process, version.gpus) if version.gpus else {}
+    await version.read_memory()
     return _json(
         {
-            **version.describe(gpu_memory),
+            **version.describe(),
             "defaultVersion": version.version == model.default,
             "versions": list(model.versions),
         }

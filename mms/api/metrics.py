@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -12,11 +11,11 @@ from prometheus_client.exposition import choose_encoder
 from mms.api.management import errors_as_json
 
 
-def application(registry: CollectorRegistry, refresh: Callable[[], None]) -> web.Application:
-    """The aiohttp application on the metrics listener; `refresh` reads what may block (NVML), off the event loop."""
+def application(registry: CollectorRegistry, refresh: Callable[[], Awaitable[None]]) -> web.Application:
+    """The aiohttp application on the metrics listener; `refresh` reads, off the event loop, what may block."""
 
     async def metrics(request: web.Request) -> web.Response:
-        await asyncio.to_thread(refresh)
+        await refresh()
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         response = web.Response(body=encode(registry), headers={"Content-Type": content_type})
         response.enable_compression()

@@ -56,7 +56,9 @@ _OBJECTS: dict[str, Mapping[str, Any]] = {"CacheSettings | None": _CACHE}
 _GPU = {"oneOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}
 _ITEMS: dict[str, dict[str, Any]] = {
     "tuple[int | str, ...]": _GPU,
+    "tuple[int, ...]": {"type": "integer"},
     "tuple[str, ...]": {"type": "string"},
+    "tuple[WarmupSample, ...]": {"type": "object"},
     "Groups": {
         "type": "object",
         "required": ["kind"],
@@ -179,7 +181,8 @@ def _setting_parameter(setting: Field[Any]) -> Parameter:
         )
     item = _ITEMS.get(kind)
     if item is not None:
-        text = f"{meta['help']}; in the query {'as JSON' if kind == 'Groups' else 'separated by commas'}"
+        in_query = "as JSON" if item.get("type") == "object" else "separated by commas"
+        text = f"{meta['help']}; in the query {in_query}"
         in_json = {"type": "array", "items": item}
         return Parameter(setting.name, {"type": "string"}, text, in_json=in_json)
     if kind == "Any":

@@ -13,7 +13,7 @@ import msgspec
 from mms import wire
 from mms.archive import ModelArchive
 from mms.backend import loop, process
-from mms.backend.answers import Answer
+from mms.backend.answers import Body
 from mms.backend.loader import load_handler
 from mms.backend.streams import Stream
 from mms.errors import ArchiveError, MMSError
@@ -98,23 +98,15 @@ def run_once(load: wire.Load, body: bytes, content_type: str) -> int:
     facts = wire.RequestFactsView(content_type, "", b"", False, wire.EMPTY_HEADERS)
     ((outcome, answer),) = stages.run([Request(facts, b"debug", bytearray(body), load.max_request_size)])
     if isinstance(answer, Stream):
-        outcome, answer = _print_chunks(answer)
+        outcome, answer = answer.drain(_print)
     sys.stderr.write(f"{outcome.status} {outcome.error}\n{outcome.head.decode('latin-1')}\n")
     sys.stdout.buffer.write(bytes(answer) + b"\n")
     return 0 if outcome.status < 400 else 1
 
 
-def _print_chunks(stream: Stream) -> Answer:
-    """Print the answer as it is made; returns how it ended."""
-    while True:
-        try:
-            chunk = stream.step()
-        except StopIteration:
-            return stream.end()
-        except BaseException as error:
-            return stream.end(error)
-        sys.stdout.buffer.write(bytes(chunk or b""))
-        sys.stdout.flush()
+def _print(chunk: Body) -> None:
+    sys.stdout.buffer.write(bytes(chunk))
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

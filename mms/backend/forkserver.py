@@ -1,8 +1,7 @@
 """The fork server (`python -m mms.backend.forkserver`): it imports heavy modules once and forks workers on request.
 
 It has one thread, imports only, never computes and never touches a GPU. Its only channel is an inherited socket that
-keeps message borders; when that ends, so does it. Workers are forked twice, so that the server (a child subreaper)
-becomes their parent: the fork server can die without anybody losing a worker or an exit status.
+keeps message borders; when that ends, so does it. It can die without anybody losing a worker or an exit status.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import importlib
 import os
 import socket
 import sys
-import time
-import traceback
 from array import array
+from functools import partial
 
 from mms import wire
 from mms.backend import loop, process
+from mms.backend.forking import fork_worker, reseed
 
 MAX_MESSAGE = 256 << 10
 
@@ -36,13 +35,14 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     gc.collect()
-    gc.freeze()  # pages that the collector never writes stay shared with the workers
+    gc.freeze()  # pages that the collector never writes stay shared, and its first round in a worker is short
     control.send(wire.encode(wire.Preloaded(errors, len(os.listdir("/proc/self/task")))))
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE, 8)
         if not message:
             return
-        answer(control, wire.decode(wire.ForkRequest, message), descriptors)
+        request = wire.decode(wire.ForkRequest, message)
+        fork_worker(partial(_send, control), descriptors, partial(_become_worker, request, descriptors))
 
 
 def preload(modules: list[str]) -> list[str]:
@@ -56,59 +56,26 @@ def preload(modules: list[str]) -> list[str]:
     return errors
 
 
-def answer(control: socket.socket, request: wire.ForkRequest, descriptors: list[int]) -> None:
-    """Fork the worker; the process in between sends the reply and ends."""
-    try:
-        between = os.fork()
-    except OSError as error:
-        control.send(wire.encode(wire.ForkReply(0, f"fork failed: {error.strerror}")))
-    else:
-        if between == 0:
-            _fork_worker(control, request, descriptors)
-        os.waitpid(between, 0)
-    for descriptor in descriptors:
-        os.close(descriptor)
-
-
-def _fork_worker(control: socket.socket, request: wire.ForkRequest, descriptors: list[int]) -> None:
-    try:
-        pid = os.fork()
-        if pid == 0:
-            _become_worker(request, descriptors)
-        pidfd = os.pidfd_open(pid)
-        control.sendmsg(
-            [wire.encode(wire.ForkReply(pid, ""))],
-            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [pidfd]))],
-        )
-    except OSError as error:
-        control.send(wire.encode(wire.ForkReply(0, f"fork failed: {error.strerror}")))
-    finally:
-        os._exit(0)
+def _send(control: socket.socket, reply: wire.ForkReply, descriptors: list[int]) -> None:
+    passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))] if descriptors else []
+    control.sendmsg([wire.encode(reply)], passed)
 
 
 def _become_worker(request: wire.ForkRequest, descriptors: list[int]) -> None:
     """Runs in the worker process; never returns."""
-    try:
-        channel, page, output = descriptors
-        process.redirect_output(output)
-        process.replace_environment(request.environ)
-        process.settle_in(
-            server=request.server,
-            name=request.name,
-            directory=request.directory,
-            keep=(channel, page),
-            scratch=request.scratch,
-            box=request.sandbox,
-        )
-        time.tzset()
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed()
-        gc.unfreeze()
-        loop.main(socket.socket(fileno=channel), page)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(70)  # EX_SOFTWARE: loop.main leaves by itself
+    channel, page, output = descriptors
+    process.redirect_output(output)
+    process.replace_environment(request.environ)
+    process.settle_in(
+        server=request.server,
+        name=request.name,
+        directory=request.directory,
+        keep=(channel, page),
+        scratch=request.scratch,
+        box=request.sandbox,
+    )
+    reseed()
+    loop.main(socket.socket(fileno=channel), page)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 from mms import wire
+from mms.backend import template
 from mms.backend.answers import Answer
 from mms.backend.channel import Channel, requests_of
 from mms.backend.loader import device_of, load_handler
 from mms.backend.pipeline import Pipeline
+from mms.backend.prepare import prepare
 from mms.backend.stages import RequestStages, Stages
 from mms.backend.streams import Stream, Streams
 from mms.errors import ModelLoadError
@@ -111,8 +114,11 @@ class Loop:
         Streams(self._channel, progress, beat).run(ids, answers, times)
 
 
-def serve(sock: socket.socket, page: mmap.mmap) -> int:
-    """The whole life of a worker; returns its exit code. Runs in the worker process, on its main thread."""
+def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) -> int:
+    """The whole life of a worker; returns its exit code. Runs in the worker process, on its main thread.
+
+    `loaded` is what the template has loaded from which this process was forked.
+    """
     channel = Channel(sock)
     first = channel.read()
     if first is None:
@@ -120,12 +126,20 @@ def serve(sock: socket.socket, page: mmap.mmap) -> int:
     load = wire.decode(wire.Load, first[1])
     begun = _perf_counter()
     try:
-        stages = load_handler(load)
+        if loaded is None:
+            stages = load_handler(load)
+        else:
+            stages = loaded
+            template.inherit(stages, load)
+        if not load.preparation.template:
+            prepare(stages, load)
     except BaseException as error:
         text = "".join(traceback.format_exception(error))
         channel.write(wire.FAILED, wire.Failed(_reason(error), text), [], 0)
         sys.stderr.write(text)
         return 1
+    if load.preparation.template:
+        return template.serve(sock, partial(main, loaded=stages))
     gc.collect()
     gc.freeze()
     channel.metrics = stages.metrics
@@ -140,11 +154,13 @@ def serve(sock: socket.socket, page: mmap.mmap) -> int:
     return 0
 
 
-def main(sock: socket.socket, page: int, leave: Callable[[int], None] = os._exit) -> None:
+def main(sock: socket.socket, page: int, leave: Callable[[int], None] = os._exit, loaded: Stages | None = None) -> None:
     """Serve and leave the process, without waiting for threads or exit handlers of the handler's libraries."""
     code = 70  # EX_SOFTWARE
     try:
-        code = serve(sock, mmap.mmap(page, 0))
+        progress = mmap.mmap(page, 0)
+        os.close(page)  # the map keeps a descriptor of its own
+        code = serve(sock, progress, loaded)
     except (BrokenPipeError, ConnectionResetError):
         code = 0  # the server has gone
     except BaseException:

@@ -26,28 +26,25 @@ def settle_in(
     """Own session, the server as parent (whose death ends this process), no foreign descriptors, default signals,
     temporary files in `scratch`, and then into the sandbox. Raises sandbox.Refused.
     """
-    if os.getsid(0) != os.getpid():
-        os.setsid()
-    _await_parent(server)
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != server:
-        os._exit(0)
-    set_name(name)
+    _join(server, name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     close_all_but(keep)
     os.umask(0o077)
     os.chdir(directory)
-    if scratch:
-        os.environ["TMPDIR"] = scratch
-        tempfile = sys.modules.get("tempfile")  # a preloaded module may have asked it already
-        if tempfile is not None:
-            tempfile.tempdir = None  # type: ignore[attr-defined]  # sys.modules holds plain modules
+    _use(scratch)
     sandbox.limit()
     sandbox.apply(box, directory, scratch)
     if os.getppid() != server:
         os._exit(0)  # the server has died while this process was not bound to it
+
+
+def settle_again(*, server: int, name: str, scratch: str, box: wire.Sandbox) -> None:
+    """As settle_in, after a fork from a process that has settled in: it is in its sandbox already."""
+    _join(server, name)
+    _use(scratch)
+    sandbox.take_home(box, scratch)
 
 
 def redirect_output(output: int) -> None:
@@ -87,6 +84,24 @@ def die_with_parent() -> None:
 def set_name(name: str) -> None:
     """The name that `ps` and `top` show (15 bytes)."""
     _libc.prctl(_PR_SET_NAME, name.encode()[:15])
+
+
+def _join(server: int, name: str) -> None:
+    if os.getsid(0) != os.getpid():
+        os.setsid()
+    _await_parent(server)
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:
+        os._exit(0)
+    set_name(name)
+
+
+def _use(scratch: str) -> None:
+    if scratch:
+        os.environ["TMPDIR"] = scratch
+        tempfile = sys.modules.get("tempfile")  # a preloaded module may have asked it already
+        if tempfile is not None:
+            tempfile.tempdir = None  # type: ignore[attr-defined]  # sys.modules holds plain modules
 
 
 def _await_parent(server: int) -> None:

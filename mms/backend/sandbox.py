@@ -85,13 +85,18 @@ def apply(sandbox: wire.Sandbox, directory: str, scratch: str) -> None:
         _become(sandbox)
     if sandbox.memory:
         resource.setrlimit(resource.RLIMIT_AS, (sandbox.memory, sandbox.memory))
-    if scratch and (sandbox.uid != -1 or sandbox.files):
-        os.environ["HOME"] = scratch  # the server's is not theirs to read
-        os.environ.pop("XDG_CACHE_HOME", None)
+    take_home(sandbox, scratch)
     if sandbox.files:
         _restrict_files([directory, *sandbox.read, *_python()], scratch, gpu=sandbox.gpu)
     if not sandbox.network:
         _restrict_network()
+
+
+def take_home(sandbox: wire.Sandbox, scratch: str) -> None:
+    """The server's home is not for those to read who are another user, or restricted."""
+    if scratch and (sandbox.uid != -1 or sandbox.files):
+        os.environ["HOME"] = scratch
+        os.environ.pop("XDG_CACHE_HOME", None)
 
 
 def _become(sandbox: wire.Sandbox) -> None:

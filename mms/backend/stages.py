@@ -27,6 +27,14 @@ class Stages(Protocol):
     streams: bool  # whether it has ever answered with a stream
     metrics: Metrics  # the handler's own
 
+    @property
+    def context(self) -> Context: ...
+
+    @property
+    def handler(self) -> Any:
+        """The object that `initialize` was called on; None if the handler is a function."""
+        ...
+
     def run(self, requests: list[Request]) -> list[Answer]:
         """One outcome per request, in order, or with `streams` a Stream that is to be driven. Never raises."""
         ...
@@ -44,6 +52,14 @@ class BatchStages:
     """`handle(data, context)`, as in MMS and TorchServe: a list of dicts in, a list of results out."""
 
     style = "batch"
+
+    @property
+    def context(self) -> Context:
+        return self._context
+
+    @property
+    def handler(self) -> Any:
+        return getattr(self._handle, "__self__", None)
 
     def __init__(self, handle: Callable[[Any, Context], Any], context: Context, *, isolate: bool, limit: int) -> None:
         self.streams = False
@@ -131,6 +147,10 @@ class RequestStages:
     """A Handler: preprocess and postprocess per request, inference per batch of one bucket."""
 
     style = "request"
+
+    @property
+    def context(self) -> Context:
+        return self._context
 
     def __init__(self, handler: Handler, context: Context, *, isolate: bool, limit: int) -> None:
         self.streams = False

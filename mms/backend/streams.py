@@ -80,6 +80,17 @@ class Stream:
         assert self.outcome is not None
         return self.outcome, b""
 
+    def drain(self, take: Callable[[Body], object]) -> Answer:
+        """Run it to its end by itself, each chunk to `take`; returns how it ended."""
+        while True:
+            try:
+                chunk = self.step()
+            except StopIteration:
+                return self.end()
+            except BaseException as error:
+                return self.end(error)
+            take(chunk or b"")
+
     def close(self) -> None:
         """Let the generator clean up. Never raises."""
         close = getattr(self._chunks, "close", None)

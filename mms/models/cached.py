@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,11 +32,11 @@ class CachedVersion(ModelVersion):
         self.cache.clear()
         await super().unload(drain)
 
-    def describe(self, gpu_memory: Mapping[int, int]) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         cache = self.cache
         settings = cache.settings
         return {
-            **super().describe(gpu_memory),
+            **super().describe(),
             "cache": {
                 "size": settings.size,
                 "ttl": settings.ttl_s,

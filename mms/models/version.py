@@ -6,7 +6,6 @@ import asyncio
 import enum
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from mms.config import ModelSettings
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
 from mms.workers.batching import BatchQueue
-from mms.workers.gpus import Gpu
+from mms.workers.gpus import Gpu, memory_by_process
 from mms.workers.job import Job, Terms, Work
 from mms.workers.pool import WorkerPool
 from mms.workers.restarts import failed_to_load
@@ -59,6 +58,8 @@ class ModelVersion:
             scheduling=self.scheduling,
         )
         self.pool: WorkerPool | None = None
+        self.private_memory: dict[int, int] = {}  # bytes by pid, when they were last read
+        self.gpu_memory: dict[int, int] = {}
         self._leaving = VersionState.READY
 
     @property
@@ -145,8 +146,17 @@ class ModelVersion:
         if self.directory is not None:
             await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
 
-    def describe(self, gpu_memory: Mapping[int, int]) -> dict[str, Any]:
-        """The version as MMS describes it, and what users of MMS missed; `gpu_memory` is bytes by process."""
+    async def read_memory(self) -> None:
+        """Bring what is known of its workers' memory up to date, in a thread: the kernel walks all pages for it."""
+        processes = [worker.process for worker in (self.pool.workers if self.pool else ()) if worker.pid]
+        self.private_memory = await asyncio.to_thread(
+            lambda: {process.pid: process.private_bytes() for process in processes}
+        )
+        if self.gpus:
+            self.gpu_memory = await asyncio.to_thread(memory_by_process, self.gpus)
+
+    def describe(self) -> dict[str, Any]:
+        """The version as MMS describes it, and what users of MMS missed; memory is as it was last read."""
         settings, pool, archive = self.settings, self.pool, self.archive
         failure = pool.failure if pool is not None else None
         return {
@@ -176,8 +186,14 @@ class ModelVersion:
             "loadedAtStartup": self.at_start,
             "loadedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.loaded_at)),
             **({"instances": pool.placement.describe()} if pool is not None else {}),
+            **({"template": _describe_template(pool.template.pid)} if pool and pool.template else {}),
             "workers": [
-                describe_worker(worker, _memory(worker.pid), gpu_memory.get(worker.pid or 0))
+                describe_worker(
+                    worker,
+                    _memory(worker.pid),
+                    self.private_memory.get(worker.pid or 0),
+                    self.gpu_memory.get(worker.pid or 0),
+                )
                 for worker in (pool.workers if pool else ())
             ],
             "jobQueueStatus": {
@@ -252,6 +268,7 @@ class ModelVersion:
                     str(worker.state),
                     _cpu(worker.pid),
                     _memory(worker.pid),
+                    self.private_memory.get(worker.pid or 0),
                     limit.limit if (limit := worker.in_flight.batch_limit) is not None else None,
                 )
                 for worker in (pool.workers if pool else ())
@@ -284,6 +301,11 @@ def _scaling(pool: WorkerPool, settings: ModelSettings) -> dict[str, Any]:
         **({"scaleToZeroAfter": settings.scale_to_zero_after} if settings.scale_to_zero_after else {}),
         **({"loadOnRequest": True, "asleep": pool.scaling.asleep} if bounds.on_request else {}),
     }
+
+
+def _describe_template(pid: int | None) -> dict[str, Any]:
+    """Of the process that workers are forked from, while there is one."""
+    return {"pid": pid, "memoryUsage": _memory(pid)} if pid is not None else {}
 
 
 def _memory(pid: int | None) -> int:

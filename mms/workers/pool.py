@@ -29,6 +29,7 @@ from mms.workers.restarts import Restarts
 from mms.workers.scaling import Scaling
 from mms.workers.settings import PoolSettings
 from mms.workers.starting import Starter
+from mms.workers.template import Template
 from mms.workers.worker import Worker, WorkerState
 
 log = logging.getLogger("mms.pool")
@@ -128,6 +129,11 @@ class WorkerPool:
     def forkserver_deaths(self) -> int:
         """How often the fork server of these workers has died lately."""
         return self._forkservers.deaths(self._settings.launch.preload)
+
+    @property
+    def template(self) -> Template | None:
+        """What its workers are forked from, with share_weights."""
+        return self._starter.template
 
     @property
     def forkserver_back_in(self) -> float:
@@ -267,6 +273,7 @@ class WorkerPool:
             for task in self._tasks:
                 task.cancel()
             await self._change(TICK)
+        await self._starter.close()
         for handle in (self._wake, self._delay, self._timer, self._alarm):
             if handle is not None:
                 handle.cancel()
@@ -299,6 +306,8 @@ class WorkerPool:
             worker = self._starter.surplus(active)
             active.remove(worker)
             self._stop_worker(worker)
+        if not self.target and self.template is not None:
+            self.template.release()
         if self._timer is None and (self.workers or self.target):
             self._last_tick = time.monotonic()
             self._timer = self._loop.call_later(TICK, self._tick)
@@ -352,7 +361,7 @@ class WorkerPool:
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
                 await self._starter.start(worker, self._cpu_threads(worker.place.threads))
-                while worker.state is WorkerState.STARTING and worker in self.workers:
+                while worker.process is not None and worker.state is WorkerState.STARTING and worker in self.workers:
                     await self._change(TICK)
         if worker.process is None:
             self._forget(worker)

@@ -31,3 +31,4 @@ class PoolSettings:
     boot_tries: int = MAX_BOOT_FAILURES
     max_requests: int = 0
     max_rss: int = 0
+    share_weights: bool = False

@@ -13,8 +13,9 @@ from mms.workers import environment
 from mms.workers.forkserver import ForkServerDied, ForkServers
 from mms.workers.output import OutputReader
 from mms.workers.placement import Place
-from mms.workers.process import Launch, launch
+from mms.workers.process import Launch, WorkerProcess, launch
 from mms.workers.settings import PoolSettings
+from mms.workers.template import Template, TemplateFailed
 from mms.workers.worker import Worker, WorkerState
 
 PREPROCESS_THREADS = 2  # of a worker on a GPU, unless the model says otherwise; on CPUs they would take its cores
@@ -29,6 +30,7 @@ class Starter:
         self._forkservers = forkservers
         self._interpreter = ""  # that settings.interpreter has made
         self._log = model_logger(settings.load.model_name)
+        self.template = Template(settings, forkservers) if settings.share_weights else None
 
     @property
     def lacks_interpreter(self) -> bool:
@@ -69,7 +71,10 @@ class Starter:
         if load.preprocess_threads < 0:
             load.preprocess_threads = PREPROCESS_THREADS if place.gpu is not None else 0
         try:
-            process = await launch(self._launch_of(worker, load), self._forkservers)
+            process = await self._launch(worker, self._launch_of(worker, load))
+        except TemplateFailed as error:
+            worker.cause, worker.failure, worker.output = str(error), error.failure, error.output
+            return
         except (ForkServerDied, OSError) as error:
             worker.cause = f"could not be started: {error}"
             return
@@ -77,6 +82,17 @@ class Starter:
         await worker.attach(process, OutputReader(self._log, label), load)
         if worker.state is not WorkerState.STARTING:
             worker.kill("stopped")
+
+    async def close(self) -> None:
+        """After the last worker has ended."""
+        if self.template is not None:
+            await self.template.close()
+
+    async def _launch(self, worker: Worker, how: Launch) -> WorkerProcess:
+        process = None
+        if self.template is not None and worker.gpu is None:
+            process = await self.template.launch(how)
+        return process or await launch(how, self._forkservers)
 
     def _launch_of(self, worker: Worker, load: wire.Load) -> Launch:
         how = self._settings.launch

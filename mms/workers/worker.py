@@ -297,8 +297,8 @@ def _remote_error(outcome: wire.Outcome, message: bytes) -> HandlerError:
     return error
 
 
-def describe_worker(worker: Worker, memory: int, gpu_memory: int | None) -> dict[str, Any]:
-    """One entry of `workers` in a model's description; the memory on its GPU is left out where it is not known."""
+def describe_worker(worker: Worker, memory: int, private: int | None, gpu_memory: int | None) -> dict[str, Any]:
+    """One entry of `workers` in a model's description; what is not known of its memory is left out."""
     gpu = worker.place.gpu
     return {
         "id": str(worker.slot),
@@ -309,6 +309,7 @@ def describe_worker(worker: Worker, memory: int, gpu_memory: int | None) -> dict
         **({"gpuId": gpu.index, "gpuUuid": gpu.uuid} if gpu is not None else {}),
         "threads": worker.place.threads,
         "memoryUsage": memory,
+        **({"privateMemory": private} if private is not None else {}),
         **({"gpuMemoryUsage": gpu_memory} if gpu_memory is not None else {}),
         "pid": worker.pid,
         **({"batchLimit": limit.limit} if (limit := worker.in_flight.batch_limit) is not None else {}),

@@ -36,6 +36,7 @@ FAMILIES = {
     "mms_workers": "gauge",
     "mms_worker_cpu_seconds": "counter",
     "mms_worker_resident_memory_bytes": "gauge",
+    "mms_worker_private_memory_bytes": "gauge",
     "mms_connections": "gauge",
     "mms_build_info": "gauge",
     "process_cpu_seconds": "counter",
@@ -142,6 +143,9 @@ def test_workers_and_their_resources_are_seen(running: Server) -> None:
     (pid,) = running.workers("echo")
     resident = running.metric("mms_worker_resident_memory_bytes", model="echo", worker="0")
     assert resident == pytest.approx(psutil.Process(pid).memory_info().rss, rel=0.2)
+    private = running.metric("mms_worker_private_memory_bytes", model="echo", worker="0")
+    assert 0 < private < resident
+    assert running.describe("echo")["workers"][0]["privateMemory"] == pytest.approx(private, rel=0.2)
     eventually(
         lambda: running.predict("echo", bytes(1 << 20)) and running.metric("mms_worker_cpu_seconds_total", model="echo")
     )

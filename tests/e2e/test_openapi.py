@@ -30,6 +30,7 @@ VALUES = {
     "preferred_batch_sizes": "1,2", "request_timeout": "5", "priority_levels": "2", "default_priority": "1",
     "priority_queue_sizes": "5,5", "latency_objective_ms": "50", "default_output": "none", "default_on_miss": "true",
     "instances": "", "scale_up_after": "2", "scale_down_after": "60", "scale_to_zero_after": "0",
+    "warmup": "[]", "compile": "false", "cuda_graphs": "", "share_weights": "false",
     "load_on_request": "false", "worker_fs": "open", "worker_network": "open", "worker_memory": "0",
 }  # fmt: skip
 METHODS = ("get", "put", "post", "delete", "patch", "options")

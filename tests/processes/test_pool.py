@@ -78,6 +78,7 @@ class Served:
             model_config=how.get("model_config", {}), batch_size=1, isolate_errors="auto", gpu=None,
             cpu_threads=how.get("cpu_threads", 1), max_request_size=1 << 20, max_response_size=16 << 20,
             threads=how.get("threads", 1), preprocess_threads=how.get("preprocess_threads", 0),
+            preparation=how.get("preparation", wire.Preparation()),
         )  # fmt: skip
         launch = Launch(
             name="mms-m",
@@ -99,6 +100,7 @@ class Served:
             stop_grace=0.5,
             max_requests=how.get("max_requests", 0),
             max_rss=how.get("max_rss", 0),
+            share_weights=how.get("share_weights", False),
         )
         self.pool = WorkerPool(settings, self.queue, self.metrics, forkservers, asyncio.Semaphore(4), Restarts())
         self._ids = 0

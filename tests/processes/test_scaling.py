@@ -128,7 +128,8 @@ def test_a_description_shows_which_worker_runs_where(make_archive: MakeArchive, 
             version = await control.register(archive.name)
             assert version.pool is not None and version.gpus == [GPUS[1]]
             on_gpu = next(worker.pid for worker in version.pool.workers if worker.gpu is not None)
-            described = version.describe({on_gpu or 0: 4096, -1: 1})
+            version.gpu_memory = {on_gpu or 0: 4096, -1: 1}
+            described = version.describe()
             assert described["instances"] == [
                 {"kind": "gpu", "count": 1, "gpus": [1], "threads": 1},
                 {"kind": "cpu", "count": 1, "threads": 2},

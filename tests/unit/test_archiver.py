@@ -317,6 +317,19 @@ def test_verify_names_a_changed_file(folder: Path) -> None:
     fails(call("verify", "store/cat"), 1, "cat: 'handler.py'")
 
 
+def test_verify_names_a_warmup_sample_that_is_not_there(folder: Path) -> None:
+    (folder / "model-config.yaml").write_text("warmup: [{file: gone.jpg}]\n")
+    packed("--handler", "handler.py", "--config-file", "model-config.yaml")
+    said = "cat.mar: model-config.yaml: the warmup sample gone.jpg is not in the archive"
+    fails(call("verify", "store/cat.mar"), 1, said)
+
+
+def test_verify_takes_warmup_samples_of_the_archive(folder: Path) -> None:
+    (folder / "model-config.yaml").write_text("warmup: [{file: labels.json}]\n")
+    packed("--handler", "handler.py", "--config-file", "model-config.yaml", "--extra-files", "labels.json")
+    assert call("verify", "store/cat.mar").exit_code == 0
+
+
 def test_verify_ends_what_the_handler_started(folder: Path) -> None:
     """The handler's child holds the write end of a FIFO; reading it ends when the child has gone."""
     os.mkfifo(folder / "fifo")

@@ -27,7 +27,11 @@ from mms.metrics import registry as make_registry
 
 
 def facts(metrics: VersionMetrics, *, model: str = "cat") -> VersionFacts:
-    workers = [WorkerFacts(0, "READY", 1.5, 1000), WorkerFacts(1, "READY", 2.5, 2000), WorkerFacts(2, "STARTING", 0, 0)]
+    workers = [
+        WorkerFacts(0, "READY", 1.5, 1000, 500),
+        WorkerFacts(1, "READY", 2.5, 2000, 700),
+        WorkerFacts(2, "STARTING", 0, 0, None),
+    ]
     return VersionFacts(
         model=model,
         version="1.0",
@@ -134,6 +138,7 @@ def test_a_version_is_shown_in_full() -> None:
         ("mms_workers", "model=cat state=FAILED version=1.0", 3),
         ("mms_worker_cpu_seconds_total", f"{cat} worker=1", 2.5),
         ("mms_worker_resident_memory_bytes", f"{cat} worker=1", 2000),
+        ("mms_worker_private_memory_bytes", f"{cat} worker=1", 700),
         ("mms_connections", "", 5),
     ):
         assert found[name, labels] == value, f"{name} {labels}"

@@ -145,7 +145,7 @@ def test_live_settings_reach_the_queue(archive: ModelArchive) -> None:
 
 
 def test_a_version_describes_itself_as_mms_does(archive: ModelArchive) -> None:
-    described = make(archive).describe({})
+    described = make(archive).describe()
     assert described["modelName"] == "cat" and described["modelVersion"] == "1.0" and described["state"] == "LOADING"
     assert described["handler"] == "service:handle" and described["workers"] == []
     assert described["jobQueueStatus"] == {"remainingCapacity": 1, "pendingRequests": 0}
