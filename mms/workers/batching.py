@@ -313,16 +313,6 @@ class BatchQueue:
         self._waiting.tidy(self.depth)
         if self._overload.measure(now, self.submitted, self._handed, self.depth, self.batch_size):
             self._make_room()
-            if self._overload.overloaded:
-                self._let_go_oldest()
-
-    def _let_go_oldest(self) -> None:
-        """The newest are served from now on: of those that wait beneath them, only few would ever be."""
-        for job in self._waiting.beyond(max(0, self.room - len(self._alone))):
-            self._left(job)
-            job.queue = None
-            error = refusals.no_room(self.depth, self.capacity, self.timeout, None, self._overload)
-            self._gave_way.append((job, error))
 
     def _accept_terms(self, job: Job, terms: Terms) -> None:
         """Note its deadlines, and make room: others of lower priority give way."""
@@ -416,7 +406,8 @@ class BatchQueue:
         self.bytes -= job.size
 
     def _newest_first(self, worker: InFlight, now: float) -> bool:
-        if self.fifo:
+        if self.fifo or self.depth > self.room:  # those who are too many for that are served first, in their order
+            self._overload.newest_first = False
             return False
         oldest = self._waiting.oldest()
         waited = now - oldest.arrived if oldest is not None else 0.0

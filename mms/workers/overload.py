@@ -32,7 +32,7 @@ class Overload:
         self.standing_since: float | None = None
         self._drain: deque[tuple[float, int]] = deque()  # when how many were handed out, while others waited
         self._refused = 0
-        self._window = (-math.inf, 0, 0)  # when it began, jobs that had come, and that had been handed out
+        self._window = (0.0, 0, 0)  # when it began, jobs that had come, and that had been handed out
         self._windows = 0  # in a row in which too many came
 
     def forget_rate(self) -> None:
@@ -78,7 +78,7 @@ class Overload:
         """Whether more come than leave; returns whether that is new."""
         was = self.overloaded
         begun, came_before, left_before = self._window
-        if not depth:
+        if not depth or not begun:
             self._windows, self.overloaded = 0, False
         elif now - begun < EXCESS_SECONDS or left - left_before < RATE_BATCHES * batch_size:
             return False

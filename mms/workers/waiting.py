@@ -40,12 +40,6 @@ class Waiting(Protocol):
         """The jobs that have waited for `longest`, taken out."""
         ...
 
-    def beyond(self, count: int) -> list[Job]:
-        """The longest waiting jobs, taken out, so that `count` are left; only of a line in which the newest may go
-        first.
-        """
-        ...
-
     def put_back(self, jobs: Iterable[Job]) -> None:
         """They were taken before, and go where they were."""
         ...
@@ -97,12 +91,6 @@ class Line(deque[Job]):
             if not job.settled:
                 late.append(job)
         return late
-
-    def beyond(self, count: int) -> list[Job]:
-        alive = [job for job in self if not job.settled]
-        self.clear()
-        self.extend(alive[max(0, len(alive) - count) :])
-        return alive[: max(0, len(alive) - count)]
 
     def put_back(self, jobs: Iterable[Job]) -> None:
         self.extend(jobs)
@@ -168,9 +156,6 @@ class Levels:
                 del line[job.id]
                 late.append(job)
         return late
-
-    def beyond(self, count: int) -> list[Job]:
-        return []
 
     def put_back(self, jobs: Iterable[Job]) -> None:
         for job in jobs:

@@ -82,8 +82,7 @@ def check_reason(queue: BatchQueue, job: Job, error: MMSError, now: float) -> No
     """Why a job is given up, waiting or at a worker."""
     waited = now - job.arrived
     if isinstance(error, QueueFullError):
-        lower = queue.scheduling.levels > 1 and job.terms is not None and job.terms.level > 0
-        assert not job.taken and (lower or not queue.fifo)  # the oldest go when the newest are served
+        assert queue.scheduling.levels > 1 and job.terms is not None and job.terms.level > 0 and not job.taken
     elif isinstance(error, ObjectiveError):
         assert queue.objective is not None
         least = queue.objective.seconds * LEAST_WAIT

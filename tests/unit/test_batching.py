@@ -21,7 +21,7 @@ from mms.wire import RequestFacts
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import MAX_FRAME_JOBS, InFlight
 from mms.workers.job import Job, StreamCaller
-from mms.workers.overload import EXCESS_SECONDS, FEWEST_WAITING, MAX_RETRY_AFTER
+from mms.workers.overload import EXCESS_SECONDS, FEWEST_WAITING, MAX_RETRY_AFTER, STANDING_SECONDS
 from mms.workers.poison import MAX_POISON_BYTES, RETRY_MINIMUM, RETRY_WINDOW
 from mms.workers.waiting import MAX_FRAME_BYTES
 
@@ -301,10 +301,10 @@ def test_retry_after_is_the_time_until_the_queue_is_empty_and_some_chance() -> N
 # the order
 
 
-def overload(queue: BatchQueue, worker: InFlight) -> tuple[float, list[tuple[Job, MMSError]]]:
-    """Twice as many come as leave, for two seconds. Returns when that is, and who was let go."""
-    now, gone = NOW, []
-    for number in range(400):
+def overload(queue: BatchQueue, worker: InFlight, seconds: float = 2.0) -> float:
+    """Twice as many come as leave, for so long. Returns when that is."""
+    now = NOW
+    for number in range(int(200 * seconds)):
         now = NOW + number * 0.005
         for job in (make_job(2 * number, arrived=now), make_job(2 * number + 1, arrived=now)):
             if queue.refusal(10) is None:
@@ -312,15 +312,14 @@ def overload(queue: BatchQueue, worker: InFlight) -> tuple[float, list[tuple[Job
         finish(worker, *take(queue, worker, now))
         if not number % 20:
             queue.tick(now)
-            gone += queue.expire(now)
     queue.tick(now)
-    return now, gone
+    return now
 
 
 @pytest.mark.parametrize("fifo", [False, True])
 def test_the_newest_job_is_served_first_while_more_come_than_leave(fifo: bool) -> None:
     queue, worker = make_queue(fifo=fifo), make_worker(0.004)
-    now, _ = overload(queue, worker)
+    now = overload(queue, worker)
     assert queue.newest_first is not fifo
     fill(queue, 1, first=10_000, arrived=now)
     assert (take(queue, worker, now) == [10_000]) is not fifo
@@ -365,7 +364,7 @@ def test_a_slow_handler_makes_nobody_overloaded() -> None:
 
 def test_an_empty_queue_ends_the_overload() -> None:
     queue, worker = make_queue(), make_worker(0.004)
-    now, _ = overload(queue, worker)
+    now = overload(queue, worker)
     while numbers := take(queue, worker, now):
         finish(worker, *numbers)
     fill(queue, 2, first=10_000, arrived=now)
@@ -376,7 +375,7 @@ def test_an_empty_queue_ends_the_overload() -> None:
 
 def test_while_more_come_than_leave_few_may_wait() -> None:
     queue, worker = make_queue(capacity=100), make_worker(0.004)
-    now, _ = overload(queue, worker)
+    now = overload(queue, worker)
     assert queue.newest_first and queue.room == FEWEST_WAITING and queue.depth <= FEWEST_WAITING
     fill(queue, queue.room - queue.depth, first=10_000, arrived=now)
     with pytest.raises(QueueFullError, match="more come than can be served"):
@@ -389,13 +388,18 @@ def test_while_more_come_than_leave_few_may_wait() -> None:
     assert queue.room == 100 and queue.depth, "more left than came"
 
 
-def test_who_waits_longest_when_the_overload_is_noticed_is_refused() -> None:
-    queue, worker = make_queue(capacity=100), make_worker(0.004)
-    _, gone = overload(queue, worker)
-    arrivals = [job.arrived for job, _ in gone]
-    assert len(gone) >= 50 and arrivals == sorted(arrivals)
-    assert min(job.arrived for job in queue._waiting) > max(arrivals)
-    assert {type(error) for _, error in gone} == {QueueFullError}
+def test_who_waits_when_the_overload_is_noticed_is_served_before_the_newest() -> None:
+    queue, worker = make_queue(capacity=1000), make_worker(0.004)
+    now = overload(queue, worker, seconds=1.4)
+    assert queue._overload.overloaded and queue.depth > queue.room == FEWEST_WAITING
+    while queue.depth > queue.room:
+        oldest = next(iter(queue._waiting))
+        assert take(queue, worker, now) == [oldest.id]
+        finish(worker, oldest.id)
+    take(queue, worker, now)
+    finish(worker, *worker.jobs)
+    newest = list(queue._waiting)[-1]
+    assert take(queue, worker, now + STANDING_SECONDS) == [newest.id]
 
 
 def test_with_fifo_as_many_may_wait_as_ever() -> None:

@@ -64,6 +64,7 @@ class Simulation:
         )
         if chance() < 0.4 and not self.queue.fifo:  # too much came before this history begins: it is too short for that
             self.queue._overload.overloaded, self.queue._overload._windows = True, 2
+            self.queue._overload._window = self.now, 0, 0
         self.speed = self.pick((1e-7, 1e-5, 1e-3, 0.1))
         self.workers = [Process(self.speed, self.queue) for _ in range(self.pick((1, 1, 2, 3)))]
         self.poison_share = self.pick((0.0, 0.0, 0.1, 0.5))
