@@ -62,9 +62,9 @@ class Simulation:
             fifo=chance() < 0.3,
             scheduling=self.scheduling(),
         )
-        if chance() < 0.4 and not self.queue.fifo:  # too much came before this history begins: it is too short for that
+        if chance() < 0.9 and not self.queue.fifo:  # too much came before this history begins: it is too short for that
             self.queue._overload.overloaded, self.queue._overload._windows = True, 2
-            self.queue._overload._window = self.now, 0, 0
+            self.queue._overload._window = float("inf"), 0, 0
         self.speed = self.pick((1e-7, 1e-5, 1e-3, 0.1))
         self.workers = [Process(self.speed, self.queue) for _ in range(self.pick((1, 1, 2, 3)))]
         self.poison_share = self.pick((0.0, 0.0, 0.1, 0.5))
