@@ -226,10 +226,18 @@ class Pipeline:
                 if isinstance(batch, Streaming):
                     self._stream(thread, batch, batch.answers, partial(_times_with, batch.batch, begun))
                     continue
-                stages.infer([ticket.prepared for ticket in batch if ticket.prepared is not None])
+                prepared = [ticket.prepared for ticket in batch if ticket.prepared is not None]
+                stages.infer(prepared)
                 wait()
+                now = _monotonic()
+                ended = Ended(batch, begun, now - begun)
+                if stages.streams and any([one.answer and type(one.answer[1]) is Stream for one in prepared]):
+                    # an inference that yields stays in its thread: CUDA's stream and torch's modes are the thread's own
+                    answers = list(map(stages.finish, prepared))
+                    self._stream(thread, batch, answers, partial(_times_with, ended, now))
+                    continue
                 account.idle(thread)
-                self._ended.put(Ended(batch, begun, _monotonic() - begun))
+                self._ended.put(ended)
 
     def _reply(self, thread: int, stages: RequestStages) -> None:
         """postprocess, and the answers of all batches that have ended meanwhile in one frame."""
@@ -293,12 +301,12 @@ class Pipeline:
             size = self._batch_size
             if not self._preprocess_threads:
                 return [ready.popleft() for _ in range(min(size, len(ready)))]
-            bucket = _bucket(ready[0])
+            bucket = {_bucket(ready[0])}  # a set, as what has a hash may compare in ways of its own: nan, tensors
             batch: list[Ticket] = []
             others: list[Ticket] = []
             while ready and len(batch) < size:
                 ticket = ready.popleft()
-                (batch if _bucket(ticket) == bucket else others).append(ticket)
+                (batch if _bucket(ticket) in bucket else others).append(ticket)
             ready.extendleft(reversed(others))
             return batch
 

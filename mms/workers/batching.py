@@ -376,9 +376,8 @@ class BatchQueue:
                 if oldest is not None and oldest.arrived + self.max_batch_delay > now:
                     return 0
             limit = min(max(1, ahead) * batch_size, max(MAX_FRAME_JOBS, batch_size))
-        elif (
-            worker.preprocess_threads and not worker.streams
-        ):  # a batch more for the preprocess threads, and what they have in hand
+        elif worker.preprocess_threads and not worker.streams:
+            # a batch more for the preprocess threads, and what they have in hand
             window = max(batch_size * (worker.threads + 1) + worker.preprocess_threads, ahead * batch_size)
             return max(0, min(window - len(worker.jobs), MAX_FRAME_JOBS))
         elif len(worker.frames) > worker.threads or self.depth < batch_size:
