@@ -1,11 +1,20 @@
-"""A thread that runs batches gets a CUDA stream of its own. Runs in the worker process."""
+"""What threads of a worker have of their own in torch: a CUDA stream each, and modes. Runs in the worker process."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+
+def modes() -> Callable[[], None]:
+    """Sets in another thread what a handler's `initialize` may have set for good in this one: no gradients."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return lambda: None
+    return partial(torch.set_grad_enabled, torch.is_grad_enabled())
 
 
 @contextlib.contextmanager

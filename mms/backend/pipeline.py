@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from mms import wire
 from mms.backend.answers import Answer, Body
 from mms.backend.channel import Channel, requests_of
-from mms.backend.device import own_stream
+from mms.backend.device import modes, own_stream
 from mms.backend.stages import Prepared, RequestStages, Stages
 from mms.backend.streams import Stream, Streams
 from mms.handler import Request
@@ -167,11 +167,13 @@ class Pipeline:
             work += [
                 (f"execute-{number}", partial(self._execute, number, stages.for_thread())) for number in range(threads)
             ]
+        begin = modes()
         for name, target in work:
-            threading.Thread(target=self._guarded, args=(target,), name=name, daemon=True).start()
+            threading.Thread(target=self._guarded, args=(begin, target), name=name, daemon=True).start()
 
-    def _guarded(self, target: Callable[[], None]) -> None:
+    def _guarded(self, begin: Callable[[], None], target: Callable[[], None]) -> None:
         try:
+            begin()
             target()
         except BaseException:
             if self._closed:  # the server has gone

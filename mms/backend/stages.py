@@ -202,8 +202,9 @@ class RequestStages:
     def infer(self, batch: list[Prepared]) -> None:
         """Each item becomes its output; those that fail get their answer. Never raises."""
         try:
-            outputs = self.handler.inference(self.handler.collate([one.item for one in batch]))
-            fault = miscount(outputs, len(batch), "inference")
+            collated = self.handler.collate([one.item for one in batch])
+            outputs = self.handler.inference(collated)
+            fault = miscount_of(collated, outputs, len(batch))
             if fault and hasattr(outputs, "__next__"):
                 self._take_steps(outputs, batch)
                 return
@@ -278,6 +279,14 @@ def miscount(results: Any, wanted: int, function: str) -> str:
     if len(results) != wanted:
         return f"{function} returned {len(results)} results for {wanted} requests; one per request is needed"
     return ""
+
+
+def miscount_of(collated: Any, outputs: Any, wanted: int) -> str:
+    """As miscount, of `inference`; what `collate` made of a batch is to blame if it has the same wrong length."""
+    fault = miscount(outputs, wanted, "inference")
+    if fault and _is_sequence(outputs) and _is_sequence(collated) and len(collated) == len(outputs):
+        return f"collate made a batch of {len(collated)} of {wanted} requests, and inference as many results"
+    return fault
 
 
 def _is_sequence(value: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mms import wire
-from mms.backend.stages import RequestStages, Stages, miscount
+from mms.backend.stages import RequestStages, Stages, miscount, miscount_of
 from mms.backend.streams import Stream
 from mms.errors import ModelLoadError
 from mms.handler import Request
@@ -52,7 +52,7 @@ def _run_shape(stages: Stages, sample: WarmupSample, size: int) -> str:
         batch = stages.handler.collate([_item(sample) for _ in range(size)])
         outputs = stages.handler.inference(batch)
         if not isinstance(outputs, Iterator):
-            return miscount(outputs, size, "inference")
+            return miscount_of(batch, outputs, size)
         faults = [miscount(step, size, "a step of inference") for step in outputs]
         return next(filter(None, faults), "")
     except Exception as error:
