@@ -17,7 +17,9 @@ from mms.samples import WarmupSample
 
 
 def warm_up(stages: Stages, load: wire.Load) -> None:
-    """Run them all. Raises ModelLoadError that names the sample that fails; its traceback is in the model's log."""
+    """Run them all; nothing of it is counted. Raises ModelLoadError that names the sample that fails, whose traceback
+    is in the model's log.
+    """
     for sample in load.preparation.warmup:
         for size in load.preparation.batch_sizes:
             for _ in range(sample.count):
@@ -25,6 +27,7 @@ def warm_up(stages: Stages, load: wire.Load) -> None:
                 if fault:
                     raise ModelLoadError(f"warmup sample {sample.name} failed in a batch of {size}: {fault}")
     stages.take_times()
+    stages.metrics.take()
 
 
 def _run_file(stages: Stages, load: wire.Load, sample: WarmupSample, size: int) -> str:
