@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from mms import wire
 from mms.backend.answers import Answer, Body
 from mms.backend.channel import Channel, requests_of
-from mms.backend.device import modes, own_stream
+from mms.backend.device import modes, own_lane
 from mms.backend.stages import Prepared, RequestStages, Stages
 from mms.backend.streams import Stream, Streams
 from mms.handler import Request
@@ -185,11 +185,11 @@ class Pipeline:
     def _execute(self, thread: int, stages: Stages) -> None:
         """Whole batches, in the order in which they came."""
         account = self._account
-        with own_stream(self._device) as wait:
+        with own_lane(self._device) as lane:
             while batch := self._next_batch():
                 begun = account.begin(thread, batch)
                 answers = stages.run([ticket.request for ticket in batch])
-                wait()
+                lane.wait()
                 if stages.streams and any([type(body) is Stream for _, body in answers]):
                     self._stream(thread, batch, answers, partial(_times_of, batch, begun, stages))
                     continue
@@ -222,15 +222,15 @@ class Pipeline:
     def _infer(self, thread: int, stages: RequestStages) -> None:
         """inference, on batches of what is prepared."""
         account = self._account
-        with own_stream(self._device) as wait:
+        with own_lane(self._device) as lane:
             while batch := self._next_batch():
                 begun = account.begin(thread, batch)
                 if isinstance(batch, Streaming):
                     self._stream(thread, batch, batch.answers, partial(_times_with, batch.batch, begun))
                     continue
                 prepared = [ticket.prepared for ticket in batch if ticket.prepared is not None]
-                stages.infer(prepared)
-                wait()
+                stages.infer(prepared, lane.move)
+                lane.wait()
                 now = _monotonic()
                 ended = Ended(batch, begun, now - begun)
                 if stages.streams and any([one.answer and type(one.answer[1]) is Stream for one in prepared]):
