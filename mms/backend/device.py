@@ -1,6 +1,4 @@
-"""What a thread that runs batches has on its device: a CUDA stream, and pinned memory; and torch's modes, which are each
-thread's own. Runs in the worker process.
-"""
+"""What a thread that runs batches has of its own: a CUDA stream, pinned memory, torch's modes. Worker process."""
 
 from __future__ import annotations
 
