@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from mms import wire
 from mms.backend.answers import Answer, Body
 from mms.backend.channel import Channel, requests_of
-from mms.backend.device import own_stream
+from mms.backend.device import own_lane
 from mms.backend.stages import Prepared, RequestStages, Stages
 from mms.backend.streams import Stream, Streams
 from mms.handler import Request
@@ -183,11 +183,11 @@ class Pipeline:
     def _execute(self, thread: int, stages: Stages) -> None:
         """Whole batches, in the order in which they came."""
         account = self._account
-        with own_stream(self._device) as wait:
+        with own_lane(self._device) as lane:
             while batch := self._next_batch():
                 begun = account.begin(thread, batch)
                 answers = stages.run([ticket.request for ticket in batch])
-                wait()
+                lane.wait()
                 if stages.streams and any([type(body) is Stream for _, body in answers]):
                     self._stream(thread, batch, answers, partial(_times_of, batch, begun, stages))
                     continue
@@ -220,14 +220,14 @@ class Pipeline:
     def _infer(self, thread: int, stages: RequestStages) -> None:
         """inference, on batches of what is prepared."""
         account = self._account
-        with own_stream(self._device) as wait:
+        with own_lane(self._device) as lane:
             while batch := self._next_batch():
                 begun = account.begin(thread, batch)
                 if isinstance(batch, Streaming):
                     self._stream(thread, batch, batch.answers, partial(_times_with, batch.batch, begun))
                     continue
-                stages.infer([ticket.prepared for ticket in batch if ticket.prepared is not None])
-                wait()
+                stages.infer([ticket.prepared for ticket in batch if ticket.prepared is not None], lane.move)
+                lane.wait()
                 account.idle(thread)
                 self._ended.put(Ended(batch, begun, _monotonic() - begun))
 

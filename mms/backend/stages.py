@@ -20,6 +20,10 @@ _now = time.perf_counter
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
+def _stay(batch: Any) -> Any:
+    return batch
+
+
 class Stages(Protocol):
     """One loaded handler."""
 
@@ -199,10 +203,13 @@ class RequestStages:
             return Prepared(request, None, None, failure(client_error(error, [request])))
         return Prepared(request, item, bucket, None)
 
-    def infer(self, batch: list[Prepared]) -> None:
-        """Each item becomes its output; those that fail get their answer. Never raises."""
+    def infer(self, batch: list[Prepared], move: Callable[[Any], Any] = _stay) -> None:
+        """Each item becomes its output; those that fail get their answer. Never raises.
+
+        `move` brings what `collate` returns to the device.
+        """
         try:
-            outputs = self.handler.inference(self.handler.collate([one.item for one in batch]))
+            outputs = self.handler.inference(move(self.handler.collate([one.item for one in batch])))
             fault = miscount(outputs, len(batch), "inference")
             if fault and hasattr(outputs, "__next__"):
                 self._take_steps(outputs, batch)
@@ -214,8 +221,8 @@ class RequestStages:
         except BaseException as error:
             if self._isolate and len(batch) > 1:
                 half = len(batch) // 2
-                self.infer(batch[:half])
-                self.infer(batch[half:])
+                self.infer(batch[:half], move)
+                self.infer(batch[half:], move)
                 return
             failed = failure(client_error(error, [one.request for one in batch]))
             for one in batch:

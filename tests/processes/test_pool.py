@@ -559,6 +559,26 @@ def test_closing_waits_for_what_is_in_hand(serve: Serve, make_gate: MakeGate) ->
     uvloop.run(scenario([make_gate() for _ in range(3)]))
 
 
+def test_closing_waits_for_the_replacement_of_a_worker_that_dies_meanwhile(serve: Serve, make_gate: MakeGate) -> None:
+    """Found by `make chaos`: those that waited were told that the version was unloaded."""
+
+    async def scenario(first: Gate, second: Gate) -> None:
+        async with serve("gate") as served:
+            in_hand, waits = served.submit(first.body), served.submit(second.body)
+            await until(first.begun)
+            served.queue.close("model m 1 is being unloaded")
+            closing = asyncio.ensure_future(served.pool.close(10))
+            await asyncio.sleep(0)
+            second.open()
+            os.kill(served.pids[0], signal.SIGKILL)
+            with pytest.raises(Error, match="the worker process died running this request"):
+                await asyncio.wait_for(in_hand, 5)
+            assert int(await asyncio.wait_for(waits, 5)) == second.begun()[0]
+            await asyncio.wait_for(closing, 5)
+
+    uvloop.run(scenario(make_gate(), make_gate()))
+
+
 def test_f22_f23_what_workers_print_is_logged_within_bounds(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with serve("prints_a_lot") as served:
