@@ -23,7 +23,7 @@ RISING = (120, 240, 360, 480, 600, 720, 840)  # requests per second; a batch of 
 OVERLOADED = 2  # of these steps, the last ones, are more than any batch size serves in time
 TRIES = 3  # to get a run in which the generator was in time
 
-BATCH = 0.1
+BATCH = 0.2
 WAITING = 32
 TURN = 0.05  # of a batch, for a request's way to the server, to the worker, and back
 
