@@ -340,11 +340,14 @@ class BatchQueue:
                 continue  # it is in `expired` already
             if job.taken and objective and (self.scheduling.default_output is None or job.streams):
                 continue
+            error = self._too_late() if objective else refusals.own_deadline(job)
+            if not objective and job.shared is not None and not job.shared.late(now, error):
+                continue
             if not job.taken:
                 self.drop(job)
                 job.parts.clear()
             job.queue = None
-            late.append((job, self._too_late() if objective else refusals.own_deadline(job)))
+            late.append((job, error))
         return late
 
     def _part(self, worker: InFlight, started: int, done: int | None) -> list[Job]:
