@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,7 @@ class Rig:
         main = psutil.Process(running.pid)
         inside = _files(running.run_dir, running.cache_dir)
         return State(
-            Counter(process.name() for process in processes_in(running.folder)),
+            Counter(_names(processes_in(running.folder))),
             main.num_fds() - len([c for c in main.net_connections("all") if _is_connection(c)]),
             main.memory_info().rss,
             Counter(
@@ -337,6 +337,13 @@ class Rig:
             if reply.status not in (200, 202, done):
                 self.problems.append(f"{method} {path}: {reply.status} {reply.body.decode()}")
             return
+
+
+def _names(processes: Iterable[psutil.Process]) -> Iterator[str]:
+    """Of those that are still there."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            yield process.name()
 
 
 def _files(*folders: Path) -> Iterator[Path]:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 
+import psutil
 from rich.console import Console
 
 from tests.chaos.clients import Clients, Outcome
@@ -72,8 +73,9 @@ def _cycles(under: Rig, count: int, end: float) -> None:
 
 
 def _sample(under: Rig, samples: list[int], over: threading.Event) -> None:
+    server = psutil.Process(under.running.pid)
     while not over.wait(SAMPLE):
-        samples.append(under.state().memory)
+        samples.append(server.memory_info().rss)
 
 
 def _nothing(outcome: Outcome, faults: Counter[str]) -> bool:
