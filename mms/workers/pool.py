@@ -25,7 +25,7 @@ from mms.workers.job import Job
 from mms.workers.lateness import Lateness
 from mms.workers.losses import Losses
 from mms.workers.recycling import Recycling
-from mms.workers.restarts import Restarts
+from mms.workers.restarts import Restarts, no_workers
 from mms.workers.scaling import Scaling
 from mms.workers.settings import PoolSettings
 from mms.workers.starting import Starter
@@ -281,7 +281,8 @@ class WorkerPool:
     def _unfinished(self) -> bool:
         """Whether somebody waits for a job that a worker has or can still take."""
         in_hand = (job for worker in self.workers for job in worker.in_flight.jobs.values())
-        return bool(self._queue.depth and self.ready_workers) or any(not job.settled for job in in_hand)
+        comes = self.target > 0 and self.failure is None  # a worker that loads, or that replaces one
+        return bool(self._queue.depth and (self.ready_workers or comes)) or any(not job.settled for job in in_hand)
 
     async def _change(self, within: float) -> None:
         self._changed.clear()
@@ -306,12 +307,22 @@ class WorkerPool:
             worker = self._starter.surplus(active)
             active.remove(worker)
             self._stop_worker(worker)
-        if not self.target and self.template is not None:
-            self.template.release()
+        if not self.target:
+            if self.template is not None:
+                self.template.release()
+            if self._queue.depth and not self.workers and not self._draining:
+                self._left_waiting()
         if self._timer is None and (self.workers or self.target):
             self._last_tick = time.monotonic()
             self._timer = self._loop.call_later(TICK, self._tick)
         self._changed.set()
+
+    def _left_waiting(self) -> None:
+        """The last worker went before it could take all that waited: they are treated as those who come now."""
+        if self.scaling.rouse():
+            self._loop.call_soon(self._reconcile)
+        else:
+            self._abandon(no_workers(self._settings.label))
 
     def _active(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.state in (WorkerState.STARTING, WorkerState.READY)]
@@ -383,6 +394,11 @@ class WorkerPool:
             self._stop_when_idle(worker)
 
     def _stop_when_idle(self, worker: Worker) -> None:
+        """With no worker to stay, those that go take what waits; nobody else comes to wait."""
+        if self._queue.depth and not self.target and not self._draining:
+            now = time.monotonic()
+            self._expire(now)
+            self._feed(worker, now)
         if not worker.in_flight.jobs:
             worker.stop()
             self._loop.call_later(self._settings.stop_grace, worker.kill, "did not stop in time")
