@@ -86,6 +86,7 @@ class ControlPlane:
         # by name and version: what is to be registered at start or could not be, and whether it is the default
         self._waiting: dict[tuple[str, str], tuple[SavedVersion, bool]] = {}
         self._closed = False
+        self.before: Mapping[tuple[str, str], int] = {}  # workers in the server that this one succeeds
         self.frozen = False  # an upgrade goes on: what is registered must stay as the new server was told
 
     async def check_sandbox(self) -> None:
@@ -329,9 +330,10 @@ class ControlPlane:
         async with self._locks.setdefault(name, asyncio.Lock()):
             version = await self._add(archive, name, saved, at_start)
         if version.pool is not None:
-            version.pool.set_target(version.settings.min_workers, _bounds(version.settings))
+            bounds, before = _bounds(version.settings), self.before.get((name, version.version), 0) if at_start else 0
+            version.pool.set_target(min(max(bounds.low, before), bounds.high), bounds)
             if at_start:
-                version.pool.scaling.minimum = version.pool.target
+                version.pool.scaling.minimum = version.pool.owed
         await self._save()
         return version
 
@@ -415,7 +417,8 @@ class ControlPlane:
             log.warning("%s: share_weights does nothing on GPUs; set device: cpu to use it", archive.path.name)
         settings = dataclasses.replace(settings, gpus=placement.gpus)
         if settings.min_workers == -1:
-            settings = merge_settings(settings, {"min_workers": placement.size}, "request", strict=True)
+            most = placement.size if settings.max_workers == -1 else settings.max_workers
+            settings = dataclasses.replace(settings, min_workers=min(placement.size, most))
         return settings
 
     def _pool(

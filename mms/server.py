@@ -79,6 +79,8 @@ class ModelServer:
         self._cache = CacheDirectory(config.cache_dir)
         self._readiness = Readiness(self._registry, self._obstacle, self._restarts)
         self._control = ControlPlane(config, self._registry, store, self._cache, config.state)
+        if old is not None:
+            self._control.before = {(name, number): count for name, number, count in old.handover.workers}
         saved = old.handover.state if old is not None else State() if fresh else read(config.state)
         self._startup = Startup(Plan(config, self._control, saved), self._control, say, self._manager)
         self._run_dir = RunDirectory(config.run_dir, 1 if old is None else old.handover.generation)
