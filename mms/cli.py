@@ -19,10 +19,11 @@ from urllib.parse import quote
 import click
 
 import mms
-from mms.config import Config, load_config, show_setting
+from mms.config import Config, load_config
 from mms.errors import MMSError
 from mms.program import Program
 from mms.rundir import RunDirectory, Running
+from mms.setting import show_setting
 from mms.token import find_token
 
 if TYPE_CHECKING:

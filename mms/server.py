@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mms.addresses import LISTENERS, Addresses
 from mms.api.predictions import InferenceApi
-from mms.config import Config, is_loopback
+from mms.config import Config
 from mms.controlplane import ControlPlane
 from mms.dataplane import DataPlane
 from mms.edge import KEEPALIVE, Edge
@@ -30,6 +30,7 @@ from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.reload import Reloads
 from mms.rundir import CacheDirectory, RunDirectory, Running, note
+from mms.setting import is_loopback
 from mms.signature import TrustedKeys
 from mms.startup import HEARTBEAT, Plan, Startup
 from mms.state import State, read
