@@ -225,7 +225,7 @@ class ModelServer:
         from mms.api import management, metrics
         from mms.api.guard import Guard
 
-        monitor = GpuMonitor(self._control.gpus)
+        monitor = GpuMonitor(self._control.pools.gpus)
         collector = Collector(
             lambda: (version.facts() for version in self._registry.versions()),
             lambda: self._gpus,
@@ -328,7 +328,7 @@ class ModelServer:
         self._upgrades.check_none()
         await self._edge.apply(config)
         self._config = config
-        self._control.config = config
+        self._control.apply(config)
         self._http.apply(self._limits())
         logging.getLogger("mms").setLevel(config.log_level.upper())
         note(lambda: self._run_dir.record(self._running()))

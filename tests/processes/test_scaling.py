@@ -112,7 +112,7 @@ async def control_plane(archive: Path, folder: Path, **settings: Any) -> AsyncIt
     cache.acquire(None)
     config = Config(model_store=archive.parent, run_dir=folder, workers=-1, **settings)
     control = ControlPlane(config, ModelRegistry(), ModelStore(config.model_store), cache)
-    control.gpus = GPUS
+    control.pools.gpus = GPUS
     try:
         yield control
     finally:
