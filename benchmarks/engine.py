@@ -11,68 +11,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import SCRIPT as POST
-from benchmarks.load import Load, LoadError, find_wrk, put_load
-from benchmarks.models import Model, spec
+from benchmarks import queueing
+from benchmarks.figures import Bench, Figure, background
+from benchmarks.load import LoadError, find_wrk
+from benchmarks.models import Model, change, spec, workers
 from benchmarks.servers import Server, ServerError, running, server_environment
 from mms.archive import ModelArchive
-from mms.client import describe_models, send
 
 PACKAGE = Path(__file__).parents[1] / "examples" / "image_classification" / "package.py"
-WARM_UP = 3.0
 LAST_DEATH_FORGOTTEN = 11.0  # seconds: a death so soon after another one is followed by a pause
 REPLACED_WITHIN = 30.0
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 CORES = len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One ratio and its bar; `least` tells whether it must be at least the bar, or at most."""
-
-    what: str
-    detail: str
-    ratio: float
-    bar: float
-    least: bool = True
-
-    @property
-    def met(self) -> bool:
-        return self.ratio >= self.bar if self.least else self.ratio <= self.bar
-
-
-class Bench:
-    """What the scenarios share: how long to measure, and a body to send."""
-
-    def __init__(self, seconds: float, repeat: int, folder: Path) -> None:
-        self.seconds = seconds
-        self.repeat = repeat
-        self.folder = folder
-        self.body = folder / "body"
-        self.body.write_bytes(os.urandom(1024))
-
-    def load(self, server: Server, connections: int, *, model: str = "", body: Path | None = None) -> Load:
-        url = server.url.rpartition("/")[0] + f"/{model}" if model else server.url
-        put_load(url, body or self.body, connections=connections, seconds=WARM_UP)
-        return put_load(url, body or self.body, connections=connections, seconds=self.seconds)
-
-    def rates(self, server: Server, other: Server, connections: int) -> tuple[float, float, float]:
-        """Requests per second of both, and the median of the ratio of each round."""
-        pairs = []
-        for _ in range(self.repeat):
-            one, two = self.load(server, connections), self.load(other, connections)
-            pairs.append((one.requests / one.seconds, two.requests / two.seconds))
-        firsts, seconds = zip(*pairs, strict=True)
-        return statistics.median(firsts), statistics.median(seconds), statistics.median(a / b for a, b in pairs)
 
 
 def overlap(bench: Bench) -> Iterator[Figure]:
@@ -120,7 +76,7 @@ def network(bench: Bench) -> Iterator[Figure]:
     ModelArchive.open(archive).extract(folder)
     for batch in (1, 8):
         with running(spec(f"batch {batch}", [], archives=[archive], body=photo.read_bytes(), workers=CORES)) as server:
-            set_batch_size(server, archive.stem, batch)
+            change(server, archive.stem, batch_size=batch)
             ratios = []
             for _ in range(bench.repeat):
                 base = bare(folder, photo, batch, bench.seconds)
@@ -149,36 +105,14 @@ SCENARIOS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "neighbours": neighbours,
     "network": network,
     "replacement": replacement,
+    "objective": queueing.objective,
+    "priority": queueing.priority,
+    "cache": queueing.cache,
 }
-
-
-@contextmanager
-def background(server: Server, bench: Bench, model: str) -> Iterator[None]:
-    """Steady load on another model of the server meanwhile: as much as it can take, one at a time."""
-    url = server.url.rpartition("/")[0] + f"/{model}"
-    command = [find_wrk(), "-t1", "-c1", f"-d{int(bench.seconds) + 10}s", "-s", str(POST), url, "--", str(bench.body)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def workers(server: Server) -> list[dict[str, Any]]:
-    """The workers that are ready, as the management API describes them."""
-    models = describe_models(f"unix:{server.folder}/management.sock")
-    return [worker for model in models for worker in model["workers"] if worker["status"] == "READY"]
 
 
 def worker_memory(server: Server) -> int:
     return psutil.Process(workers(server)[0]["pid"]).memory_info().rss
-
-
-def set_batch_size(server: Server, model: str, batch: int) -> None:
-    status, body = send(f"unix:{server.folder}/management.sock", "PUT", f"/models/{model}?batch_size={batch}")
-    if status != 200:
-        raise ServerError(f"the batch size cannot be set: {body.decode()}")
 
 
 def replaced_after(server: Server) -> float:

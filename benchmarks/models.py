@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.servers import Command, ServerError, Spec, free_port, server_environment
+from benchmarks.servers import Command, Server, ServerError, Spec, server_environment
+from mms.client import describe_models, send
 
 HANDLERS = Path(__file__).with_name("handlers")
 
@@ -41,7 +42,7 @@ def spec(
             "cache-dir": folder / "cache",
             "inference-address": f"127.0.0.1:{port}",
             "management-address": f"unix:{folder}/management.sock",
-            "metrics-address": f"127.0.0.1:{free_port()}",
+            "metrics-address": f"unix:{folder}/metrics.sock",
             "edge": "none",
             "queue-size": 10_000,
             "queue-order": "fifo",
@@ -67,3 +68,24 @@ def package(model: Model, folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=server_environment(), cwd=folder)
     if done.returncode != 0:
         raise ServerError(f"model-archiver failed: {done.stderr.strip()}")
+
+
+def workers(server: Server) -> list[dict[str, Any]]:
+    """The workers of all models that are ready, as the management API describes them."""
+    models = describe_models(f"unix:{server.folder}/management.sock")
+    return [worker for model in models for worker in model["workers"] if worker["status"] == "READY"]
+
+
+def change(server: Server, model: str, **settings: int) -> None:
+    """Change settings of a model that is served. Raises ServerError."""
+    query = "&".join(f"{name}={value}" for name, value in settings.items())
+    status, body = send(f"unix:{server.folder}/management.sock", "PUT", f"/models/{model}?{query}")
+    if status != 200:
+        raise ServerError(f"{query} cannot be set: {body.decode()}")
+
+
+def metric(server: Server, name: str, model: str) -> float:
+    """The value of a metric of a model, of all its series together."""
+    _, text = send(f"unix:{server.folder}/metrics.sock", "GET", "/metrics")
+    lines = [line for line in text.decode().splitlines() if line.startswith(f"{name}{{") and f'"{model}"' in line]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)

@@ -455,7 +455,8 @@ def _check_scheduling(settings: ModelSettings, origin: str) -> None:
     """Raises ConfigError when settings do not fit together."""
     levels, sizes, preferred = settings.priority_levels, settings.priority_queue_sizes, settings.preferred_batch_sizes
     problem = ""
-    if preferred and preferred[-1] > settings.batch_size and not settings.latency_objective_ms:
+    unbounded = settings.latency_objective_ms and settings.batch_size == 1
+    if preferred and preferred[-1] > settings.batch_size and not unbounded:
         problem = f"preferred_batch_sizes has {preferred[-1]}, but batch_size is {settings.batch_size}"
     elif settings.default_priority > levels:
         problem = f"default_priority {settings.default_priority} is more than priority_levels {levels}"

@@ -324,7 +324,9 @@ def read_slots(page: mmap.mmap) -> Iterator[tuple[float, tuple[int, ...]]]:
     for at in range(PAGE, len(page), PAGE):
         begun_at, count = _SLOT.unpack_from(page, at)
         if begun_at:
-            yield begun_at, struct.unpack_from(f"<{min(count, MAX_PLACES)}Q", page, at + _SLOT.size)
+            places = struct.unpack_from(f"<{min(count, MAX_PLACES)}Q", page, at + _SLOT.size)
+            if _SLOT.unpack_from(page, at)[0] == begun_at:  # else the thread has just gone on to other work
+                yield begun_at, places
 
 
 def pack(kind: int, head: Any, payload_size: int = 0) -> bytes:

@@ -41,14 +41,14 @@ class ImageClassifier(Handler):
         return self.transform(request.image()), _requested_top_k(request, self.top_k)
 
     def collate(self, items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, list[int]]:
-        """The pictures as one batch on the device, the counts beside it."""
-        return torch.stack([picture for picture, _ in items]).to(self.device), [top_k for _, top_k in items]
+        """The pictures as one batch, the counts beside it."""
+        return torch.stack([picture for picture, _ in items]), [top_k for _, top_k in items]
 
     def inference(self, batch: tuple[torch.Tensor, list[int]]) -> list[list[tuple[int, float]]]:
         """Per picture its most likely classes, best first."""
         pictures, counts = batch
         with torch.inference_mode():
-            probabilities = self.model(pictures).float().softmax(dim=1)
+            probabilities = self.model(pictures.to(self.device)).float().softmax(dim=1)
             best = probabilities.topk(min(max(counts), probabilities.shape[1]))
         rows = zip(best.indices.tolist(), best.values.tolist(), counts, strict=True)
         return [list(zip(indices, values, strict=True))[:count] for indices, values, count in rows]

@@ -37,14 +37,10 @@ class Tensor(Handler):
             return self._from_bytes(request.body)
         return self._from_json(request.json())
 
-    def collate(self, items: list[torch.Tensor]) -> torch.Tensor:
-        """One batch on the device."""
-        return torch.stack(items).to(self.device)
-
     def inference(self, batch: torch.Tensor) -> list[Any]:
         """Per request its row of the output; of a network with several outputs, a row of each."""
         with torch.inference_mode():
-            return _rows(self.model(batch))
+            return _rows(self.model(batch.to(self.device)))
 
     def _from_bytes(self, body: bytearray) -> torch.Tensor:
         if self.shape is None:

@@ -113,6 +113,8 @@ def _translate(operation: Operation, handler: _Handler) -> Callable[[web.Request
             parameters |= await _body(request)
         for name in parameters:
             if name not in known:
+                if name in _AT_REGISTRATION:
+                    raise BadRequestError(f"{name} can only be set when the model is registered")
                 raise BadRequestError(f"unknown parameter {name}{nearest(name, known)}")
         given = {name: value for name, value in parameters.items() if value is not None}  # null: as if not there
         return await handler(request, given)

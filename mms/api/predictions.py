@@ -93,9 +93,13 @@ class InferenceApi:
                 return None
             try:
                 version = self._route(head, path, query).version
-                terms = version.scheduling.terms(head.timeout, head.priority)
             except MMSError as error:
                 self.refused(error)
+                return error
+            try:
+                terms = version.scheduling.terms(head.timeout, head.priority)
+            except MMSError as error:
+                version.count(error)
                 return error
         refusal = version.refusal(size, terms)
         if refusal is not None:

@@ -1,28 +1,89 @@
-"""A thread that runs batches gets a CUDA stream of its own. Runs in the worker process."""
+"""What a thread that runs batches has of its own: a CUDA stream, pinned memory, torch's modes. Worker process."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-
-@contextlib.contextmanager
-def _nothing() -> Any:
-    yield lambda: None
+MAX_PINNED = 256 << 20  # bytes of one tensor; a larger one is copied without
 
 
-def own_stream(device: str) -> contextlib.AbstractContextManager[Callable[[], None]]:
-    """A context in which this thread's kernels go to a stream of its own; its value waits for those launched so far.
+def modes() -> Callable[[], None]:
+    """Sets in another thread what a handler's `initialize` may have set for good in this one: no gradients."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return lambda: None
+    return partial(torch.set_grad_enabled, torch.is_grad_enabled())
 
-    Without a GPU, or without torch, there is nothing to wait for.
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """`move` brings the tensors of a batch to the device; `wait` waits for what was launched so far."""
+
+    move: Callable[[Any], Any]
+    wait: Callable[[], None]
+
+
+class Staging:
+    """Tensors on their way to the device, through pinned buffers that are kept: such copies run beside the kernels.
+
+    `allocate` makes a tensor of so many bytes; `copied` waits for the copies out of the buffers.
     """
-    return _cuda_stream(device) if device.startswith("cuda") and "torch" in sys.modules else _nothing()
+
+    def __init__(self, device: str, allocate: Callable[[int], Any], copied: Callable[[], None]) -> None:
+        self._device = device
+        self._allocate = allocate
+        self._copied = copied
+        self._buffers: list[Any] = []
+        self._used = 0
+
+    def move(self, batch: Any) -> Any:
+        """The batch with each CPU tensor in it, in tuples, lists and dicts as well, on the device."""
+        if self._used:
+            self._copied()
+        self._used = 0
+        return self._move(batch)
+
+    def _move(self, value: Any) -> Any:
+        if isinstance(value, sys.modules["torch"].Tensor):
+            return self._copy(value) if value.device.type == "cpu" and value.nbytes <= MAX_PINNED else value
+        if type(value) in (tuple, list):
+            return type(value)(map(self._move, value))
+        if type(value) is dict:
+            return {key: self._move(one) for key, one in value.items()}
+        return value
+
+    def _copy(self, tensor: Any) -> Any:
+        place = self._used
+        self._used += 1
+        if place == len(self._buffers):
+            self._buffers.append(self._allocate(tensor.nbytes))
+        elif len(self._buffers[place]) < tensor.nbytes:
+            self._buffers[place] = self._allocate(tensor.nbytes)
+        staged = self._buffers[place][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        staged.copy_(tensor)
+        return staged.to(self._device, non_blocking=True)
 
 
 @contextlib.contextmanager
-def _cuda_stream(device: str) -> Any:
+def _cpu() -> Any:
+    yield Lane(lambda batch: batch, lambda: None)
+
+
+def own_lane(device: str) -> contextlib.AbstractContextManager[Lane]:
+    """A context in which this thread's kernels go to a stream of its own.
+
+    Without a GPU, or without torch, batches stay where they are, and there is nothing to wait for.
+    """
+    return _cuda(device) if device.startswith("cuda") and "torch" in sys.modules else _cpu()
+
+
+@contextlib.contextmanager
+def _cuda(device: str) -> Any:
     import torch
 
     stream = torch.cuda.Stream(device)
@@ -34,4 +95,4 @@ def _cuda_stream(device: str) -> Any:
         done.synchronize()
 
     with torch.cuda.stream(stream):
-        yield wait
+        yield Lane(Staging(device, partial(torch.empty, dtype=torch.uint8, pin_memory=True), wait).move, wait)

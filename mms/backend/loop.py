@@ -132,6 +132,8 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
             stages = loaded
             template.inherit(stages, load)
         if not load.preparation.template:
+            channel.metrics = stages.metrics
+            channel.send_metrics()  # what `initialize` has counted; nothing of a warm-up is
             prepare(stages, load)
     except BaseException as error:
         text = "".join(traceback.format_exception(error))
@@ -142,8 +144,6 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
         return template.serve(sock, partial(main, loaded=stages))
     gc.collect()
     gc.freeze()
-    channel.metrics = stages.metrics
-    channel.send_metrics()
     prepares = load.preprocess_threads if isinstance(stages, RequestStages) else 0
     ready = wire.Ready(stages.style, _perf_counter() - begun, load.threads, prepares)
     channel.write(wire.READY, ready, [], 0)

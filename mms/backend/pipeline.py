@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from mms import wire
 from mms.backend.answers import Answer, Body
 from mms.backend.channel import Channel, requests_of
-from mms.backend.device import own_stream
+from mms.backend.device import modes, own_lane
 from mms.backend.stages import Prepared, RequestStages, Stages
 from mms.backend.streams import Stream, Streams
 from mms.handler import Request
@@ -167,11 +167,13 @@ class Pipeline:
             work += [
                 (f"execute-{number}", partial(self._execute, number, stages.for_thread())) for number in range(threads)
             ]
+        begin = modes()
         for name, target in work:
-            threading.Thread(target=self._guarded, args=(target,), name=name, daemon=True).start()
+            threading.Thread(target=self._guarded, args=(begin, target), name=name, daemon=True).start()
 
-    def _guarded(self, target: Callable[[], None]) -> None:
+    def _guarded(self, begin: Callable[[], None], target: Callable[[], None]) -> None:
         try:
+            begin()
             target()
         except BaseException:
             if self._closed:  # the server has gone
@@ -183,11 +185,11 @@ class Pipeline:
     def _execute(self, thread: int, stages: Stages) -> None:
         """Whole batches, in the order in which they came."""
         account = self._account
-        with own_stream(self._device) as wait:
+        with own_lane(self._device) as lane:
             while batch := self._next_batch():
                 begun = account.begin(thread, batch)
                 answers = stages.run([ticket.request for ticket in batch])
-                wait()
+                lane.wait()
                 if stages.streams and any([type(body) is Stream for _, body in answers]):
                     self._stream(thread, batch, answers, partial(_times_of, batch, begun, stages))
                     continue
@@ -220,16 +222,24 @@ class Pipeline:
     def _infer(self, thread: int, stages: RequestStages) -> None:
         """inference, on batches of what is prepared."""
         account = self._account
-        with own_stream(self._device) as wait:
+        with own_lane(self._device) as lane:
             while batch := self._next_batch():
                 begun = account.begin(thread, batch)
                 if isinstance(batch, Streaming):
                     self._stream(thread, batch, batch.answers, partial(_times_with, batch.batch, begun))
                     continue
-                stages.infer([ticket.prepared for ticket in batch if ticket.prepared is not None])
-                wait()
+                prepared = [ticket.prepared for ticket in batch if ticket.prepared is not None]
+                stages.infer(prepared, lane.move)
+                lane.wait()
+                now = _monotonic()
+                ended = Ended(batch, begun, now - begun)
+                if stages.streams and any([one.answer and type(one.answer[1]) is Stream for one in prepared]):
+                    # an inference that yields stays in its thread: CUDA's stream and torch's modes are the thread's own
+                    answers = list(map(stages.finish, prepared))
+                    self._stream(thread, batch, answers, partial(_times_with, ended, now))
+                    continue
                 account.idle(thread)
-                self._ended.put(Ended(batch, begun, _monotonic() - begun))
+                self._ended.put(ended)
 
     def _reply(self, thread: int, stages: RequestStages) -> None:
         """postprocess, and the answers of all batches that have ended meanwhile in one frame."""
@@ -293,12 +303,12 @@ class Pipeline:
             size = self._batch_size
             if not self._preprocess_threads:
                 return [ready.popleft() for _ in range(min(size, len(ready)))]
-            bucket = _bucket(ready[0])
+            bucket = {_bucket(ready[0])}  # a set, as what has a hash may compare in ways of its own: nan, tensors
             batch: list[Ticket] = []
             others: list[Ticket] = []
             while ready and len(batch) < size:
                 ticket = ready.popleft()
-                (batch if _bucket(ticket) == bucket else others).append(ticket)
+                (batch if _bucket(ticket) in bucket else others).append(ticket)
             ready.extendleft(reversed(others))
             return batch
 

@@ -20,6 +20,10 @@ _now = time.perf_counter
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
+def _stay(batch: Any) -> Any:
+    return batch
+
+
 class Stages(Protocol):
     """One loaded handler."""
 
@@ -199,11 +203,15 @@ class RequestStages:
             return Prepared(request, None, None, failure(client_error(error, [request])))
         return Prepared(request, item, bucket, None)
 
-    def infer(self, batch: list[Prepared]) -> None:
-        """Each item becomes its output; those that fail get their answer. Never raises."""
+    def infer(self, batch: list[Prepared], move: Callable[[Any], Any] = _stay) -> None:
+        """Each item becomes its output; those that fail get their answer. Never raises.
+
+        `move` brings what `collate` returns to the device.
+        """
         try:
-            outputs = self.handler.inference(self.handler.collate([one.item for one in batch]))
-            fault = miscount(outputs, len(batch), "inference")
+            collated = self.handler.collate([one.item for one in batch])
+            outputs = self.handler.inference(move(collated))
+            fault = miscount_of(collated, outputs, len(batch))
             if fault and hasattr(outputs, "__next__"):
                 self._take_steps(outputs, batch)
                 return
@@ -214,8 +222,8 @@ class RequestStages:
         except BaseException as error:
             if self._isolate and len(batch) > 1:
                 half = len(batch) // 2
-                self.infer(batch[:half])
-                self.infer(batch[half:])
+                self.infer(batch[:half], move)
+                self.infer(batch[half:], move)
                 return
             failed = failure(client_error(error, [one.request for one in batch]))
             for one in batch:
@@ -278,6 +286,14 @@ def miscount(results: Any, wanted: int, function: str) -> str:
     if len(results) != wanted:
         return f"{function} returned {len(results)} results for {wanted} requests; one per request is needed"
     return ""
+
+
+def miscount_of(collated: Any, outputs: Any, wanted: int) -> str:
+    """As miscount, of `inference`; what `collate` made of a batch is to blame if it has the same wrong length."""
+    fault = miscount(outputs, wanted, "inference")
+    if fault and _is_sequence(outputs) and _is_sequence(collated) and len(collated) == len(outputs):
+        return f"collate made a batch of {len(collated)} of {wanted} requests, and inference as many results"
+    return fault
 
 
 def _is_sequence(value: Any) -> bool:

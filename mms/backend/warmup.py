@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mms import wire
-from mms.backend.stages import RequestStages, Stages, miscount
+from mms.backend.stages import RequestStages, Stages, miscount, miscount_of
 from mms.backend.streams import Stream
 from mms.errors import ModelLoadError
 from mms.handler import Request
@@ -17,7 +17,9 @@ from mms.samples import WarmupSample
 
 
 def warm_up(stages: Stages, load: wire.Load) -> None:
-    """Run them all. Raises ModelLoadError that names the sample that fails; its traceback is in the model's log."""
+    """Run them all; nothing of it is counted. Raises ModelLoadError that names the sample that fails, whose traceback
+    is in the model's log.
+    """
     for sample in load.preparation.warmup:
         for size in load.preparation.batch_sizes:
             for _ in range(sample.count):
@@ -25,6 +27,7 @@ def warm_up(stages: Stages, load: wire.Load) -> None:
                 if fault:
                     raise ModelLoadError(f"warmup sample {sample.name} failed in a batch of {size}: {fault}")
     stages.take_times()
+    stages.metrics.take()
 
 
 def _run_file(stages: Stages, load: wire.Load, sample: WarmupSample, size: int) -> str:
@@ -52,7 +55,7 @@ def _run_shape(stages: Stages, sample: WarmupSample, size: int) -> str:
         batch = stages.handler.collate([_item(sample) for _ in range(size)])
         outputs = stages.handler.inference(batch)
         if not isinstance(outputs, Iterator):
-            return miscount(outputs, size, "inference")
+            return miscount_of(batch, outputs, size)
         faults = [miscount(step, size, "a step of inference") for step in outputs]
         return next(filter(None, faults), "")
     except Exception as error:

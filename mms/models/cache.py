@@ -87,7 +87,7 @@ class AnswerCache:
         if flight is not None:
             self.joined += 1
             job.parts.clear()
-            return flight.join(cast(Caller, job.caller))
+            return flight.join(job)
         kept = self._find(key, job.arrived) if serves else None
         if kept is not None:
             self.hits += 1
@@ -163,11 +163,12 @@ class AnswerCache:
 class Waiting:
     """One caller's share in a flight."""
 
-    __slots__ = ("_flight", "caller")
+    __slots__ = ("_flight", "caller", "until")
 
-    def __init__(self, flight: Flight, caller: Caller) -> None:
+    def __init__(self, flight: Flight, job: Job) -> None:
         self._flight = flight
-        self.caller: Caller | StreamCaller = caller
+        self.caller = job.caller
+        self.until = job.arrived + job.terms.timeout if job.terms is not None else 0.0  # its own deadline, if any
 
     def cancel(self) -> None:
         self._flight.leave(self)
@@ -182,16 +183,30 @@ class Flight:
     def __init__(self, cache: AnswerCache, key: bytes, job: Job) -> None:
         self.key = key
         self.place = key, job.terms
-        self.leader = Waiting(self, cast(Caller, job.caller))
+        self.leader = Waiting(self, job)
         self._cache = cache
         self._job: Job | None = job
         self._waiting = {self.leader: None}  # in the order of their arrival
-        job.caller = self
+        job.caller = job.shared = self
 
-    def join(self, caller: Caller) -> Waiting:
-        waiting = Waiting(self, caller)
+    def join(self, job: Job) -> Waiting:
+        """A request like the one that is run is answered along with it, but has its own deadline."""
+        waiting = Waiting(self, job)
         self._waiting[waiting] = None
+        run = self._job
+        if job.terms is not None and job.terms.timeout and run is not None and run.queue is not None:
+            run.queue.deadlines.add(waiting.until, run, False)
         return waiting
+
+    def late(self, now: float, error: MMSError) -> bool:
+        late = [one for one in self._waiting if one.until <= now]
+        if len(late) == len(self._waiting):
+            return True
+        for one in late:
+            del self._waiting[one]
+            self._cache.metrics.count(error)
+            self._tell(one.caller.fail, error)
+        return False
 
     def leave(self, waiting: Waiting) -> None:
         """One waits no longer; the last one takes the job along."""

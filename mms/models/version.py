@@ -177,7 +177,7 @@ class ModelVersion:
             "queueSize": settings.queue_size,
             "queueBytes": settings.queue_bytes,
             "queueTimeout": settings.queue_timeout,
-            "queueOrder": settings.queue_order,
+            "queueOrder": "fifo" if self.queue.fifo else settings.queue_order,
             **self._scheduling_described(),
             **({"cpuThreads": pool.cpu_threads} if pool is not None else {}),
             **({"maxRequests": settings.max_requests} if settings.max_requests else {}),

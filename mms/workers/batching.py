@@ -340,11 +340,14 @@ class BatchQueue:
                 continue  # it is in `expired` already
             if job.taken and objective and (self.scheduling.default_output is None or job.streams):
                 continue
+            error = self._too_late() if objective else refusals.own_deadline(job)
+            if not objective and job.shared is not None and not job.shared.late(now, error):
+                continue
             if not job.taken:
                 self.drop(job)
                 job.parts.clear()
             job.queue = None
-            late.append((job, self._too_late() if objective else refusals.own_deadline(job)))
+            late.append((job, error))
         return late
 
     def _part(self, worker: InFlight, started: int, done: int | None) -> list[Job]:
@@ -376,7 +379,8 @@ class BatchQueue:
                 if oldest is not None and oldest.arrived + self.max_batch_delay > now:
                     return 0
             limit = min(max(1, ahead) * batch_size, max(MAX_FRAME_JOBS, batch_size))
-        elif worker.preprocess_threads:  # a batch more for the preprocess threads, and what they have in hand
+        elif worker.preprocess_threads and not worker.streams:
+            # a batch more for the preprocess threads, and what they have in hand
             window = max(batch_size * (worker.threads + 1) + worker.preprocess_threads, ahead * batch_size)
             return max(0, min(window - len(worker.jobs), MAX_FRAME_JOBS))
         elif len(worker.frames) > worker.threads or self.depth < batch_size:

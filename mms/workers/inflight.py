@@ -64,17 +64,26 @@ class InFlight:
         self.sent += len(jobs)
 
     def finish(self, ids: list[int]) -> list[Job] | None:
-        """The jobs of these ids, answered and no longer in hand. None if one is not there."""
-        pop, frames = self.jobs.pop, self.frames
+        """The jobs of these ids, answered and no longer in hand. None, and all stay in hand, if one is not there."""
+        held, frames = self.jobs, self.frames
+        pop = held.pop
+        done: list[Job] = []
         try:
-            done = [pop(id) for id in ids]
+            for id in ids:
+                done.append(pop(id))
         except KeyError:
+            held.update([(job.id, job) for job in done])
             return None
         if not done:
             return done
         self.finished += len(ids)
         first = frames[0]
-        if first.left == len(ids) and first is done[0].frame and first is done[-1].frame:
+        if (
+            first.left == len(ids)
+            and first is done[0].frame
+            and first is done[-1].frame
+            and not (self.overlaps and any([job.frame is not first for job in done]))
+        ):
             frames.popleft().jobs = []  # the usual case: a frame is answered as a whole; it must hold no cycle
         else:
             for job in done:

@@ -37,6 +37,14 @@ class StreamCaller(Protocol):
     def fail(self, error: MMSError) -> None: ...
 
 
+class Shared(Protocol):
+    """The callers of a job that several wait for, each with a deadline of its own."""
+
+    def late(self, now: float, error: MMSError) -> bool:
+        """A deadline has come: tell those concerned `error`, unless that are all; whether it is all."""
+        ...
+
+
 class Work(Protocol):
     """What is under way for a caller."""
 
@@ -75,6 +83,7 @@ class Job(msgspec.Struct, eq=False):
     attempts: int = 0
     settled: bool = False
     stream: StreamCaller | None = None  # the caller, once the answer has begun to stream
+    shared: Shared | None = None  # set when several may wait for it
     abandon: Callable[[int], None] | None = None  # tells the worker, which has begun to stream the answer, to stop
 
     @property

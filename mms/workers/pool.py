@@ -190,10 +190,10 @@ class WorkerPool(Feeder):
             self._timer.cancel()
 
     def _unfinished(self) -> bool:
-        """Whether somebody waits for a job that a worker has or can still take."""
+        """Whether somebody waits for a job that a worker has or can still take, if only one that replaces another."""
         in_hand = (job for worker in self.workers for job in worker.in_flight.jobs.values())
-        comes = self.target > 0 and self.failure is None  # a worker that loads, or that replaces one
-        return bool(self._queue.depth and (self.ready_workers or comes)) or any(not job.settled for job in in_hand)
+        served = self.ready_workers or (self.was_ready and self.target and self.failure is None)
+        return bool(self._queue.depth and served) or any(not job.settled for job in in_hand)
 
     async def _change(self, within: float) -> None:
         self._changed.clear()

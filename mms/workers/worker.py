@@ -141,8 +141,9 @@ class Worker(asyncio.Protocol):
                 else:
                     raise FrameError(f"a worker sent a frame of kind {kind}")
         except FrameError as error:
-            log.error("worker %s: %s; killing it", self.pid, error.message)
-            self.kill("sent garbage on its channel")
+            if not self.cause:  # else it is killed already, and may have answered what was taken from it meanwhile
+                log.error("worker %s: %s; killing it", self.pid, error.message)
+                self.kill("sent garbage on its channel")
 
     def connection_lost(self, error: Exception | None) -> None:
         self._channel_ended = True

@@ -1,6 +1,7 @@
 """A body is a path. Each stage notes `PATH.STAGE`, and goes on when there is no file `PATH.STAGE.held` (any more).
 
-The answer is how many were in the batch. What stands behind an @ in the path is its bucket.
+The answer is how many were in the batch. What stands behind an @ in the path is its bucket; `nan` is the number,
+which is equal to none.
 """
 
 import os
@@ -18,7 +19,8 @@ class Held(Handler):
         return path
 
     def bucket_by(self, item):
-        return item.partition("@")[2]
+        bucket = item.partition("@")[2]
+        return float("nan") if bucket == "nan" else bucket
 
     def inference(self, batch):
         for path in batch:

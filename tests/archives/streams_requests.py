@@ -1,6 +1,7 @@
 """Request style: `inference` yields the words of each body in turn, upper case, and None where a body has no more.
 
-A word that is a path (with a slash in it) is waited for; `raise` raises, `refuse` is refused by postprocess.
+A word that is a path (with a slash in it) is waited for; `raise` raises, `refuse` is refused by postprocess, and for
+`thread` there comes the name of the thread that the step runs in.
 """
 
 import os
@@ -23,6 +24,8 @@ class Words(Handler):
         return Response(output, headers={"x-kind": "words"})
 
     def _word(self, word):
+        if word == "thread":
+            return threading.current_thread().name
         if word == "raise":
             raise ValueError("a bad word")
         if "/" in word:

@@ -231,7 +231,7 @@ class Rig:
     def state(self) -> State:
         running = self.running
         main = psutil.Process(running.pid)
-        inside = [path for folder in (running.run_dir, running.cache_dir) for path in folder.rglob("*")]
+        inside = _files(running.run_dir, running.cache_dir)
         return State(
             Counter(process.name() for process in processes_in(running.folder)),
             main.num_fds() - len([c for c in main.net_connections("all") if _is_connection(c)]),
@@ -240,6 +240,7 @@ class Rig:
                 _NUMBERS.sub("N", _RANDOM.sub("-N", str(path.relative_to(running.folder))))
                 for path in inside
                 if not path.is_relative_to(running.run_dir / "logs")
+                and "nginx/body" not in str(path)  # a killed worker of nginx leaves what it was spooling
             ),
             main.num_threads(),
             round(running.metric("mms_queue_depth") + running.metric("mms_requests_in_flight")),
@@ -336,6 +337,13 @@ class Rig:
             if reply.status not in (200, 202, done):
                 self.problems.append(f"{method} {path}: {reply.status} {reply.body.decode()}")
             return
+
+
+def _files(*folders: Path) -> Iterator[Path]:
+    """All that is in them, folders as well; what vanishes meanwhile is passed over."""
+    for folder in folders:
+        for place, inner, files in os.walk(folder):
+            yield from (Path(place, name) for name in (*inner, *files))
 
 
 def _is_connection(found: Any) -> bool:

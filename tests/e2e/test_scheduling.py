@@ -59,6 +59,10 @@ def test_a_header_that_is_no_number_is_told(running: Server, name: str, value: s
     for _ in range(2):  # the second time the head is known
         reply = running.predict("gate", b"", **{name: value})
         assert reply.status == 400 and f"the header {name.replace('_', '-')} is '{value}'" in reply.message
+    counted = running.metric("mms_errors_total", model="gate", cause="BadRequestException")
+    early = running.predict("gate", b"x", expect="100-continue", **{name: value})
+    assert early.status == 400
+    assert running.metric("mms_errors_total", model="gate", cause="BadRequestException") == counted + 1
 
 
 def test_in_a_queue_full_of_low_priority_a_high_one_waits_for_one_batch(running: Server, make_gate: MakeGate) -> None:
@@ -120,7 +124,10 @@ def test_an_objective_below_one_requests_own_time_is_told(running: Server) -> No
 def test_settings_are_checked_and_shown_at_registration(running: Server) -> None:
     described = running.describe("levels")
     assert (described["priorityLevels"], described["defaultPriority"]) == (2, 2)
+    assert described["queueOrder"] == "fifo" and running.describe("gate")["queueOrder"] == "adaptive"
     reply = fetch(running.management, "PUT", "/models/levels?preferred_batch_sizes=2,9")
     assert reply.status == 400 and "preferred_batch_sizes has 9, but batch_size is 2" in reply.message
     assert fetch(running.management, "PUT", "/models/levels?preferred_batch_sizes=2").status == 200
+    fixed = fetch(running.management, "PUT", "/models/levels?priority_levels=3")
+    assert (fixed.status, fixed.message) == (400, "priority_levels can only be set when the model is registered")
     assert running.describe("levels")["preferredBatchSizes"] == [2]

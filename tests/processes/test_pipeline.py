@@ -125,6 +125,22 @@ def test_only_requests_of_one_bucket_share_a_batch(start: Start, request_: Reque
     assert [sizes[id] for id in range(1, 7)] == [b"1", b"2", b"3", b"2", b"3", b"3"]
 
 
+def test_a_bucket_that_does_not_equal_itself_holds_nobody_up(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    outcomes = backend.predict(request_("@nan").body, request_("@nan").body)
+    assert [body for _, body in outcomes] == [b"1", b"1"]
+
+
+def test_an_inference_that_yields_stays_in_its_thread(start: Start) -> None:
+    backend = begin(start, "streams_requests", threads=2, preprocess_threads=1)
+    (id,) = backend.send(b"thread " * 50)
+    names = b""
+    while (frame := backend.frame())[0] == wire.STREAM:
+        names += frame[2]
+    assert frame[1].ids == [id] and names.count(b"execute-") == 50
+    assert len(set(names.split(b"execute-"))) == 2  # what is before the first, and the number
+
+
 def test_a_request_that_cannot_be_prepared_is_answered_while_others_run(start: Start, request_: Requests) -> None:
     backend = begin(start, preprocess_threads=1)
     first, bad = request_().hold("inference"), request_("bad")

@@ -253,11 +253,12 @@ def test_those_who_wait_for_a_worker_that_is_not_wanted_any_more_are_told_at_onc
     uvloop.run(scenario())
 
 
-def test_a_pool_that_closes_waits_for_the_worker_that_comes_for_a_request(serve: Serve) -> None:
+def test_a_pool_that_closes_waits_for_the_worker_that_a_request_has_brought(serve: Serve) -> None:
     async def scenario() -> None:
         async with serve("poison", workers=0) as served:
+            served.pool.set_target(0, Bounds(0, 1, on_request=True))
+            served.pool.rouse()
             waiting = served.submit(b"x")
-            served.pool.set_target(1)
             await served.pool.close(20)
             assert waiting.done() and await waiting == b"x"
 
@@ -601,6 +602,26 @@ def test_closing_waits_for_what_is_in_hand(serve: Serve, make_gate: MakeGate) ->
             await asyncio.wait_for(closing, 5)
 
     uvloop.run(scenario([make_gate() for _ in range(3)]))
+
+
+def test_closing_waits_for_the_replacement_of_a_worker_that_dies_meanwhile(serve: Serve, make_gate: MakeGate) -> None:
+    """Found by `make chaos`: those that waited were told that the version was unloaded."""
+
+    async def scenario(first: Gate, second: Gate) -> None:
+        async with serve("gate") as served:
+            in_hand, waits = served.submit(first.body), served.submit(second.body)
+            await until(first.begun)
+            served.queue.close("model m 1 is being unloaded")
+            closing = asyncio.ensure_future(served.pool.close(10))
+            await asyncio.sleep(0)
+            second.open()
+            os.kill(served.pids[0], signal.SIGKILL)
+            with pytest.raises(Error, match="the worker process died running this request"):
+                await asyncio.wait_for(in_hand, 5)
+            assert int(await asyncio.wait_for(waits, 5)) == second.begun()[0]
+            await asyncio.wait_for(closing, 5)
+
+    uvloop.run(scenario(make_gate(), make_gate()))
 
 
 def test_f22_f23_what_workers_print_is_logged_within_bounds(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:

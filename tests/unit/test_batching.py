@@ -773,6 +773,36 @@ def test_jobs_answered_out_of_order_leave_the_others_at_their_places() -> None:
     assert [job.id for job in queue._alone] == [1] and [job.id for job in queue._waiting] == [3]
 
 
+def test_answers_of_several_frames_in_turn_leave_the_others_in_hand() -> None:
+    queue, worker = make_queue(batch_size=3), InFlight(threads=2)
+    fill(queue, 5)
+    assert (take(queue, worker), take(queue, worker)) == ([1, 2, 3], [4, 5])
+    finish(worker, 1, 4, 2)
+    assert [(frame.first, frame.left) for frame in worker.frames] == [(0, 1), (3, 1)]
+    finish(worker, 5)
+    queue.lose(worker, 5, "signal 9", NOW)
+    assert [job.id for job in queue._alone] == [3] and not worker.frames
+
+
+def test_an_answer_to_an_unknown_job_leaves_those_beside_it_in_hand() -> None:
+    queue, worker = make_queue(), make_worker(QUICK)
+    fill(queue, 2)
+    assert take(queue, worker) == [1, 2]
+    assert worker.finish([2, 7]) is None and worker.finish([1, 1]) is None
+    queue.lose(worker, 2, "signal 9", NOW)
+    assert sorted(job.id for job in queue._alone) == [1, 2]
+
+
+def test_nothing_is_prepared_behind_streams() -> None:
+    queue, worker = make_queue(), InFlight(threads=2, preprocess_threads=2)
+    fill(queue, 9)
+    assert (take(queue, worker), take(queue, worker)) == ([1], [2])
+    worker.begins_stream()
+    assert take(queue, worker) == []
+    finish(worker, 1)
+    assert take(queue, worker) == [3]
+
+
 def test_the_death_of_a_poisonous_retry_does_not_spend_the_budget() -> None:
     queue = make_queue()
     for number in range(1, 4):

@@ -14,7 +14,8 @@ from mms.errors import HandlerError, MMSError, QueueFullError
 from mms.metrics import VersionMetrics
 from mms.models.cache import HIT, JOINED, MAX_BODY, OVERHEAD, AnswerCache
 from mms.wire import RequestFacts
-from mms.workers.job import Job, Work
+from mms.workers.batching import BatchQueue
+from mms.workers.job import Job, Terms, Work
 
 HEAD = b"content-type: text/plain\r\n"
 PLAIN = RequestFacts("text/plain", "", b"", False, [b"Host", b"here", b"X-Tenant", b"a"])
@@ -48,10 +49,11 @@ class Rig:
         self.jobs: list[Job] = []
         self.serves = True
         self.refusal: MMSError | None = None
+        self.queue: BatchQueue | None = None
 
-    def send(self, body: bytes = b"x", facts: RequestFacts = PLAIN) -> tuple[Client, Work]:
+    def send(self, body: bytes = b"x", facts: RequestFacts = PLAIN, terms: Terms | None = None) -> tuple[Client, Work]:
         client = Client()
-        job = Job(len(self.jobs), facts, b"id", [body], len(body), client, self.now)
+        job = Job(len(self.jobs), facts, b"id", [body], len(body), client, self.now, terms)
         return client, self.cache.submit(job, self._run, serves=self.serves)
 
     def ask(self, body: bytes = b"x", facts: RequestFacts = PLAIN) -> Client:
@@ -69,6 +71,8 @@ class Rig:
         if self.refusal is not None:
             raise self.refusal
         self.jobs.append(job)
+        if self.queue is not None:
+            self.queue.submit(job)
         return job
 
 
@@ -240,6 +244,28 @@ def test_the_last_to_leave_takes_the_job_along() -> None:
     assert rig.jobs[0].settled
     rig.ask()
     assert len(rig.jobs) == 2
+
+
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("leaves", [False, True])
+def test_joined_requests_have_their_own_deadlines(taken: bool, leaves: bool) -> None:
+    rig, prompt = Rig(), Terms(timeout=1.0)
+    queue = rig.queue = BatchQueue(batch_size=1, max_batch_delay=0.0, capacity=9, timeout=60.0, retry=1)
+    leader, leads = rig.send(terms=prompt)
+    if taken:
+        queue.take(queue.new_worker(), rig.now)
+    rig.now += 0.5
+    follower, _ = rig.send(terms=prompt)
+    if leaves:
+        leads.cancel()
+    assert queue.expire(1001.0) == [] and not follower.outcomes and not rig.jobs[0].settled
+    assert [str(error) for error in leader.outcomes] == (
+        [] if leaves else ["no answer within the request's timeout of 1000 ms"]
+    )
+    assert rig.metrics.requests == ({} if leaves else {504: 1})
+    ((job, error),) = queue.expire(1001.5)
+    job.fail(error)
+    assert follower.outcomes == [error] and queue.depth == 0
 
 
 def test_one_callers_fault_is_its_own() -> None:

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import random
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -32,7 +32,7 @@ from mms.workers.job import Job, Terms
 from mms.workers.overload import MAX_RETRY_AFTER, STANDING_SECONDS
 from mms.workers.scheduling import PLAIN, Scheduling
 from mms.workers.waiting import FAIR_TURN
-from tests.unit.simulated import Client, Process, check_reason, deadline, is_full, next_below
+from tests.unit.simulated import Client, Pipeline, Process, check_reason, deadline, is_full, next_below
 
 SEEDS = int(os.environ.get("SEEDS", "10000"))
 SEED = int(os.environ["SEED"]) if "SEED" in os.environ else None
@@ -40,6 +40,16 @@ PIECE = 250  # simulations that a process does in one go
 STEPS = 40
 TIMEOUT = 3.0
 RESPONSE_TIMEOUT = 1.0
+SERIAL = (1, 0)  # threads and preprocess threads of a worker
+RARITIES = (
+    "newest first",
+    "passed over",
+    "several at a time",
+    "answered too late",
+    "DeadlineError",
+    "QueueFullError",
+    "ObjectiveError",
+)
 T = TypeVar("T")
 FACTS = RequestFacts("", "", b"", False, [])
 
@@ -66,7 +76,8 @@ class Simulation:
             self.queue._overload.overloaded, self.queue._overload._windows = True, 2
             self.queue._overload._window = float("inf"), 0, 0
         self.speed = self.pick((1e-7, 1e-5, 1e-3, 0.1))
-        self.workers = [Process(self.speed, self.queue) for _ in range(self.pick((1, 1, 2, 3)))]
+        self.threads = SERIAL if chance() < 0.6 else self.pick(((2, 0), (3, 0), (1, 1), (1, 3), (2, 2)))
+        self.workers = [self.new_process() for _ in range(self.pick((1, 1, 2, 3)))]
         self.poison_share = self.pick((0.0, 0.0, 0.1, 0.5))
         self.hang_share = self.pick((0.0, 0.0, 0.1))
         self.clients: dict[int, Client] = {}
@@ -81,10 +92,13 @@ class Simulation:
             (self.receive, 5),
             (self.cancel, self.pick((0, 1))),
             (self.kill, self.pick((0, 0, 1, 3))),
-            (self.pass_time, 1),
+            (self.pass_time, 2),
             (self.stop_late, 1),
             (self.resize, self.pick((0, 0, 1))),
         )
+
+    def new_process(self) -> Process:
+        return (Process if self.threads == SERIAL else Pipeline)(self.speed, self.queue, *self.threads)
 
     def scheduling(self) -> Scheduling:
         if self.chance() < 0.6:
@@ -188,8 +202,7 @@ class Simulation:
             if len(self.queue._waiting) and self.queue.scheduling.levels == 1:
                 self.check_order(jobs, standing)
             self.check_fairness(below)
-        worker.frames.append((batch_size, deque(jobs)))
-        worker.sent += len(jobs)
+        worker.receive(batch_size, jobs)
 
     def check_fairness(self, below: Job | None) -> None:
         """Whoever waits longest of the lower levels is served at the latest with the tenth frame since then."""
@@ -219,44 +232,25 @@ class Simulation:
         self.advance(worker)
 
     def advance(self, worker: Process) -> None:
-        if worker.batch:
-            if not any(self.clients[job.id].hangs for job in worker.batch):
-                self.finish_batch(worker)
-        elif worker.frames:
-            self.begin_batch(worker)
-
-    def begin_batch(self, worker: Process) -> None:
-        batch_size, jobs = worker.frames[0]
-        worker.batch = [jobs.popleft() for _ in range(min(batch_size, len(jobs)))]
-        worker.started += len(worker.batch)
-        worker.begun_at = self.now
-        self.events.append(("begin", [job.id for job in worker.batch], "on", self.workers.index(worker)))
+        batch = worker.advance(self.now, self.chance, self.hangs)
+        if not batch:
+            return
+        self.events.append(("begin", [job.id for job in batch], "on", self.workers.index(worker)))
         poison = False
-        for job in worker.batch:
+        for job in batch:
             client = self.clients[job.id]
             client.runs += 1
             assert client.runs <= 1 + self.retry, f"job {job.id} runs {client.runs} times"
             poison = poison or client.poison
         if poison:
-            for job in worker.batch:
+            for job in batch:
                 client = self.clients[job.id]
                 client.killed += client.poison
                 assert client.killed <= 2, f"job {job.id} kills a third worker"
             self.end(worker)
 
-    def finish_batch(self, worker: Process) -> None:
-        worker.finished += worker.batch
-        worker.batch = []
-        worker.batches += 1
-        if not worker.frames[0][1]:
-            worker.frames.popleft()
-            self.flush(worker)
-        elif self.chance() < 0.5:
-            self.flush(worker)
-
-    def flush(self, worker: Process) -> None:
-        worker.written.extend(worker.finished)
-        worker.finished = []
+    def hangs(self, job: Job) -> bool:
+        return self.clients[job.id].hangs
 
     def receive(self) -> None:
         """The server reads a piece of what one worker has written."""
@@ -296,27 +290,56 @@ class Simulation:
         """The process ends; what it has written is read to the end; its jobs are taken back; another one starts."""
         self.events.append(("worker", self.workers.index(worker), "dies; begun jobs:", worker.started))
         self.read(worker, len(worker.written))
-        failed = self.queue.lose(worker.in_flight, worker.started, "signal 6 (SIGABRT)", self.now)
+        self.lose(worker, "signal 6 (SIGABRT)")
+
+    def lose(self, worker: Process, cause: str) -> None:
+        if self.retry:
+            for job in worker.finished:
+                self.clients[job.id].runs -= 1  # to no avail: it may be run again as if it had not been
+        failed = self.queue.lose(worker.in_flight, worker.started, cause, self.now, done=worker.done)
         assert all(isinstance(error, WorkerDiedError) for _, error in failed)
         self.fail(failed)
-        assert not worker.in_flight.jobs and not worker.in_flight.exclusive
-        self.replace(worker)
+        held = worker.in_flight
+        assert not held.jobs and not held.exclusive and not held.frames
+        self.queue.forget_worker(held)
+        self.workers[self.workers.index(worker)] = self.new_process()
 
     def stop_late(self) -> None:
         """A batch that ran too long fails, and its worker is killed."""
         for worker in self.workers[:]:
-            if worker.batch and self.now - worker.begun_at > RESPONSE_TIMEOUT:
-                self.events.append(("worker", self.workers.index(worker), "timed out; begun jobs:", worker.started))
+            late = {
+                n for begun_at, places in worker.running() if self.now - begun_at > RESPONSE_TIMEOUT for n in places
+            }
+            if not late:
+                continue
+            self.events.append(("worker", self.workers.index(worker), "timed out; begun jobs:", worker.started))
+            if isinstance(worker, Pipeline):
+                self.stop_some(worker, late)
+            else:
                 self.read(worker, len(worker.written))
-                failed = self.queue.timed_out(worker.in_flight, worker.started, RESPONSE_TIMEOUT)
+                held = worker.in_flight
+                failed = self.queue.timed_out(held, worker.started, RESPONSE_TIMEOUT, done=worker.done)
                 assert all(isinstance(error, DeadlineError) for _, error in failed)
                 self.fail(failed)
-                assert not self.queue.lose(worker.in_flight, worker.started, "response_timeout", self.now)
-                self.replace(worker)
+            self.lose(worker, "response_timeout")
 
-    def replace(self, worker: Process) -> None:
-        self.queue.forget_worker(worker.in_flight)
-        self.workers[self.workers.index(worker)] = Process(self.speed, self.queue)
+    def stop_some(self, worker: Pipeline, late: set[int]) -> None:
+        """Of several batches: the others stay in its hands until it has ended, and it may answer until then."""
+        if self.chance() < 0.5:
+            self.read(worker, len(worker.written))
+        held = worker.in_flight
+        failed = self.queue.overdue(held, late, RESPONSE_TIMEOUT)
+        assert len(failed) <= len(late) and all(isinstance(error, DeadlineError) for _, error in failed)
+        self.fail([(job, error) for job, error in failed if not job.settled])
+        if self.chance() < 0.5:
+            worker.end_late(late)
+        self.seen["several at a time"] += 1
+        if all(job.id in held.jobs for job in worker.written):
+            self.read(worker, len(worker.written))
+        else:
+            self.seen["answered too late"] += 1
+            assert held.finish([job.id for job in worker.written]) is None
+        self.check()
 
     def pass_time(self) -> None:
         self.now += self.pick((0.01, 0.3, 1.5))
@@ -359,6 +382,8 @@ class Simulation:
             self.dispatch()
             for worker in self.workers[:]:
                 self.advance(worker)
+                if self.threads != SERIAL and worker in self.workers:
+                    self.advance(worker)
             for worker in self.workers[:]:
                 self.read(worker, len(worker.written))
             self.now += 0.1
@@ -447,5 +472,5 @@ def test_every_job_has_one_owner_and_one_outcome() -> None:
         for some, failure in pool.imap(simulate, pieces):
             assert not failure, failure
             seen += some
-    for rarity in ("newest first", "passed over", "DeadlineError", "QueueFullError", "ObjectiveError"):
+    for rarity in RARITIES:
         assert seen[rarity] > SEEDS // 200, f"hardly ever happens: {rarity}"

@@ -251,6 +251,10 @@ def test_the_default_priority_is_the_middle_one(levels: int, default: int) -> No
     ("changes", "complaint"),
     [
         ({"preferred_batch_sizes": [2, 8], "batch_size": 4}, "preferred_batch_sizes has 8, but batch_size is 4"),
+        (
+            {"preferred_batch_sizes": [2, 8], "batch_size": 4, "latency_objective_ms": 50},
+            "preferred_batch_sizes has 8, but batch_size is 4",
+        ),
         ({"preferred_batch_sizes": [0]}, "each must be from 1 to 65536"),
         ({"request_timeout": -1}, "must be at least 0"),
         ({"request_timeout": MAX_TIMEOUT + 1}, "must be at most 86400"),

@@ -300,6 +300,15 @@ def test_any_sequence_of_outputs_will_do() -> None:
     assert bodies(run_requests(Outputs(("a", "b")), "1", "2")) == ["a", "b"]
 
 
+def test_a_collate_that_loses_an_item_is_named() -> None:
+    class Loses(Shout):
+        def collate(self, items: list[Any]) -> Any:
+            return items[1:]
+
+    answers = run_requests(Loses(), "a", "b", isolate=False)
+    assert bodies(answers) == ["collate made a batch of 1 of 2 requests, and inference as many results"] * 2
+
+
 def test_a_batch_that_cannot_be_collated_fails_its_requests() -> None:
     class Uneven(Shout):
         def collate(self, items: list[Any]) -> Any:

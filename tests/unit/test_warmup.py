@@ -48,6 +48,19 @@ def test_a_file_runs_in_each_batch_size_as_often_as_wanted(tmp_path: Path) -> No
     assert stages.take_times() == (0.0, 0.0, 0.0)
 
 
+def test_nothing_that_the_handler_counts_meanwhile_is_told(tmp_path: Path) -> None:
+    class Counts(Model):
+        def inference(self, batch: Any) -> Any:
+            stages.metrics.add_counter("seen", len(batch))
+            return batch
+
+    (tmp_path / "a.txt").write_text("hello")
+    stages, load = make(tmp_path, Counts(), WarmupSample(file="a.txt", content_type="text/plain"))
+    prepare(stages, load)
+    stages.metrics.add_counter("seen", 1)
+    assert [series.value for series in stages.metrics.take().series] == [1.0]
+
+
 def test_a_shape_goes_through_collate_and_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     handler = Model()

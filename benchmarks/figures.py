@@ -1,0 +1,70 @@
+"""A figure and its bar, and what the scenarios of `benchmarks.engine` share to measure one."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.load import SCRIPT, Load, find_wrk, put_load
+from benchmarks.servers import Server
+
+WARM_UP = 3.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One ratio and its bar; `least` tells whether it must be at least the bar, or at most."""
+
+    what: str
+    detail: str
+    ratio: float
+    bar: float
+    least: bool = True
+
+    @property
+    def met(self) -> bool:
+        return self.ratio >= self.bar if self.least else self.ratio <= self.bar
+
+
+class Bench:
+    """What the scenarios share: how long to measure, and a body to send."""
+
+    def __init__(self, seconds: float, repeat: int, folder: Path) -> None:
+        self.seconds = seconds
+        self.repeat = repeat
+        self.folder = folder
+        self.body = folder / "body"
+        self.body.write_bytes(os.urandom(1024))
+
+    def load(self, server: Server, connections: int, *, model: str = "", body: Path | None = None) -> Load:
+        url = server.url.rpartition("/")[0] + f"/{model}" if model else server.url
+        put_load(url, body or self.body, connections=connections, seconds=WARM_UP)
+        return put_load(url, body or self.body, connections=connections, seconds=self.seconds)
+
+    def rates(self, server: Server, other: Server, connections: int) -> tuple[float, float, float]:
+        """Requests per second of both, and the median of the ratio of each round."""
+        pairs = []
+        for _ in range(self.repeat):
+            one, two = self.load(server, connections), self.load(other, connections)
+            pairs.append((one.requests / one.seconds, two.requests / two.seconds))
+        firsts, seconds = zip(*pairs, strict=True)
+        return statistics.median(firsts), statistics.median(seconds), statistics.median(a / b for a, b in pairs)
+
+
+@contextmanager
+def background(server: Server, bench: Bench, model: str, connections: int = 1) -> Iterator[None]:
+    """Steady load on a model of the server meanwhile: as much as it can take, one at a time on each connection."""
+    url = server.url.rpartition("/")[0] + f"/{model}"
+    times = f"-c{connections}", f"-d{int(bench.seconds) + 10}s"
+    command = [find_wrk(), "-t1", *times, "-s", str(SCRIPT), url, "--", str(bench.body)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
