@@ -44,7 +44,7 @@ class ModelStore:
         try:
             paths = list(self._folder.iterdir())
         except OSError as error:
-            raise ModelNotFoundError(f"cannot read the model store {self._folder}: {error.strerror}") from None
+            raise ModelNotFoundError(f"cannot read the model store: {error.strerror}") from None
         return sorted(
             path.name
             for path in paths
