@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
 import socket
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,6 +34,7 @@ class Addresses:
         self.sockets = dict(passed)
         self.of = _wanted(config) | {name: address_of(sock) for name, sock in passed.items()}
         self._files: dict[str, str] = {}  # of the front end's Unix sockets, by listener
+        self._made: dict[str, tuple[int, int]] = {}  # which file each of them was
         self._group: int | None = None  # that may connect to them
         self._missing: set[str] = set()  # those that cannot be made anew
         # found here, it can be said in terms of the settings
@@ -54,6 +57,9 @@ class Addresses:
         found = cls(config, {name: sockets[name] for name in activated})
         found.of = dict(of)
         found.sockets = dict(sockets)
+        for name, address in found.of.items():
+            if name in sockets and address.startswith("unix:"):
+                found._made[name] = _identity(address.removeprefix("unix:"))
         return found
 
     def listen(self, behind_edge: Path | None, group: int | None) -> list[socket.socket]:
@@ -66,6 +72,7 @@ class Addresses:
                 bound.append(self.sockets.get(name) or bind(address, group=group))
                 if address.startswith("unix:") and name not in self.activated:
                     self._files[name] = address.removeprefix("unix:")
+                    self._made.setdefault(name, _identity(self._files[name]))
         except StartError:
             for sock in bound:
                 sock.close()
@@ -74,10 +81,13 @@ class Addresses:
         return bound
 
     def bind_anew(self) -> dict[str, socket.socket]:
-        """New sockets for the listeners whose socket file somebody has deleted: nobody could connect any more."""
+        """New sockets for the listeners whose socket file somebody has deleted: nobody could connect any more.
+
+        The file may be there again, of a server that did the same while this one took over from it, and that has ended.
+        """
         bound: dict[str, socket.socket] = {}
         for name, file in self._files.items():
-            if os.path.lexists(file):
+            if _identity(file) == self._made[name] or _answers(file):
                 continue
             try:
                 self.sockets[name] = bound[name] = bind(f"unix:{file}", group=self._group)
@@ -86,6 +96,7 @@ class Addresses:
                     log.error("the socket file of %s was deleted: %s; trying again", name, error.message)
                 self._missing.add(name)
             else:
+                self._made[name] = _identity(file)
                 log.warning("the socket file of %s was deleted; listening anew on %s", name, file)
                 self._missing.discard(name)
         return bound
@@ -94,6 +105,24 @@ class Addresses:
 def _wanted(config: Config) -> dict[str, str]:
     addresses = config.inference_address, config.management_address, config.metrics_address
     return dict(zip(LISTENERS, addresses, strict=True))
+
+
+def _identity(file: str) -> tuple[int, int]:
+    """Which file it is; no file is (0, 0)."""
+    try:
+        facts = os.lstat(file)
+    except OSError:
+        return 0, 0
+    return facts.st_dev, facts.st_ino
+
+
+def _answers(file: str) -> bool:
+    """Whether the file is something that is not to be replaced: all but a socket at which nobody listens."""
+    if not os.path.lexists(file):
+        return False
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        return sock.connect_ex(file) != errno.ECONNREFUSED or not stat.S_ISSOCK(os.lstat(file).st_mode)
 
 
 def _overlap(one: str, other: str) -> bool:

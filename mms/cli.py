@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
 
 import mms
-from mms.config import Config, load_config, show_setting
+from mms.config import Config, load_config
+from mms.daemon import daemon_log, start_daemon, tell_parent, was_started_as_daemon
 from mms.errors import MMSError
 from mms.program import Program
 from mms.rundir import RunDirectory, Running
+from mms.setting import show_setting
 from mms.token import find_token
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ NOT_READY = 3
 HEARTBEAT = 2.0
 RELOAD_TIMEOUT = 30.0
 RELOAD_POLL = 0.02
-_READY_FD = "_MMS_READY_FD"
-_LAST_WORDS = ("ready", "mms: error")
 
 _Command = Callable[..., Any]
 
@@ -97,19 +95,17 @@ def start(daemon: bool, foreground: bool, fresh: bool, file: Path | None, **opti
     mms start --model-store store --models cat.mar
     mms start --model-store store --models ALL --daemon
     """
-    is_daemon = _READY_FD in os.environ
-    if is_daemon:
-        os.set_inheritable(int(os.environ[_READY_FD]), False)  # nginx would hold it open for its whole life
+    is_daemon = was_started_as_daemon()
     from mms.upgrade import predecessor
 
     old = predecessor(os.environ)
     try:
         config, _ = _load(file, options)
         if daemon and not foreground:
-            _start_daemon(config)
+            start_daemon(config)
         code = _serve(config, lambda: _load(file, options)[0], old, fresh=fresh, is_daemon=is_daemon)
     except MMSError as error:
-        _tell_parent(f"mms: error: {error.message}")
+        tell_parent(f"mms: error: {error.message}")
         if old is not None:
             old.failed(error.message)
         raise
@@ -133,7 +129,7 @@ def _serve(
 
     try:
         if is_daemon and config.log_file is None:
-            logs.setup(config.log_level, _daemon_log(config), logs.RUN_DIR_BYTES)
+            logs.setup(config.log_level, daemon_log(config), logs.RUN_DIR_BYTES)
         else:
             logs.setup(config.log_level, config.log_file)
     except OSError as error:
@@ -143,56 +139,7 @@ def _serve(
 
 def _announce(text: str) -> None:
     click.echo(text)
-    _tell_parent(text)
-
-
-def _tell_parent(text: str) -> None:
-    """The `mms start --daemon` that waits for the ready line or an error, if this process was started by one."""
-    descriptor = os.environ.get(_READY_FD)
-    if descriptor is None:
-        return
-    with contextlib.suppress(BrokenPipeError):
-        os.write(int(descriptor), f"{text}\n".encode())
-    if text.startswith(_LAST_WORDS):
-        del os.environ[_READY_FD]
-        os.close(int(descriptor))
-
-
-def _daemon_log(config: Config) -> Path:
-    return RunDirectory(config.run_dir).logs / "mms.log"
-
-
-def _start_daemon(config: Config) -> NoReturn:
-    """Start the same command in a session of its own, and pass on its ready line or its error."""
-    log_file = config.log_file or _daemon_log(config)
-    try:
-        RunDirectory(config.run_dir).prepare()
-        log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        log_file.touch()
-    except OSError as error:
-        _fail(f"cannot write the log {log_file}: {error.strerror}")
-    read_end, write_end = os.pipe()
-    words = [word for word in sys.argv[1:] if word != "--daemon"]
-    with log_file.open("ab") as output:
-        subprocess.Popen(
-            [sys.executable, "-P", "-m", "mms.cli", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=(write_end,),
-            start_new_session=True,
-            env={**os.environ, _READY_FD: str(write_end)},
-        )
-    os.close(write_end)
-    with open(read_end) as lines:
-        for text in map(str.rstrip, lines):
-            if text.startswith("ready"):
-                click.echo(f"{text}; log {log_file}")
-                sys.exit(0)
-            click.echo(text, err=True)
-            if text.startswith(_LAST_WORDS):
-                sys.exit(1)
-    _fail(f"the server ended before it was ready; see {log_file}")
+    tell_parent(text)
 
 
 _run_dir_option = click.option(

@@ -6,226 +6,50 @@ Each setting is documented where it is defined; the command line, the environmen
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
-import ipaddress
 import os
-import re
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-
-import msgspec
 
 from mms.caching import CacheSettings, parse_cache
 from mms.errors import ConfigError
-from mms.instances import MAX_AT_A_TIME, Groups, parse_instances, show_instances
+from mms.folders import default_cache_dir, default_run_dir, default_state
+from mms.instances import MAX_AT_A_TIME, Groups, parse_instances
 from mms.instances import gpus as parse_gpus
 from mms.safe_yaml import read_yaml
 from mms.samples import WarmupSample, parse_samples
-from mms.sizes import parse_size as _size
+from mms.setting import (
+    MAX_BATCH,
+    MAX_QUEUE,
+    nearest,
+    one_of,
+    parse_address,
+    parse_batch_sizes,
+    parse_boolean,
+    parse_integer,
+    parse_milliseconds,
+    parse_models,
+    parse_networks,
+    parse_number,
+    parse_origins,
+    parse_output,
+    parse_path,
+    parse_paths,
+    parse_queue_sizes,
+    parse_setting,
+    parse_text,
+    parse_words,
+    setting,
+    shown,
+)
+from mms.sizes import parse_size
 from mms.token import VARIABLES
 
-MAX_SHOWN = 200  # characters of a wrong value in an error
 MAX_WORKERS = 1024
-MAX_BATCH = 65_536
-MAX_QUEUE = 1_000_000
 MAX_THREADS = 1024
 MAX_PRIORITIES = 16
 MAX_TIMEOUT = 86_400  # seconds: beyond a day nobody waits
-MAX_OUTPUT = 64 << 10
-
-_PORTS = {"http": 80, "https": 443}
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError("a whole number is needed")
-    try:
-        return int(value)
-    except (ValueError, TypeError):
-        raise ValueError("a whole number is needed") from None
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError("a number is needed")
-    try:
-        number = float(value)
-    except (ValueError, TypeError, OverflowError):
-        raise ValueError("a number is needed") from None
-    if not -1e12 < number < 1e12:
-        raise ValueError("a finite number is needed")
-    return number
-
-
-def _milliseconds(value: Any) -> float:
-    return _number(value) / 1000
-
-
-def _boolean(value: Any) -> bool:
-    text = str(value).lower()
-    if text in ("true", "yes", "on", "1"):
-        return True
-    if text in ("false", "no", "off", "0"):
-        return False
-    raise ValueError("true or false is needed")
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a text is needed")
-    return value
-
-
-def _path(value: Any) -> Path | None:
-    return None if value in (None, "") else Path(_text(str(value))).expanduser().absolute()
-
-
-def _paths(value: Any) -> tuple[str, ...]:
-    return tuple(str(Path(word).expanduser().absolute()) for word in _words(value))
-
-
-def _words(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = [word for word in re.split(r"[,\s]+", value) if word]
-    if not isinstance(value, list | tuple):
-        raise ValueError("a list is needed")
-    return tuple(str(word) for word in value)
-
-
-def _models(value: Any) -> tuple[str, ...]:
-    words = _words(value)
-    for word in words:
-        name, equals, file = word.partition("=")
-        if equals and "://" not in name and not (name and file):
-            raise ValueError(f"{word}: name=file is needed")
-    return words
-
-
-def _integers(value: Any) -> tuple[int, ...]:
-    return tuple(_integer(word) for word in (value if isinstance(value, list | tuple) else _words(value)))
-
-
-def _batch_sizes(value: Any) -> tuple[int, ...]:
-    sizes = _integers([value] if isinstance(value, int) else value)
-    if any(not 1 <= size <= MAX_BATCH for size in sizes):
-        raise ValueError(f"each must be from 1 to {MAX_BATCH}")
-    return tuple(sorted({*sizes}))
-
-
-def _limits(value: Any) -> tuple[int, ...]:
-    sizes = _integers([value] if isinstance(value, int) else value)
-    if any(size < 0 or size > MAX_QUEUE for size in sizes):
-        raise ValueError(f"numbers from 0 (no limit of its own) to {MAX_QUEUE} are needed")
-    return sizes
-
-
-def _output(value: Any) -> Any:
-    try:
-        encoded = msgspec.json.encode(value)
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError("a text or a value that JSON can hold is needed") from None
-    if len(encoded) > MAX_OUTPUT:
-        raise ValueError(f"at most {MAX_OUTPUT} bytes as JSON")
-    return value
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """Parses one of a few words."""
-
-    words: tuple[str, ...]
-
-    def __call__(self, value: Any) -> str:
-        text = str(value)
-        if isinstance(value, bool):  # YAML reads on, off, yes and no as these
-            text = "none" if value is False and "none" in self.words else text.lower()
-        if text not in self.words:
-            raise ValueError(f"one of {', '.join(self.words)} is needed")
-        return text
-
-
-def _one_of(*words: str) -> OneOf:
-    return OneOf(words)
-
-
-def _address(value: Any) -> str:
-    text = _text(value).removeprefix("http://").rstrip("/")
-    if not text.startswith("unix:"):
-        host, colon, port = text.rpartition(":")
-        if not colon or not host or not port.isdecimal() or int(port) > 65535:
-            raise ValueError("host:port or unix:/path is needed")
-    return text
-
-
-def _origins(value: Any) -> tuple[str, ...]:
-    return tuple(_origin(word) for word in _words(value))
-
-
-def _origin(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc:
-        raise ValueError(f"{url}: only scheme, host and port, such as https://models.example.com")
-    return origin_of(url)
-
-
-def origin_of(url: str) -> str:
-    """`scheme://host:port` of an http address. Raises ValueError."""
-    parts = urlsplit(url)
-    if parts.scheme not in _PORTS or not parts.hostname or re.search(r"[\s\\\x00-\x1f\x7f]", url):
-        raise ValueError("http://host or https://host is needed")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}:{parts.port or _PORTS[parts.scheme]}"
-
-
-def _networks(value: Any) -> tuple[str, ...]:
-    return tuple(str(ipaddress.ip_network(word)) for word in _words(value))
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach the address."""
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return address.startswith("unix:") or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
-def _setting(
-    default: Any, parse: Callable[[Any], Any], help: str, *, low: float | None = None, high: float | None = None
-) -> Any:
-    return field(default=default, metadata={"parse": parse, "help": help, "low": low, "high": high})
-
-
-def default_run_dir() -> Path:
-    """`/run/mms` for root (nginx's workers must reach it), else `$XDG_RUNTIME_DIR/mms` or a temporary folder."""
-    if os.geteuid() == 0 and os.access("/run", os.W_OK):
-        return Path("/run/mms")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "mms" if runtime else Path(tempfile.gettempdir()) / f"mms-{os.getuid()}"
-
-
-def default_cache_dir() -> Path:
-    """`/var/cache/mms` for root, else `$XDG_CACHE_HOME/mms` or `~/.cache/mms`; without a home, a folder of /var/tmp."""
-    if os.geteuid() == 0 and os.access("/var/cache", os.W_OK):
-        return Path("/var/cache/mms")
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache).absolute() / "mms"
-    home = Path(os.path.expanduser("~"))
-    if home.is_absolute() and any(os.access(folder, os.W_OK) for folder in (home / ".cache", home)):
-        return home / ".cache" / "mms"
-    temporary = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()  # the former is on disk
-    return Path(temporary) / f"mms-cache-{os.getuid()}"
-
-
-def default_state(cache_dir: Path, run_dir: Path, model_store: Path | None) -> Path:
-    """One file per run directory and model store, on disk: a run directory is often emptied at boot."""
-    key = hashlib.sha256(os.fsencode(f"{run_dir}\0{model_store or ''}")).hexdigest()[:12]
-    return cache_dir / "state" / f"{run_dir.name}-{key}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,139 +59,152 @@ class ModelSettings:
     Durations are seconds here; `max_batch_delay` is given in milliseconds in every file and call, as MMS users know it.
     """
 
-    batch_size: int = _setting(1, _integer, "most requests that one call of the handler gets", low=1, high=MAX_BATCH)
-    max_batch_delay: float = _setting(
-        0.0, _milliseconds, "milliseconds an idle worker waits for a fuller batch (0: takes what is there)", low=0
+    batch_size: int = setting(
+        1, parse_integer, "most requests that one call of the handler gets", low=1, high=MAX_BATCH
     )
-    min_workers: int = _setting(
+    max_batch_delay: float = setting(
+        0.0, parse_milliseconds, "milliseconds an idle worker waits for a fuller batch (0: takes what is there)", low=0
+    )
+    min_workers: int = setting(
         -1,
-        _integer,
+        parse_integer,
         "workers to run (-1: as instances say, else one per GPU, without GPUs one per core)",
         low=-1,
         high=MAX_WORKERS,
     )
-    max_workers: int = _setting(
+    max_workers: int = setting(
         -1,
-        _integer,
+        parse_integer,
         "workers to run while there is work for them; above min_workers it turns autoscaling on (-1: as min_workers)",
         low=-1,
         high=MAX_WORKERS,
     )
-    scale_up_after: float = _setting(
-        2.0, _number, "autoscaling: seconds of too much work before workers are added", low=0.001, high=3600
+    scale_up_after: float = setting(
+        2.0, parse_number, "autoscaling: seconds of too much work before workers are added", low=0.001, high=3600
     )
-    scale_down_after: float = _setting(
-        60.0, _number, "autoscaling: seconds in which fewer workers were enough before some go", low=0.001, high=86400
+    scale_down_after: float = setting(
+        60.0,
+        parse_number,
+        "autoscaling: seconds in which fewer workers were enough before some go",
+        low=0.001,
+        high=86400,
     )
-    scale_to_zero_after: float = _setting(
-        0.0, _number, "with min_workers 0: seconds without a request after which all workers go (0: never)", low=0
+    scale_to_zero_after: float = setting(
+        0.0, parse_number, "with min_workers 0: seconds without a request after which all workers go (0: never)", low=0
     )
-    load_on_request: bool = _setting(
-        False, _boolean, "with min_workers 0: the first request starts a worker and waits for it in the queue"
+    load_on_request: bool = setting(
+        False, parse_boolean, "with min_workers 0: the first request starts a worker and waits for it in the queue"
     )
-    response_timeout: float = _setting(
-        120.0, _number, "seconds one batch, or a chunk of its streams, may take before its worker is killed", low=0.001
+    response_timeout: float = setting(
+        120.0,
+        parse_number,
+        "seconds one batch, or a chunk of its streams, may take before its worker is killed",
+        low=0.001,
     )
-    startup_timeout: float = _setting(300.0, _number, "seconds a worker may take to load", low=0.001)
-    queue_size: int = _setting(
-        100, _integer, "requests that may wait; one more is refused with 429", low=1, high=MAX_QUEUE
+    startup_timeout: float = setting(300.0, parse_number, "seconds a worker may take to load", low=0.001)
+    queue_size: int = setting(
+        100, parse_integer, "requests that may wait; one more is refused with 429", low=1, high=MAX_QUEUE
     )
-    queue_bytes: int = _setting(512 << 20, _size, "bytes of bodies that may wait; beyond that 429", low=1)
-    queue_timeout: float = _setting(60.0, _number, "seconds a request may wait for a worker; then 504", low=0.001)
-    queue_order: str = _setting(
+    queue_bytes: int = setting(512 << 20, parse_size, "bytes of bodies that may wait; beyond that 429", low=1)
+    queue_timeout: float = setting(60.0, parse_number, "seconds a request may wait for a worker; then 504", low=0.001)
+    queue_order: str = setting(
         "adaptive",
-        _one_of("adaptive", "fifo"),
+        one_of("adaptive", "fifo"),
         "which request is served next (adaptive: the oldest, or while the queue does not empty any more the newest)",
     )
-    preferred_batch_sizes: tuple[int, ...] = _setting(
-        (), _batch_sizes, "batch sizes that are better than others: the largest for which enough wait is taken"
+    preferred_batch_sizes: tuple[int, ...] = setting(
+        (), parse_batch_sizes, "batch sizes that are better than others: the largest for which enough wait is taken"
     )
-    request_timeout: float = _setting(
+    request_timeout: float = setting(
         0.0,
-        _number,
+        parse_number,
         "seconds after its arrival in which a request must be answered, else 504 (0: no such limit)",
         low=0,
         high=MAX_TIMEOUT,
     )
-    priority_levels: int = _setting(
-        1, _integer, "priorities that a request may have, 1 is the highest", low=1, high=MAX_PRIORITIES
+    priority_levels: int = setting(
+        1, parse_integer, "priorities that a request may have, 1 is the highest", low=1, high=MAX_PRIORITIES
     )
-    default_priority: int = _setting(
-        0, _integer, "priority of a request that asks for none (0: the middle one)", low=0, high=MAX_PRIORITIES
+    default_priority: int = setting(
+        0, parse_integer, "priority of a request that asks for none (0: the middle one)", low=0, high=MAX_PRIORITIES
     )
-    priority_queue_sizes: tuple[int, ...] = _setting(
-        (), _limits, "requests of each priority that may wait, from the highest on (0: as many as queue_size)"
+    priority_queue_sizes: tuple[int, ...] = setting(
+        (), parse_queue_sizes, "requests of each priority that may wait, from the highest on (0: as many as queue_size)"
     )
-    latency_objective_ms: float = _setting(
+    latency_objective_ms: float = setting(
         0.0,
-        _number,
+        parse_number,
         "milliseconds in which 99 % of the requests are to be answered; the batch size follows from it (0: none)",
         low=0,
         high=MAX_TIMEOUT * 1000,
     )
-    default_output: Any = _setting(None, _output, "answer to give in place of one that would miss the objective")
-    default_on_miss: bool = _setting(
-        False, _boolean, "answer with default_output as soon as the objective is missed, or could only be"
+    default_output: Any = setting(None, parse_output, "answer to give in place of one that would miss the objective")
+    default_on_miss: bool = setting(
+        False, parse_boolean, "answer with default_output as soon as the objective is missed, or could only be"
     )
-    retry: int = _setting(1, _integer, "times a request is run again after its worker died (0 or 1)", low=0, high=1)
-    isolate_errors: str = _setting(
+    retry: int = setting(1, parse_integer, "times a request is run again after its worker died (0 or 1)", low=0, high=1)
+    isolate_errors: str = setting(
         "auto",
-        _one_of("auto", "true", "false"),
+        one_of("auto", "true", "false"),
         "when a whole batch fails, run its halves to find the guilty request (auto: for request-style handlers)",
     )
-    device: str = _setting(
-        "auto", _one_of("auto", "cpu", "gpu"), "where the workers run (auto: GPUs where there are any)"
+    device: str = setting(
+        "auto", one_of("auto", "cpu", "gpu"), "where the workers run (auto: GPUs where there are any)"
     )
-    gpus: tuple[int | str, ...] = _setting(
+    gpus: tuple[int | str, ...] = setting(
         (), parse_gpus, "the GPUs to spread the workers over, by number or UUID (empty: all)"
     )
-    instances: Groups = _setting(
+    instances: Groups = setting(
         (), parse_instances, "groups of workers and their devices, instead of device and gpus (empty: one group)"
     )
-    cpu_threads: int = _setting(
-        0, _integer, "CPU threads per worker (0: its share when it starts, cores / workers)", low=0, high=MAX_THREADS
+    cpu_threads: int = setting(
+        0,
+        parse_integer,
+        "CPU threads per worker (0: its share when it starts, cores / workers)",
+        low=0,
+        high=MAX_THREADS,
     )
-    threads: int = _setting(
-        1, _integer, "batches that a worker runs at a time, with one copy of the model", low=1, high=MAX_AT_A_TIME
+    threads: int = setting(
+        1, parse_integer, "batches that a worker runs at a time, with one copy of the model", low=1, high=MAX_AT_A_TIME
     )
-    preprocess_threads: int = _setting(
+    preprocess_threads: int = setting(
         -1,
-        _integer,
+        parse_integer,
         "threads in which a worker prepares requests while batches run (request style; -1: 2 on a GPU, else 0)",
         low=-1,
         high=MAX_AT_A_TIME,
     )
-    preload: tuple[str, ...] = _setting(
-        (), _words, "modules that the fork server imports before the workers are forked"
+    preload: tuple[str, ...] = setting(
+        (), parse_words, "modules that the fork server imports before the workers are forked"
     )
-    max_requests: int = _setting(
-        0, _integer, "requests after which a worker is replaced by a new one (0: never)", low=0
+    max_requests: int = setting(
+        0, parse_integer, "requests after which a worker is replaced by a new one (0: never)", low=0
     )
-    max_rss: int = _setting(
-        0, _size, "resident memory above which a worker is replaced by a new one (0: no bound)", low=0
+    max_rss: int = setting(
+        0, parse_size, "resident memory above which a worker is replaced by a new one (0: no bound)", low=0
     )
-    warmup: tuple[WarmupSample, ...] = _setting(
+    warmup: tuple[WarmupSample, ...] = setting(
         (), parse_samples, "requests that each worker runs before it is ready: files of the archive, or shapes"
     )
-    compile: bool = _setting(
-        False, _boolean, "torch.compile the networks that a request-style handler has loaded; a warmup triggers it"
+    compile: bool = setting(
+        False, parse_boolean, "torch.compile the networks that a request-style handler has loaded; a warmup triggers it"
     )
-    cuda_graphs: tuple[int, ...] = _setting(
-        (), _batch_sizes, "batch sizes whose CUDA graphs the warmup captures (request style, on GPUs)"
+    cuda_graphs: tuple[int, ...] = setting(
+        (), parse_batch_sizes, "batch sizes whose CUDA graphs the warmup captures (request style, on GPUs)"
     )
-    share_weights: bool = _setting(
-        False, _boolean, "on the CPU, load once and fork the workers from that: one copy of the weights in memory"
+    share_weights: bool = setting(
+        False, parse_boolean, "on the CPU, load once and fork the workers from that: one copy of the weights in memory"
     )
-    worker_fs: str = _setting(
+    worker_fs: str = setting(
         "open",
-        _one_of("open", "restricted"),
+        one_of("open", "restricted"),
         "restricted: workers read the system, Python and their archive, and write only their temporary folder",
     )
-    worker_network: str = _setting("open", _one_of("open", "none"), "none: workers can open no network sockets")
-    worker_memory: int = _setting(
-        0, _size, "address space that a worker may use, for models on CPUs (0: no bound); prefer max_rss", low=0
+    worker_network: str = setting("open", one_of("open", "none"), "none: workers can open no network sockets")
+    worker_memory: int = setting(
+        0, parse_size, "address space that a worker may use, for models on CPUs (0: no bound); prefer max_rss", low=0
     )
-    cache: CacheSettings | None = _setting(
+    cache: CacheSettings | None = setting(
         None,
         parse_cache,
         "keep answers and give them to identical requests: {size: 64MiB, ttl_s: 60, headers: []} (empty: off)",
@@ -382,115 +219,133 @@ class ModelSettings:
 class Config:
     """The settings of one server."""
 
-    model_store: Path | None = _setting(None, _path, "folder of the archives")
-    models: tuple[str, ...] = _setting((), _models, "what to serve at start: a.mar, name=b.mar, or ALL")
-    inference_address: str = _setting(
-        "127.0.0.1:8080", _address, "where clients send predictions: host:port or unix:/path"
+    model_store: Path | None = setting(None, parse_path, "folder of the archives")
+    models: tuple[str, ...] = setting((), parse_models, "what to serve at start: a.mar, name=b.mar, or ALL")
+    inference_address: str = setting(
+        "127.0.0.1:8080", parse_address, "where clients send predictions: host:port or unix:/path"
     )
-    management_address: str = _setting(
-        "127.0.0.1:8081", _address, "where models are registered and scaled; keep it private"
+    management_address: str = setting(
+        "127.0.0.1:8081", parse_address, "where models are registered and scaled; keep it private"
     )
-    management_token_file: Path | None = _setting(
-        None, _path, "file (mode 0600) with the token that every management call must bring"
+    management_token_file: Path | None = setting(
+        None, parse_path, "file (mode 0600) with the token that every management call must bring"
     )
-    inference_token_file: Path | None = _setting(
-        None, _path, "file (mode 0600) with the token that every prediction must bring (empty: none is needed)"
+    inference_token_file: Path | None = setting(
+        None, parse_path, "file (mode 0600) with the token that every prediction must bring (empty: none is needed)"
     )
-    management_hosts: tuple[str, ...] = _setting(
-        (), _words, "names by which the management port may be called, beside its address and localhost"
+    management_hosts: tuple[str, ...] = setting(
+        (), parse_words, "names by which the management port may be called, beside its address and localhost"
     )
-    metrics_address: str = _setting("127.0.0.1:8082", _address, "where Prometheus scrapes /metrics")
-    tls_cert: Path | None = _setting(
-        None, _path, "certificate chain (PEM): nginx speaks TLS on the inference port, and on a public management port"
+    metrics_address: str = setting("127.0.0.1:8082", parse_address, "where Prometheus scrapes /metrics")
+    tls_cert: Path | None = setting(
+        None,
+        parse_path,
+        "certificate chain (PEM): nginx speaks TLS on the inference port, and on a public management port",
     )
-    tls_key: Path | None = _setting(None, _path, "the certificate's private key (PEM, mode 0600)")
-    edge: str = _setting(
+    tls_key: Path | None = setting(None, parse_path, "the certificate's private key (PEM, mode 0600)")
+    edge: str = setting(
         "auto",
-        _one_of("auto", "nginx", "none"),
+        one_of("auto", "nginx", "none"),
         "nginx in front, or the front end alone (auto: nginx where it is installed)",
     )
-    nginx: str = _setting("nginx", _text, "the nginx program")
-    run_dir: Path = _setting(None, _path, "folder for sockets, pid file and logs")
-    cache_dir: Path = _setting(
-        None, _path, "folder on disk for extracted archives, their requirements and request bodies that nginx spools"
+    nginx: str = setting("nginx", parse_text, "the nginx program")
+    run_dir: Path = setting(None, parse_path, "folder for sockets, pid file and logs")
+    cache_dir: Path = setting(
+        None,
+        parse_path,
+        "folder on disk for extracted archives, their requirements and request bodies that nginx spools",
     )
-    state: Path = _setting(
-        None, _path, "file that keeps what is registered, for the next start (a path in cache_dir unless set)"
+    state: Path = setting(
+        None, parse_path, "file that keeps what is registered, for the next start (a path in cache_dir unless set)"
     )
-    access_log: Path | None = _setting(
-        None, _path, "nginx writes a line of JSON per request to this file (SIGUSR1 opens it anew)"
+    access_log: Path | None = setting(
+        None, parse_path, "nginx writes a line of JSON per request to this file (SIGUSR1 opens it anew)"
     )
-    log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "how much is logged")
-    log_file: Path | None = _setting(None, _path, "log to this file instead of standard error (rotated at 100 MB)")
-    max_request_size: int = _setting(100 << 20, _size, "largest request body, before and after unpacking", low=1)
-    max_response_size: int = _setting(
-        100 << 20, _size, "largest answer of a handler, or chunk of a streamed one", low=1
+    log_level: str = setting("info", one_of("debug", "info", "warning", "error"), "how much is logged")
+    log_file: Path | None = setting(None, parse_path, "log to this file instead of standard error (rotated at 100 MB)")
+    max_request_size: int = setting(100 << 20, parse_size, "largest request body, before and after unpacking", low=1)
+    max_response_size: int = setting(
+        100 << 20, parse_size, "largest answer of a handler, or chunk of a streamed one", low=1
     )
-    max_connections: int = _setting(10_000, _integer, "connections the front end holds open", low=1)
-    max_bytes_in_flight: int = _setting(
-        0, _size, "bytes of requests and answers that the front end holds (0: a quarter of the memory)", low=0
+    max_connections: int = setting(10_000, parse_integer, "connections the front end holds open", low=1)
+    max_bytes_in_flight: int = setting(
+        0, parse_size, "bytes of requests and answers that the front end holds (0: a quarter of the memory)", low=0
     )
-    header_timeout: float = _setting(10.0, _number, "seconds a client may take to send a request's headers", low=0.001)
-    body_timeout: float = _setting(
-        60.0, _number, "seconds a client may pause while it sends a body, or take for 64 KiB of an answer", low=0.001
+    header_timeout: float = setting(
+        10.0, parse_number, "seconds a client may take to send a request's headers", low=0.001
     )
-    keepalive_timeout: float = _setting(
-        75.0, _number, "seconds an idle connection stays open (behind nginx, nginx decides)", low=0.001
+    body_timeout: float = setting(
+        60.0,
+        parse_number,
+        "seconds a client may pause while it sends a body, or take for 64 KiB of an answer",
+        low=0.001,
     )
-    drain_delay: float = _setting(
-        0.0, _number, "seconds at stop in which /readyz says 503 and the ports stay open, for load balancers", low=0
+    keepalive_timeout: float = setting(
+        75.0, parse_number, "seconds an idle connection stays open (behind nginx, nginx decides)", low=0.001
     )
-    drain_timeout: float = _setting(
-        30.0, _number, "seconds that requests in hand get to finish at stop and unload", low=0
+    drain_delay: float = setting(
+        0.0,
+        parse_number,
+        "seconds at stop in which /readyz says 503 and the ports stay open, for load balancers",
+        low=0,
     )
-    stop_grace: float = _setting(5.0, _number, "seconds a worker gets to leave by itself before it is killed", low=0)
-    parallel_loads: int = _setting(4, _integer, "workers that may load at the same time", low=1, high=MAX_WORKERS)
-    verify_archives: bool = _setting(True, _boolean, "compare every file with the manifest's SHA-256 before it is used")
-    trusted_keys: Path | None = _setting(
-        None, _path, "file of public keys (PEM); then only archives that one of them has signed are served"
+    drain_timeout: float = setting(
+        30.0, parse_number, "seconds that requests in hand get to finish at stop and unload", low=0
     )
-    allowed_urls: tuple[str, ...] = _setting(
-        (), _origins, "where archives may be downloaded from, such as https://models.example.com (empty: nowhere)"
+    stop_grace: float = setting(
+        5.0, parse_number, "seconds a worker gets to leave by itself before it is killed", low=0
     )
-    allowed_networks: tuple[str, ...] = _setting(
-        (), _networks, "private networks that downloads may connect to, such as 10.1.0.0/16"
+    parallel_loads: int = setting(4, parse_integer, "workers that may load at the same time", low=1, high=MAX_WORKERS)
+    verify_archives: bool = setting(
+        True, parse_boolean, "compare every file with the manifest's SHA-256 before it is used"
     )
-    max_download_size: int = _setting(8 << 30, _size, "largest archive that is downloaded", low=1)
-    download_timeout: float = _setting(600.0, _number, "seconds that one download may take", low=0.001)
-    install_requirements: bool = _setting(
-        False, _boolean, "install an archive's requirements.txt into a virtual environment of its own"
+    trusted_keys: Path | None = setting(
+        None, parse_path, "file of public keys (PEM); then only archives that one of them has signed are served"
     )
-    require_hashes: bool = _setting(False, _boolean, "refuse requirements that have no hash for each file")
-    wheelhouse: Path | None = _setting(
-        None, _path, "folder of wheels that requirements are installed from, and from nowhere else"
+    allowed_urls: tuple[str, ...] = setting(
+        (), parse_origins, "where archives may be downloaded from, such as https://models.example.com (empty: nowhere)"
     )
-    worker_env: tuple[str, ...] = _setting(
-        (), _words, "names of environment variables that workers get beside the usual ones"
+    allowed_networks: tuple[str, ...] = setting(
+        (), parse_networks, "private networks that downloads may connect to, such as 10.1.0.0/16"
     )
-    worker_user: str = _setting("", _text, "run the workers as this user (the server must be root)")
-    worker_fs: str = _setting("open", _one_of("open", "restricted"), "for all models: see worker_fs of a model")
-    worker_read: tuple[str, ...] = _setting((), _paths, "further files and folders that restricted workers may read")
-    worker_network: str = _setting("open", _one_of("open", "none"), "for all models: see worker_network of a model")
-    worker_memory: int = _setting(0, _size, "for all models: see worker_memory of a model", low=0)
-    worker_nice: int = _setting(
-        0, _integer, "how far workers stand back for the server when CPUs are short (0 to 19, as nice)", low=0
+    max_download_size: int = setting(8 << 30, parse_size, "largest archive that is downloaded", low=1)
+    download_timeout: float = setting(600.0, parse_number, "seconds that one download may take", low=0.001)
+    install_requirements: bool = setting(
+        False, parse_boolean, "install an archive's requirements.txt into a virtual environment of its own"
     )
-    batch_size: int = _setting(1, _integer, "default for models: see batch_size of a model", low=1, high=MAX_BATCH)
-    max_batch_delay: float = _setting(0.0, _milliseconds, "default for models, milliseconds", low=0)
-    workers: int = _setting(
+    require_hashes: bool = setting(False, parse_boolean, "refuse requirements that have no hash for each file")
+    wheelhouse: Path | None = setting(
+        None, parse_path, "folder of wheels that requirements are installed from, and from nowhere else"
+    )
+    worker_env: tuple[str, ...] = setting(
+        (), parse_words, "names of environment variables that workers get beside the usual ones"
+    )
+    worker_user: str = setting("", parse_text, "run the workers as this user (the server must be root)")
+    worker_fs: str = setting("open", one_of("open", "restricted"), "for all models: see worker_fs of a model")
+    worker_read: tuple[str, ...] = setting(
+        (), parse_paths, "further files and folders that restricted workers may read"
+    )
+    worker_network: str = setting("open", one_of("open", "none"), "for all models: see worker_network of a model")
+    worker_memory: int = setting(0, parse_size, "for all models: see worker_memory of a model", low=0)
+    worker_nice: int = setting(
+        0, parse_integer, "how far workers stand back for the server when CPUs are short (0 to 19, as nice)", low=0
+    )
+    batch_size: int = setting(1, parse_integer, "default for models: see batch_size of a model", low=1, high=MAX_BATCH)
+    max_batch_delay: float = setting(0.0, parse_milliseconds, "default for models, milliseconds", low=0)
+    workers: int = setting(
         -1,
-        _integer,
+        parse_integer,
         "default number of workers per model (-1: one per GPU, else one per core)",
         low=-1,
         high=MAX_WORKERS,
     )
-    instances: Groups = _setting((), parse_instances, "default for models: see instances of a model")
-    response_timeout: float = _setting(120.0, _number, "default for models, seconds", low=0.001)
-    startup_timeout: float = _setting(300.0, _number, "default for models, seconds", low=0.001)
-    queue_size: int = _setting(100, _integer, "default for models: requests that may wait", low=1, high=MAX_QUEUE)
-    queue_bytes: int = _setting(512 << 20, _size, "default for models: bytes of bodies that may wait", low=1)
-    queue_timeout: float = _setting(60.0, _number, "default for models, seconds", low=0.001)
-    queue_order: str = _setting("adaptive", _one_of("adaptive", "fifo"), "default for models: adaptive or fifo")
+    instances: Groups = setting((), parse_instances, "default for models: see instances of a model")
+    response_timeout: float = setting(120.0, parse_number, "default for models, seconds", low=0.001)
+    startup_timeout: float = setting(300.0, parse_number, "default for models, seconds", low=0.001)
+    queue_size: int = setting(100, parse_integer, "default for models: requests that may wait", low=1, high=MAX_QUEUE)
+    queue_bytes: int = setting(512 << 20, parse_size, "default for models: bytes of bodies that may wait", low=1)
+    queue_timeout: float = setting(60.0, parse_number, "default for models, seconds", low=0.001)
+    queue_order: str = setting("adaptive", one_of("adaptive", "fifo"), "default for models: adaptive or fifo")
 
     def model_defaults(self) -> ModelSettings:
         return ModelSettings(
@@ -524,46 +379,6 @@ _ALIASES = {  # TorchServe's spelling in model-config.yaml -> ours
 
 
 _NOT_PARALLEL = (None, "", "none")  # of TorchServe's parallelType
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean X?`, or nothing when no known word is near."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def parse_setting(kind: type, name: str, value: Any, origin: str, *, called: str = "") -> Any:
-    """One value as its field's type. Raises ConfigError with its origin and name, or what it is `called` there."""
-    meta = next(f.metadata for f in fields(kind) if f.name == name)
-    called = called or name
-    try:
-        parsed = meta["parse"](value)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{origin}: {called} = {_shown(value)}: {error}") from None
-    if meta["low"] is not None and parsed < meta["low"]:
-        raise ConfigError(f"{origin}: {called} = {_shown(value)}: must be at least {meta['low']}")
-    if meta["high"] is not None and parsed > meta["high"]:
-        raise ConfigError(f"{origin}: {called} = {_shown(value)}: must be at most {meta['high']}")
-    return parsed
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-
-def show_setting(kind: type, name: str, value: Any) -> str:
-    """The value as one would write it in a file."""
-    meta = next(f.metadata for f in fields(kind) if f.name == name)
-    if meta["parse"] is _milliseconds:
-        value = round(value * 1000, 6)
-    if meta["parse"] is parse_instances:
-        return show_instances(value)
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def load_config(
@@ -615,7 +430,7 @@ def merge_settings(base: ModelSettings, changes: Mapping[str, Any], origin: str,
     given: dict[str, str] = {}  # setting -> how it is spelt
     for key, value in changes.items():
         if key == "parallelType" and value not in _NOT_PARALLEL:
-            raise ConfigError(f"{origin}: parallelType = {_shown(value)}: a worker has one GPU; it cannot be split")
+            raise ConfigError(f"{origin}: parallelType = {shown(value)}: a worker has one GPU; it cannot be split")
         name = _ALIASES.get(key, key)
         if name in known:
             values[name] = parse_setting(ModelSettings, name, value, origin, called=key)

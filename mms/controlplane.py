@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import logging
 import re
 import shutil
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
 
-from mms import wire
 from mms.archive import HANDLER, MODEL_NAME, ModelArchive
-from mms.config import Config, ModelSettings, merge_settings
+from mms.config import Config, merge_settings
 from mms.errors import (
     ArchiveError,
     BadRequestError,
@@ -28,28 +25,19 @@ from mms.errors import (
     ServiceUnavailableError,
     UpgradingError,
 )
-from mms.logs import close_model_log, model_logger, open_model_log
+from mms.logs import close_model_log, open_model_log
 from mms.metrics import RestartFacts
 from mms.models.cached import CachedVersion, new_version
 from mms.models.download import Downloads, is_remote, split_pin
+from mms.models.pools import Pools, bounds_of
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
 from mms.rundir import CacheDirectory
 from mms.safe_yaml import read_yaml
 from mms.state import SavedModel, SavedVersion, Saver, State
-from mms.workers import environment
-from mms.workers.autoscaler import Bounds
-from mms.workers.forkserver import ForkServers
-from mms.workers.gpus import find_gpus
-from mms.workers.placement import plan
-from mms.workers.pool import WorkerPool
-from mms.workers.process import Launch, reap_orphans
-from mms.workers.requirements import Installer
-from mms.workers.restarts import MAX_BOOT_FAILURES, Restarts
-from mms.workers.sandbox import Sandboxes, only_stricter
-from mms.workers.scheduling import largest_batch
-from mms.workers.settings import PoolSettings
+from mms.workers.process import reap_orphans
+from mms.workers.restarts import MAX_BOOT_FAILURES
 
 log = logging.getLogger("mms.controlplane")
 
@@ -72,25 +60,25 @@ class ControlPlane:
         self.store = store
         self.downloads = Downloads(config, store)
         self.saver = Saver(state, self.snapshot) if state is not None else None
-        self.forkservers = ForkServers()
-        self.gpus = find_gpus()
+        self.pools = Pools(config, cache, boot_tries)
         self.config = config
         self._cache = cache
-        self._boot_tries = boot_tries
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # names that are being registered
-        self._loads = asyncio.Semaphore(config.parallel_loads)
-        self._restarts = Restarts()
-        self._sandboxes = Sandboxes(config, cache.scratch)
         self._numbers = itertools.count(1)
         self._versions: dict[ModelVersion, SavedVersion] = {}  # registered, or still draining
         # by name and version: what is to be registered at start or could not be, and whether it is the default
         self._waiting: dict[tuple[str, str], tuple[SavedVersion, bool]] = {}
         self._closed = False
+        self.before: Mapping[tuple[str, str], int] = {}  # workers in the server that this one succeeds
         self.frozen = False  # an upgrade goes on: what is registered must stay as the new server was told
+
+    def apply(self, config: Config) -> None:
+        """Other settings of the server from now on."""
+        self.config = self.pools.config = config
 
     async def check_sandbox(self) -> None:
         """Whether this machine can give workers what the server's settings demand. Raises ConfigError."""
-        await self._sandboxes.check(self._sandboxes.of(self.config.model_defaults()))
+        await self.pools.sandboxes.check(self.pools.sandboxes.of(self.config.model_defaults()))
 
     async def register(
         self,
@@ -210,7 +198,7 @@ class ControlPlane:
         found.apply(settings)
         scales = not changes.keys().isdisjoint(("min_workers", "max_workers"))
         if scales:
-            bounds = _bounds(settings)
+            bounds = bounds_of(settings)
             none = changes.get("min_workers") == 0
             pool.set_target(0 if none else pool.scaling.adjusted(bounds), bounds)
         if (saved := self._versions.get(found)) is not None:
@@ -258,21 +246,21 @@ class ControlPlane:
         """Wait for what workers left behind and died; `others` are children of the server that are not ours."""
         pools = [version.pool for version in self._versions if version.pool is not None]
         # what is being forked, installed or tried at the moment is ours, but not known yet
-        if not self._sandboxes.trying and not any(pool.starting for pool in pools):
+        if not self.pools.sandboxes.trying and not any(pool.starting for pool in pools):
             workers = {worker.pid for pool in pools for worker in pool.workers if worker.pid is not None}
             workers |= {pid for pool in pools if pool.template is not None for pid in pool.template.pids}
-            for pid in reap_orphans(workers | others | set(self.forkservers.pids())):
+            for pid in reap_orphans(workers | others | set(self.pools.forkservers.pids())):
                 log.warning("process %d, which a worker had started, had left its session; killed", pid)
 
     def restarts(self) -> list[RestartFacts]:
         """What has died and is started again, beside the workers of each version."""
-        return [*self.forkservers.facts(), self._restarts.facts()]
+        return [*self.pools.forkservers.facts(), self.pools.restarts.facts()]
 
     async def close(self, drain: float) -> None:
         """Unload everything and end the fork servers; what is registered stays saved."""
         self._closed = True
         await asyncio.gather(*(self._unload(version, drain) for version in list(self._versions)))
-        self.forkservers.close()
+        self.pools.forkservers.close()
 
     async def thaw(self) -> None:
         """Changes are taken again; the saved state may have been changed by another server meanwhile."""
@@ -329,9 +317,10 @@ class ControlPlane:
         async with self._locks.setdefault(name, asyncio.Lock()):
             version = await self._add(archive, name, saved, at_start)
         if version.pool is not None:
-            version.pool.set_target(version.settings.min_workers, _bounds(version.settings))
+            bounds, before = bounds_of(version.settings), self.before.get((name, version.version), 0) if at_start else 0
+            version.pool.set_target(min(max(bounds.low, before), bounds.high), bounds)
             if at_start:
-                version.pool.scaling.minimum = version.pool.target
+                version.pool.scaling.minimum = version.pool.owed
         await self._save()
         return version
 
@@ -352,17 +341,17 @@ class ControlPlane:
         owned = folder if folder == target else None
         try:
             model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
-            settings = self._settings(archive, model_config, saved.settings)
-            sandbox = self._sandboxes.of(settings)
-            await self._sandboxes.check(sandbox)
+            settings = self.pools.settings(archive, model_config, saved.settings)
+            sandbox = self.pools.sandboxes.of(settings)
+            await self.pools.sandboxes.check(sandbox)
             if owned is not None:
-                await asyncio.to_thread(self._sandboxes.hand_over, owned)
+                await asyncio.to_thread(self.pools.sandboxes.hand_over, owned)
             version = new_version(name, number, archive, settings)
             version.directory = owned
             version.at_start = at_start
             version.handler = saved.handler or version.handler
-            version.sandbox = self._sandboxes.describe(settings)
-            version.pool = self._pool(version, folder, model_config, sandbox)
+            version.sandbox = self.pools.sandboxes.describe(settings)
+            version.pool = self.pools.pool(version, folder, model_config, sandbox)
             replaced = self._failed(name, number)
             if not at_start:
                 self._check_thawed()
@@ -397,110 +386,3 @@ class ControlPlane:
         if existing.state is not VersionState.FAILED:
             raise ConflictError(f"Model version {number} is already registered for model {name}")
         return existing
-
-    def _settings(
-        self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any]
-    ) -> ModelSettings:
-        settings = merge_settings(
-            self.config.model_defaults(),
-            model_config,
-            f"{archive.path.name}: {archive.manifest.config_file}",
-            strict=False,
-        )
-        only_stricter(settings, self.config.model_defaults(), f"{archive.path.name}: {archive.manifest.config_file}")
-        settings = merge_settings(settings, changes, "request", strict=True)
-        only_stricter(settings, self.config.model_defaults(), "request")
-        placement = plan(settings, self.gpus, environment.cores())
-        if settings.share_weights and placement.gpus:
-            log.warning("%s: share_weights does nothing on GPUs; set device: cpu to use it", archive.path.name)
-        settings = dataclasses.replace(settings, gpus=placement.gpus)
-        if settings.min_workers == -1:
-            settings = merge_settings(settings, {"min_workers": placement.size}, "request", strict=True)
-        return settings
-
-    def _pool(
-        self, version: ModelVersion, folder: Path, model_config: dict[str, Any], sandbox: wire.Sandbox
-    ) -> WorkerPool:
-        settings, manifest = version.settings, version.archive.manifest
-        load = wire.Load(
-            model_name=version.name,
-            version=version.version,
-            directory=str(folder.absolute()),
-            handler=version.handler,
-            manifest=dict(manifest.raw),
-            model_config=model_config,
-            batch_size=largest_batch(settings),
-            isolate_errors=settings.isolate_errors,
-            gpu=None,
-            cpu_threads=settings.cpu_threads,
-            max_request_size=self.config.max_request_size,
-            max_response_size=self.config.max_response_size,
-            threads=settings.threads,
-            preprocess_threads=settings.preprocess_threads,
-            preparation=wire.Preparation(
-                warmup=settings.warmup,
-                batch_sizes=_warmup_sizes(settings),
-                compile=settings.compile,
-                cuda_graphs=settings.cuda_graphs,
-            ),
-        )
-        how = Launch(
-            name=f"mms-{version.name}",
-            directory=load.directory,
-            environ=environment.worker_environment(self.config.worker_env),
-            preload=tuple(sorted({*manifest.preload, *settings.preload})),
-            scratch=self._sandboxes.scratch,
-            sandbox=sandbox,
-        )
-        pool = PoolSettings(
-            label=version.label,
-            load=load,
-            launch=how,
-            interpreter=self._interpreter(version, folder, sandbox),
-            placement=plan(settings, self.gpus, environment.cores()),
-            response_timeout=settings.response_timeout,
-            startup_timeout=settings.startup_timeout,
-            stop_grace=self.config.stop_grace,
-            max_requests=settings.max_requests,
-            max_rss=settings.max_rss,
-            share_weights=settings.share_weights,
-            boot_tries=self._boot_tries,
-        )
-        return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, self._restarts)
-
-    def _interpreter(
-        self, version: ModelVersion, folder: Path, sandbox: wire.Sandbox
-    ) -> Callable[[], Awaitable[str]] | None:
-        """What makes the archive's own Python, if it brings requirements and may install them."""
-        file = version.archive.manifest.requirements_file
-        if not file:
-            return None
-        if not self.config.install_requirements:
-            log.warning("%s brings %s, which is not installed: install_requirements is off", version.label, file)
-            return None
-        installer = Installer(
-            venvs=self._cache.venvs,
-            scratch=self._sandboxes.scratch,
-            sandbox=sandbox,
-            worker_env=self.config.worker_env,
-            wheelhouse=self.config.wheelhouse,
-            require_hashes=self.config.require_hashes,
-        )
-        return partial(installer.interpreter, folder / file, model_logger(version.name), version.label)
-
-
-def _bounds(settings: ModelSettings) -> Bounds:
-    return Bounds(
-        settings.min_workers,
-        settings.worker_limit,
-        up_after=settings.scale_up_after,
-        down_after=settings.scale_down_after,
-        zero_after=settings.scale_to_zero_after,
-        on_request=settings.load_on_request and not settings.min_workers,
-    )
-
-
-def _warmup_sizes(settings: ModelSettings) -> tuple[int, ...]:
-    """The batch sizes that a warm-up runs: those that workers will see."""
-    sizes = settings.cuda_graphs or (*settings.preferred_batch_sizes, 1, settings.batch_size)
-    return tuple(sorted({min(size, settings.batch_size) for size in sizes}))

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 from mms_nginx.find import edge_user, find_nginx
 
 from mms.addresses import Addresses
-from mms.config import Config, is_loopback
+from mms.config import Config
 from mms.errors import ConfigError, MMSError, StartError
 from mms.metrics import RestartFacts
 from mms.rundir import CacheDirectory, RunDirectory
 from mms.secret import read_secret
+from mms.setting import is_loopback
 from mms.workers.budget import Budget, how_it_ended
 
 if TYPE_CHECKING:

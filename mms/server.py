@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mms.addresses import LISTENERS, Addresses
 from mms.api.predictions import InferenceApi
-from mms.config import Config, is_loopback
+from mms.config import Config
 from mms.controlplane import ControlPlane
 from mms.dataplane import DataPlane
 from mms.edge import KEEPALIVE, Edge
@@ -30,6 +30,7 @@ from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.reload import Reloads
 from mms.rundir import CacheDirectory, RunDirectory, Running, note
+from mms.setting import is_loopback
 from mms.signature import TrustedKeys
 from mms.startup import HEARTBEAT, Plan, Startup
 from mms.state import State, read
@@ -79,6 +80,8 @@ class ModelServer:
         self._cache = CacheDirectory(config.cache_dir)
         self._readiness = Readiness(self._registry, self._obstacle, self._restarts)
         self._control = ControlPlane(config, self._registry, store, self._cache, config.state)
+        if old is not None:
+            self._control.before = {(name, number): count for name, number, count in old.handover.workers}
         saved = old.handover.state if old is not None else State() if fresh else read(config.state)
         self._startup = Startup(Plan(config, self._control, saved), self._control, say, self._manager)
         self._run_dir = RunDirectory(config.run_dir, 1 if old is None else old.handover.generation)
@@ -222,7 +225,7 @@ class ModelServer:
         from mms.api import management, metrics
         from mms.api.guard import Guard
 
-        monitor = GpuMonitor(self._control.gpus)
+        monitor = GpuMonitor(self._control.pools.gpus)
         collector = Collector(
             lambda: (version.facts() for version in self._registry.versions()),
             lambda: self._gpus,
@@ -325,7 +328,7 @@ class ModelServer:
         self._upgrades.check_none()
         await self._edge.apply(config)
         self._config = config
-        self._control.config = config
+        self._control.apply(config)
         self._http.apply(self._limits())
         logging.getLogger("mms").setLevel(config.log_level.upper())
         note(lambda: self._run_dir.record(self._running()))

@@ -37,6 +37,7 @@ log = logging.getLogger("mms.server")
 SCHEMA = 1
 SILENCE = 60.0  # seconds without a word after which a successor is given up: while it loads, it speaks every two
 END_TIMEOUT = 4.0  # twice that is within the margin of a stop
+MAX_TEXT = 8192  # characters of one line to the old server: of many models there is more to say
 _HANDOVER = "_MMS_HANDOVER"
 _OLD_ONLY = {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"}  # these mean the old server's process
 _PROGRESS, _SERVES, _FAILED = "progress", "serves", "failed"
@@ -47,8 +48,8 @@ class Handover(msgspec.Struct, kw_only=True):
 
     `sockets` are descriptors by name (inference, management, metrics), or behind nginx by nginx's public address.
     Those whose names are in `activated` came from the service manager. `loaded` are the models and versions that have
-    workers now, and must have some in the successor. `environ` are variables that the old server has taken out of its
-    own environment, because they hold secrets.
+    workers now, and must have some in the successor. `workers` is how many these are to have.
+    `environ` are variables that the old server has taken out of its own environment, because they hold secrets.
     """
 
     schema: int = SCHEMA
@@ -62,6 +63,7 @@ class Handover(msgspec.Struct, kw_only=True):
     channel: int
     state: State
     loaded: list[tuple[str, str]]
+    workers: list[tuple[str, str, int]] = []
     environ: dict[str, str] = {}
 
 
@@ -100,7 +102,7 @@ class Predecessor:
 
     def _tell(self, kind: str, text: str) -> None:
         with contextlib.suppress(OSError):
-            self._channel.sendall(f"{kind} {' '.join(text.split())}\n".encode())
+            self._channel.sendall(f"{kind} {' '.join(text.split())[:MAX_TEXT]}\n".encode(errors="backslashreplace"))
 
 
 def predecessor(environ: MutableMapping[str, str]) -> Predecessor | None:
@@ -316,6 +318,11 @@ class Upgrades:
         return line
 
     def _handover(self, channel: int) -> Handover:
+        served = [
+            (version.name, version.version, version.pool.target)
+            for version in self._control.registry.versions()
+            if version.pool is not None and version.pool.ready
+        ]
         sockets = self._edge.sockets if self._edge.wanted else self._addresses.sockets
         return Handover(
             generation=self._run_dir.generation + 1,
@@ -327,10 +334,7 @@ class Upgrades:
             lock=self._run_dir.lock,
             channel=channel,
             state=self._control.snapshot(),
-            loaded=[
-                (version.name, version.version)
-                for version in self._control.registry.versions()
-                if version.pool is not None and version.pool.ready
-            ],
+            loaded=[(name, number) for name, number, _ in served],
+            workers=served,
             environ=self._environ,
         )

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from mms.config import Config, origin_of
+from mms.config import Config
 from mms.errors import BadRequestError, ConflictError, DownloadError
 from mms.models.store import ModelStore
+from mms.setting import origin_of
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession

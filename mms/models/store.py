@@ -35,12 +35,19 @@ class ModelStore:
         return self._folder
 
     def names(self) -> list[str]:
-        """The archives in the store, sorted; those whose names `path` refuses are passed over."""
+        """The archives in the store, sorted; those whose names `path` refuses are passed over.
+
+        Raises ModelNotFoundError if the folder cannot be read any more.
+        """
         if self._folder is None:
             return []
+        try:
+            paths = list(self._folder.iterdir())
+        except OSError as error:
+            raise ModelNotFoundError(f"cannot read the model store: {error.strerror}") from None
         return sorted(
             path.name
-            for path in self._folder.iterdir()
+            for path in paths
             if _PLAIN.fullmatch(path.name)
             and (path.name.endswith(_SUFFIXES) or os.path.isfile(path / "MAR-INF" / "MANIFEST.json"))
         )

@@ -19,7 +19,7 @@ from mms.workers.batching import BatchQueue
 from mms.workers.gpus import Gpu, memory_by_process
 from mms.workers.job import Job, Terms, Work
 from mms.workers.pool import WorkerPool
-from mms.workers.restarts import failed_to_load
+from mms.workers.restarts import failed_to_load, no_workers
 from mms.workers.scheduling import Scheduling, largest_batch
 from mms.workers.worker import describe_worker
 
@@ -289,7 +289,7 @@ class ModelVersion:
         if state is VersionState.LOADING:
             return LoadingError(f"model {self.label} is still loading; try again soon")
         if state is VersionState.READY:
-            return ServiceUnavailableError(f"model {self.label} has no workers; scale it up on the management port")
+            return no_workers(self.label)
         return DrainingError(f"model {self.label} is {state.lower()}")
 
 

@@ -38,6 +38,7 @@ class Losses:
         self._reconcile = reconcile
         self._abandon = abandon
         self._loop = asyncio.get_running_loop()
+        self._retrial: asyncio.TimerHandle | None = None
 
     @property
     def may_start(self) -> bool:
@@ -99,7 +100,9 @@ class Losses:
         self.failure = failure
         pause = self.back_off.pause_when_failed()
         log.error("%s: FAILED%s: %s; next try in %g s", self._settings.label, tries, failure.message, pause)
-        self._loop.call_later(pause, self._retry)
+        if self._retrial is not None:  # of a failure before, which somebody did not wait for
+            self._retrial.cancel()
+        self._retrial = self._loop.call_later(pause, self._retry)
         self._abandon(failed_to_load(self._settings.label))
 
     def _retry(self) -> None:

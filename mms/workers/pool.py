@@ -1,4 +1,4 @@
-"""The workers of one model version: as many as wanted, each dead one replaced, jobs handed to those with room.
+"""The workers of one model version: as many as wanted, each dead one replaced. How they get jobs is in `feeding`.
 
 Desired state: `scaling.target` says how many, `_reconcile` starts or stops the difference, and every event ends in it.
 Front end's process, event loop.
@@ -17,15 +17,14 @@ from mms import wire
 from mms.errors import MMSError, ModelLoadError
 from mms.metrics import VersionMetrics
 from mms.workers import environment
-from mms.workers.alarm import Alarm
 from mms.workers.autoscaler import Bounds
 from mms.workers.batching import BatchQueue
+from mms.workers.feeding import Feeder
 from mms.workers.forkserver import ForkServers
-from mms.workers.job import Job
 from mms.workers.lateness import Lateness
 from mms.workers.losses import Losses
 from mms.workers.recycling import Recycling
-from mms.workers.restarts import Restarts
+from mms.workers.restarts import Restarts, no_workers
 from mms.workers.scaling import Scaling
 from mms.workers.settings import PoolSettings
 from mms.workers.starting import Starter
@@ -38,7 +37,7 @@ TICK = 0.25
 ASLEEP = 1.0  # a tick this late means that this process itself stood still
 
 
-class WorkerPool:
+class WorkerPool(Feeder):
     """The worker processes of one model version."""
 
     def __init__(
@@ -50,31 +49,24 @@ class WorkerPool:
         loads: asyncio.Semaphore,
         restarts: Restarts,
     ) -> None:
+        super().__init__(queue, metrics)
         self.scaling = Scaling(settings.label, queue, metrics)
         self.workers: list[Worker] = []
         self.losses = Losses(settings, metrics, restarts, self._reconcile, self._abandon)
         self.was_ready = False  # requests may wait while a worker is replaced
         self.placement = settings.placement
         self._settings = settings
-        self._queue = queue
-        self._metrics = metrics
         self._forkservers = forkservers
         self._loads = loads
         self._restarts = restarts
-        self.ready_workers: list[Worker] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._starter = Starter(settings, forkservers)
         self._recycling = Recycling(settings)
         self._lateness = Lateness(settings, queue)
-        self._wake: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._last_tick = 0.0
         self._changed = asyncio.Event()
         self._draining = False
-        self._overlaps = False
-        self._loop = asyncio.get_running_loop()
-        self._delay = Alarm(self._loop, self._dispatch)  # a batch has waited for max_batch_delay
-        self._alarm = Alarm(self._loop, self._deadline)  # at the earliest deadline of a request
 
     @property
     def target(self) -> int:
@@ -149,87 +141,6 @@ class WorkerPool:
         """Of the bodies that workers have in hand: they are kept until they are answered, to be run again."""
         return sum(job.size for worker in self.workers for job in worker.in_flight.jobs.values())
 
-    # jobs
-
-    def submit(self, job: Job) -> None:
-        """Queue the job. Raises OverloadError or DrainingError."""
-        self._queue.submit(job)
-        if self._wake is None:
-            self._wake_soon()
-
-    def fail(self, job: Job, error: MMSError) -> None:
-        """The job's outcome is `error`; counted."""
-        if not job.settled:
-            outcome = self._queue.scheduling.outcome(error)
-            self._metrics.count(outcome)
-            self._metrics.streams_cut += job.streams
-            job.fail(outcome)
-
-    def _wake_soon(self) -> None:
-        """Hand out jobs at the end of this turn of the event loop: what else arrives in it goes along."""
-        if self._wake is None:
-            self._wake = self._loop.call_soon(self._dispatch)
-
-    def _dispatch(self) -> None:
-        self._wake = None
-        queue = self._queue
-        if not queue.depth:
-            return
-        now = time.monotonic()
-        self._expire(now)
-        if self._overlaps:
-            self._feed_in_turns(now)
-        elif len(self.ready_workers) == 1:
-            self._feed(self.ready_workers[0], now)
-        else:
-            idle = [worker for worker in self.ready_workers if not worker.in_flight.jobs]
-            for worker in idle:
-                self._feed(worker, now)
-            if len(idle) < len(self.ready_workers) and queue.depth:
-                for worker in self.ready_workers:
-                    self._feed(worker, now)
-        if queue.depth and queue.max_batch_delay:
-            self._wake_later(now)
-        if queue.deadlines.heap:
-            self._watch_deadlines(now)
-
-    def _feed(self, worker: Worker, now: float) -> bool:
-        frame = self._queue.take(worker.in_flight, now)
-        if frame is None:
-            return False
-        worker.send(*frame)
-        return True
-
-    def _feed_in_turns(self, now: float) -> None:
-        """Workers that have room for several batches get one each in turn, those with the fewest first."""
-        workers = sorted(self.ready_workers, key=lambda worker: len(worker.in_flight.frames))
-        while self._queue.depth and any([self._feed(worker, now) for worker in workers]):
-            pass
-
-    def _wake_later(self, now: float) -> None:
-        wake_at = self._queue.wake_at()
-        if wake_at is not None and wake_at > now:  # else a worker that becomes free looks anyway
-            self._delay.set(wake_at, now)
-
-    def _watch_deadlines(self, now: float) -> None:
-        at = self._queue.deadlines.next()
-        if at is not None:
-            self._alarm.set(at, now)
-
-    def _deadline(self) -> None:
-        """A request, waiting or at a worker, is not to be answered any more."""
-        now = time.monotonic()
-        self._expire(now)
-        self._watch_deadlines(now)
-
-    def _expire(self, now: float) -> None:
-        for job, error in self._queue.expire(now):
-            self.fail(job, error)
-
-    def wake(self) -> None:
-        """What the queue hands out, or when, has changed: look again."""
-        self._wake_soon()
-
     # desired state
 
     def set_target(self, count: int, bounds: Bounds | None = None) -> None:
@@ -274,9 +185,9 @@ class WorkerPool:
                 task.cancel()
             await self._change(TICK)
         await self._starter.close()
-        for handle in (self._wake, self._delay, self._timer, self._alarm):
-            if handle is not None:
-                handle.cancel()
+        self._stop_feeding()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _unfinished(self) -> bool:
         """Whether somebody waits for a job that a worker has or can still take, if only one that replaces another."""
@@ -307,12 +218,22 @@ class WorkerPool:
             worker = self._starter.surplus(active)
             active.remove(worker)
             self._stop_worker(worker)
-        if not self.target and self.template is not None:
-            self.template.release()
+        if not self.target:
+            if self.template is not None:
+                self.template.release()
+            if self._queue.depth and not self.workers and not self._draining:
+                self._left_waiting()
         if self._timer is None and (self.workers or self.target):
             self._last_tick = time.monotonic()
             self._timer = self._loop.call_later(TICK, self._tick)
         self._changed.set()
+
+    def _left_waiting(self) -> None:
+        """The last worker went before it could take all that waited: they are treated as those who come now."""
+        if self.scaling.rouse():
+            self._loop.call_soon(self._reconcile)
+        else:
+            self._abandon(no_workers(self._settings.label))
 
     def _active(self) -> list[Worker]:
         return [worker for worker in self.workers if worker.state in (WorkerState.STARTING, WorkerState.READY)]
@@ -384,6 +305,11 @@ class WorkerPool:
             self._stop_when_idle(worker)
 
     def _stop_when_idle(self, worker: Worker) -> None:
+        """With no worker to stay, those that go take what waits; nobody else comes to wait."""
+        if self._queue.depth and not self.target and not self._draining:
+            now = time.monotonic()
+            self._expire(now)
+            self._feed(worker, now)
         if not worker.in_flight.jobs:
             worker.stop()
             self._loop.call_later(self._settings.stop_grace, worker.kill, "did not stop in time")
@@ -392,8 +318,7 @@ class WorkerPool:
 
     def worker_ready(self, worker: Worker, ready: wire.Ready) -> None:
         self.was_ready = True
-        self.ready_workers.append(worker)
-        self._overlaps = any(worker.in_flight.overlaps for worker in self.ready_workers)
+        self._serves(worker)
         self._queue.forget_rate()
         self.scaling.had(self.ready)
         self.losses.recovered(wholly=self.ready >= self.target)

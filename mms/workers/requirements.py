@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,6 +32,8 @@ log = logging.getLogger("mms.environment")
 
 INSTALL_LIMIT = 1800.0
 KEPT_LINES = 20
+_LIST = re.compile(r"\s*(-r|-c|--requirement|--constraint)")  # what stands behind it is a file of requirements, too
+_WORD = re.compile(r"[^\s=]+")
 _installing: defaultdict[Path, asyncio.Lock] = defaultdict(asyncio.Lock)
 
 
@@ -71,13 +74,25 @@ class Installer:
         return str(python)
 
     def _digest(self, requirements: Path) -> str:
-        """Of all that decides what is in it, and whose: also the files beside the requirements that they name."""
-        text = requirements.read_bytes()
+        """Of all that decides what is in it, and whose: also the files of the archive that the requirements name."""
         made_by = (sys.version, sys.prefix, self.sandbox.uid, str(self.wheelhouse), self.require_hashes)
-        digest = hashlib.sha256(repr(made_by).encode() + text)
-        for line in text.decode("utf-8", "replace").splitlines():
-            with contextlib.suppress(OSError, ValueError):
-                digest.update((requirements.parent / line.strip().partition(" --hash=")[0]).read_bytes())
+        digest = hashlib.sha256(repr(made_by).encode())
+        archive = requirements.parent.resolve()
+        lists = [archive / requirements.name]
+        for file in lists:  # it grows: `-r more.txt` names others
+            text = file.read_bytes()
+            digest.update(b"%d " % len(text) + text)
+            for line in text.decode("utf-8", "replace").splitlines():
+                is_list = _LIST.match(line)
+                for word in _WORD.findall(line, is_list.end() if is_list else 0):
+                    with contextlib.suppress(OSError, ValueError):
+                        named = (file.parent / word).resolve()
+                        if not named.is_relative_to(archive) or not named.is_file() or named in lists:
+                            continue
+                        if is_list:
+                            lists.append(named)
+                        else:
+                            digest.update(named.read_bytes())
         return digest.hexdigest()[:16]
 
     async def _install(self, requirements: Path, folder: Path, output: logging.Logger, label: str) -> None:

@@ -108,7 +108,7 @@ class BackOff:
         self._deaths.append(time.monotonic())
         self._note(worker)
         recent = self.deaths
-        pause = 0.0 if recent <= others + 1 else min(DEATH_PAUSE * 2.0 ** (recent - 2), DEATH_PAUSE_LIMIT)
+        pause = 0.0 if recent <= others + 1 else _doubled(recent - 2)
         return max(pause, self._restarts.pause(worker.cause))
 
     def failed_to_start(self, worker: Worker) -> None:
@@ -117,7 +117,7 @@ class BackOff:
 
     def pause_beside_others(self) -> float:
         """How long the place of a worker that did not become ready stays empty, while others serve."""
-        return min(DEATH_PAUSE * 2.0**self.failed_starts, DEATH_PAUSE_LIMIT)
+        return _doubled(self.failed_starts)
 
     def pause_of_boot(self) -> float | None:
         """How long the next try waits when no other serves; None when there were enough tries."""
@@ -142,6 +142,11 @@ class BackOff:
         )
 
 
+def _doubled(times: int) -> float:
+    """DEATH_PAUSE, doubled so often, up to its limit: of a start that fails for hours, no float holds the power."""
+    return min(DEATH_PAUSE * 2.0 ** min(times, 32), DEATH_PAUSE_LIMIT)
+
+
 def last_words(worker: Worker) -> str:
     """What it printed last, for the log's line about its death."""
     lines = list(worker.output.last_lines)[-LAST_WORDS:] if worker.output is not None else []
@@ -163,6 +168,11 @@ def failed_to_load(label: str) -> ServiceUnavailableError:
     return ServiceUnavailableError(
         f"model {label} failed to load; its description on the management port has the traceback"
     )
+
+
+def no_workers(label: str) -> ServiceUnavailableError:
+    """What is said to whoever asks a version that is scaled to 0, or waits for it as it becomes one."""
+    return ServiceUnavailableError(f"model {label} has no workers; scale it up on the management port")
 
 
 def _forget_before(times: deque[float], limit: float) -> None:

@@ -16,9 +16,10 @@ from urllib.parse import unquote
 
 import pytest
 
-from mms.config import Config, ModelSettings, show_setting
+from mms.config import Config, ModelSettings
 from mms.errors import MMSError
 from mms.metrics import Collector, FrontEndFacts
+from mms.setting import show_setting
 from tests.conftest import environment, eventually, free_ports, is_free, processes_in, scratch
 
 ROOT = Path(__file__).parents[2]

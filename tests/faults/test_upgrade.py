@@ -173,6 +173,23 @@ def test_f55_what_does_not_start_changes_nothing(running: Server) -> None:
 
 
 @pytest.mark.slow
+def test_f54_what_there_is_work_for_has_as_many_workers_afterwards(running: Server) -> None:
+    """Also what was asleep when it was registered; a model that sleeps now is not woken."""
+    for name in ("awake", "sleeper"):
+        query = f"url=echo-1.0.mar&model_name={name}&initial_workers=0&load_on_request=true"
+        assert running.manage("POST", f"/models?{query}").status == 200
+    assert running.predict("awake", b"x").status == 200
+    for query in ("min_worker=3", "min_worker=1&max_worker=3"):
+        assert running.manage("PUT", f"/models/echo?{query}&synchronous=true").status == 200
+    succeed(running)
+    assert [len(running.workers(name)) for name in ("echo", "awake", "sleeper")] == [3, 1, 0]
+    assert (running.describe("echo")["minWorkers"], running.describe("sleeper")["asleep"]) == (1, True)
+    for name in ("awake", "sleeper"):
+        running.manage("DELETE", f"/models/{name}")
+    running.manage("PUT", "/models/echo?min_worker=1&max_worker=1")
+
+
+@pytest.mark.slow
 def test_f55_a_model_that_is_served_and_cannot_be_loaded_ends_the_upgrade(
     running: Server, make_archive: MakeArchive
 ) -> None:

@@ -25,10 +25,11 @@ from mms import wire
 from mms.archive import ModelArchive
 from mms.config import Config
 from mms.errors import MMSError as Error
-from mms.errors import ModelLoadError, QueueFullError
+from mms.errors import ModelLoadError, QueueFullError, ServiceUnavailableError
 from mms.instances import InstanceGroup
 from mms.metrics import VersionMetrics
 from mms.workers import environment
+from mms.workers.autoscaler import Bounds
 from mms.workers.batching import BatchQueue
 from mms.workers.forkserver import ForkServers
 from mms.workers.job import Job, StreamCaller
@@ -216,6 +217,50 @@ def test_jobs_wait_for_the_first_worker(serve: Serve) -> None:
             waiting = served.submit(b"x")
             served.pool.set_target(1)
             assert await asyncio.wait_for(waiting, 5) == b"x"
+
+    uvloop.run(scenario())
+
+
+def test_those_who_wait_when_it_is_scaled_to_0_are_served_before_the_workers_go(
+    serve: Serve, make_gate: MakeGate
+) -> None:
+    async def scenario(gate: Gate) -> None:
+        async with serve("gate") as served:
+            outcomes = [served.submit(gate.body) for _ in range(5)]
+            await until(gate.begun)
+            served.pool.set_target(0)
+            gate.open()
+            assert len({await asyncio.wait_for(outcome, 5) for outcome in outcomes}) == 1
+            await served.pool.settled()
+
+    uvloop.run(scenario(make_gate()))
+
+
+def test_those_who_wait_for_a_worker_that_is_not_wanted_any_more_are_told_at_once(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", workers=0) as served:
+            waiting = served.submit(b"x")
+            served.pool.set_target(1)
+            served.pool.set_target(0)
+            with pytest.raises(ServiceUnavailableError, match="has no workers; scale it up"):
+                await asyncio.wait_for(waiting, 5)
+            served.pool.set_target(0, Bounds(0, 1, on_request=True))
+            served.pool.rouse()
+            waiting = served.submit(b"x")
+            served.pool.set_target(0, Bounds(0, 1, on_request=True))
+            assert await asyncio.wait_for(waiting, 5) == b"x", "it counts as one that comes now"
+
+    uvloop.run(scenario())
+
+
+def test_a_pool_that_closes_waits_for_the_worker_that_a_request_has_brought(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", workers=0) as served:
+            served.pool.set_target(0, Bounds(0, 1, on_request=True))
+            served.pool.rouse()
+            waiting = served.submit(b"x")
+            await served.pool.close(20)
+            assert waiting.done() and await waiting == b"x"
 
     uvloop.run(scenario())
 

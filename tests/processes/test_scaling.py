@@ -112,7 +112,7 @@ async def control_plane(archive: Path, folder: Path, **settings: Any) -> AsyncIt
     cache.acquire(None)
     config = Config(model_store=archive.parent, run_dir=folder, workers=-1, **settings)
     control = ControlPlane(config, ModelRegistry(), ModelStore(config.model_store), cache)
-    control.gpus = GPUS
+    control.pools.gpus = GPUS
     try:
         yield control
     finally:
@@ -169,5 +169,16 @@ def test_the_servers_instances_are_those_of_models_that_say_nothing(make_archive
             assert version.pool is not None and version.pool.placement.size == 2
             version = await control.register(archive.name, name="b", changes={"device": "cpu", "min_workers": 0})
             assert version.pool is not None and version.pool.placement.gpus == ()
+
+    uvloop.run(scenario())
+
+
+def test_at_most_so_many_workers_is_a_bound_for_the_plan(make_archive: MakeArchive, tmp_path: Path) -> None:
+    archive = make_archive("tells_its_place", min_workers=-1, instances=[{"kind": "cpu", "count": 3}])
+
+    async def scenario() -> None:
+        async with control_plane(archive, tmp_path) as control:
+            version = await control.register(archive.name, changes={"max_workers": 1})
+            assert (version.settings.min_workers, version.settings.max_workers) == (1, 1)
 
     uvloop.run(scenario())

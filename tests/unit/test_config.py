@@ -14,16 +14,13 @@ from hypothesis import strategies as st
 from mms.config import (
     Config,
     ModelSettings,
-    default_cache_dir,
-    default_run_dir,
-    default_state,
     load_config,
     merge_settings,
-    parse_setting,
-    show_setting,
 )
 from mms.errors import ConfigError
+from mms.folders import default_cache_dir, default_run_dir, default_state
 from mms.safe_yaml import MAX_FILE, parse_yaml, read_yaml
+from mms.setting import parse_setting, show_setting
 
 
 def write(folder: Path, text: str | bytes) -> Path:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from mms.workers import restarts
-from mms.workers.restarts import MAX_RESTARTS, RESTART_PAUSE, Restarts
+from mms.workers.restarts import DEATH_PAUSE_LIMIT, MAX_RESTARTS, RESTART_PAUSE, BackOff, Restarts
 from tests.conftest import eventually
 
 
@@ -32,3 +32,9 @@ def test_too_many_deaths_hold_replacements_back_and_are_one_line_each_way(
         "more than 20 workers died within 0.2 s",
         "fewer workers die",
     ]
+
+
+def test_a_start_that_fails_for_hours_beside_others_is_tried_on() -> None:
+    back_off = BackOff(Restarts(), 3)
+    back_off.failed_starts = 5000
+    assert back_off.pause_beside_others() == DEATH_PAUSE_LIMIT

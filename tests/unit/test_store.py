@@ -25,6 +25,14 @@ def test_a_store_lists_its_archives(tmp_path: Path) -> None:
     assert make_store(tmp_path).names() == ["a.tar.gz", "b.mar", "unpacked"]
 
 
+def test_a_store_that_is_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    store = ModelStore(tmp_path / "store")
+    (tmp_path / "store").rmdir()
+    with pytest.raises(ModelNotFoundError, match="cannot read the model store: No such file"):
+        store.path("b.mar")
+
+
 def test_a_name_that_is_not_utf8_is_neither_listed_nor_found(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     (tmp_path / os.fsdecode(b"a\xffb.mar")).write_bytes(b"")

@@ -1,0 +1,119 @@
+"""How the jobs of a queue reach workers that have room for them, and how those whose time is over end.
+
+Front end's process, event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from mms.errors import MMSError
+from mms.metrics import VersionMetrics
+from mms.workers.alarm import Alarm
+from mms.workers.batching import BatchQueue
+from mms.workers.job import Job
+from mms.workers.worker import Worker
+
+
+class Feeder:
+    """Hands the jobs of one queue to `ready_workers`; a base class, so that a request passes no further object."""
+
+    def __init__(self, queue: BatchQueue, metrics: VersionMetrics) -> None:
+        self.ready_workers: list[Worker] = []
+        self._queue = queue
+        self._metrics = metrics
+        self._overlaps = False
+        self._wake: asyncio.Handle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._delay = Alarm(self._loop, self._dispatch)  # a batch has waited for max_batch_delay
+        self._alarm = Alarm(self._loop, self._deadline)  # at the earliest deadline of a request
+
+    def submit(self, job: Job) -> None:
+        """Queue the job. Raises OverloadError or DrainingError."""
+        self._queue.submit(job)
+        if self._wake is None:
+            self._wake_soon()
+
+    def fail(self, job: Job, error: MMSError) -> None:
+        """The job's outcome is `error`; counted."""
+        if not job.settled:
+            outcome = self._queue.scheduling.outcome(error)
+            self._metrics.count(outcome)
+            self._metrics.streams_cut += job.streams
+            job.fail(outcome)
+
+    def _wake_soon(self) -> None:
+        """Hand out jobs at the end of this turn of the event loop: what else arrives in it goes along."""
+        if self._wake is None:
+            self._wake = self._loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._wake = None
+        queue = self._queue
+        if not queue.depth:
+            return
+        now = time.monotonic()
+        self._expire(now)
+        if self._overlaps:
+            self._feed_in_turns(now)
+        elif len(self.ready_workers) == 1:
+            self._feed(self.ready_workers[0], now)
+        else:
+            idle = [worker for worker in self.ready_workers if not worker.in_flight.jobs]
+            for worker in idle:
+                self._feed(worker, now)
+            if len(idle) < len(self.ready_workers) and queue.depth:
+                for worker in self.ready_workers:
+                    self._feed(worker, now)
+        if queue.depth and queue.max_batch_delay:
+            self._wake_later(now)
+        if queue.deadlines.heap:
+            self._watch_deadlines(now)
+
+    def _feed(self, worker: Worker, now: float) -> bool:
+        frame = self._queue.take(worker.in_flight, now)
+        if frame is None:
+            return False
+        worker.send(*frame)
+        return True
+
+    def _feed_in_turns(self, now: float) -> None:
+        """Workers that have room for several batches get one each in turn, those with the fewest first."""
+        workers = sorted(self.ready_workers, key=lambda worker: len(worker.in_flight.frames))
+        while self._queue.depth and any([self._feed(worker, now) for worker in workers]):
+            pass
+
+    def _wake_later(self, now: float) -> None:
+        wake_at = self._queue.wake_at()
+        if wake_at is not None and wake_at > now:  # else a worker that becomes free looks anyway
+            self._delay.set(wake_at, now)
+
+    def _watch_deadlines(self, now: float) -> None:
+        at = self._queue.deadlines.next()
+        if at is not None:
+            self._alarm.set(at, now)
+
+    def _deadline(self) -> None:
+        """A request, waiting or at a worker, is not to be answered any more."""
+        now = time.monotonic()
+        self._expire(now)
+        self._watch_deadlines(now)
+
+    def _expire(self, now: float) -> None:
+        for job, error in self._queue.expire(now):
+            self.fail(job, error)
+
+    def wake(self) -> None:
+        """What the queue hands out, or when, has changed: look again."""
+        self._wake_soon()
+
+    def _serves(self, worker: Worker) -> None:
+        """It takes jobs from now on."""
+        self.ready_workers.append(worker)
+        self._overlaps = any(worker.in_flight.overlaps for worker in self.ready_workers)
+
+    def _stop_feeding(self) -> None:
+        for handle in (self._wake, self._delay, self._alarm):
+            if handle is not None:
+                handle.cancel()
