@@ -106,6 +106,7 @@ class Connection(asyncio.Protocol):
         self._last = True
         self._forget_requests()
         self._forget_body()
+        self._reader.release()
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 

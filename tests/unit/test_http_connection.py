@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -486,7 +487,6 @@ def test_one_connection_too_many_is_told_so() -> None:
     assert [client.statuses() for client in clients] == [[], [], [], [503]]
     clients[0].connection.connection_lost(None)
     assert connect(server=server).statuses() == [503], "the refused one still counts until it has gone"
-    clients[3].connection.connection_lost(None)
     clients[3].connection.connection_lost(None)
 
 
@@ -1044,3 +1044,11 @@ def test_an_error_of_the_application_is_told_as_json() -> None:
     (answer,) = client.answers()
     assert answer.status == 507
     assert json.loads(answer.body) == {"code": 507, "type": "InternalServerException", "message": "it broke"}
+
+
+def test_the_parser_of_a_connection_that_has_ended_is_freed_without_the_collector() -> None:
+    client = connect()
+    client.send(GET)
+    parser = client.connection._reader._parser
+    client.connection.connection_lost(None)
+    assert sys.getrefcount(parser) == 2  # this function's and its own argument
