@@ -229,7 +229,7 @@ def test_f10_a_model_that_keeps_dying_is_restarted_ever_more_slowly(make_archive
         for _ in range(4):
             running_pid = eventually(lambda: dying.workers("poison"))[0]
             os.kill(running_pid, signal.SIGKILL)
-            eventually(lambda pid=running_pid: replaced(dying, "poison", 1, pid))  # type: ignore[misc]  # mypy cannot infer it
+            eventually(partial(replaced, dying, "poison", 1, running_pid))
         assert "replacing it in" in dying.output
         assert dying.predict("poison", b"good").status == 200
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_in_a_queue_full_of_low_priority_a_high_one_waits_for_one_batch(running:
     eventually(gates[0].begun)
     for depth, gate in enumerate(gates[1:], 1):
         answering.send(running, "levels", gate.body)
-        eventually(lambda depth=depth: running.metric("mms_queue_depth", model="levels") == depth)  # type: ignore[misc]
+        eventually(partial(_waits, running, depth))
     answering.send(running, "levels", high.body, x_request_priority="1")
     eventually(lambda: running.metric("mms_errors_total", model="levels", cause="TooManyRequestsException") == 1)
     gates[0].open()
@@ -131,3 +132,7 @@ def test_settings_are_checked_and_shown_at_registration(running: Server) -> None
     fixed = fetch(running.management, "PUT", "/models/levels?priority_levels=3")
     assert (fixed.status, fixed.message) == (400, "priority_levels can only be set when the model is registered")
     assert running.describe("levels")["preferredBatchSizes"] == [2]
+
+
+def _waits(running: Server, depth: int) -> bool:
+    return running.metric("mms_queue_depth", model="levels") == depth

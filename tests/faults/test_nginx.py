@@ -258,6 +258,6 @@ def test_f64_an_access_log_on_a_full_disk_stops_nobody(make_archive: MakeArchive
 
 @pytest.mark.slow
 def test_f65_reloads_under_load_lose_no_request() -> None:
-    console = Console(record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
-    with contextlib.closing(console.file):
+    with open(os.devnull, "w") as nothing:
+        console = Console(record=True, quiet=False, file=nothing)
         assert lost.run("reloads", 2000, 1, console) == 0, console.export_text()

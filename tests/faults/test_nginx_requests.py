@@ -132,7 +132,7 @@ class Recording(HttpServer):
             self._seen.raw += data
             receive(data)
 
-        connection.data_received = record  # type: ignore[method-assign]
+        connection.data_received = record  # type: ignore[method-assign]  # this one is listened to
         return connection
 
 
