@@ -21,6 +21,7 @@ from benchmarks import queueing
 from benchmarks.figures import Bench, Figure, background
 from benchmarks.load import LoadError, find_wrk
 from benchmarks.models import Model, change, spec, workers
+from benchmarks.options import names_of
 from benchmarks.servers import Server, ServerError, running, server_environment
 from mms.archive import ModelArchive
 
@@ -195,19 +196,14 @@ def run(options: argparse.Namespace) -> list[Figure]:
     return figures
 
 
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := set(names) - SCENARIOS.keys():
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
-    return names
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 for errors and, with --check, for missed bars; 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="length of one measurement (default 5)")
     parser.add_argument("--repeat", type=int, default=3, help="rounds; the median counts (default 3)")
-    parser.add_argument("--only", type=_names, default=list(SCENARIOS), help=f"some of {','.join(SCENARIOS)}")
+    parser.add_argument(
+        "--only", type=names_of(SCENARIOS), default=list(SCENARIOS), help=f"some of {','.join(SCENARIOS)}"
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

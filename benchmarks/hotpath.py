@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.load import LoadError, find_wrk, put_load
+from benchmarks.options import names_of
 from benchmarks.servers import BATCH_1, BATCH_32, FLOOR, SPECS, Server, ServerError, running
 
 BODY_SIZE = 1024
@@ -143,19 +144,12 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := set(names) - SPECS.keys():
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SPECS)}")
-    return names
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hotpath", description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="length of one measurement (default 5)")
     parser.add_argument("--repeat", type=int, default=3, help="rounds; the median counts (default 3)")
     parser.add_argument("--connections", type=_numbers, default=[1, MANY], help="default 1,64")
-    parser.add_argument("--only", type=_names, default=list(SPECS), help=f"some of {','.join(SPECS)}")
+    parser.add_argument("--only", type=names_of(SPECS), default=list(SPECS), help=f"some of {','.join(SPECS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
     return parser.parse_args(arguments)
