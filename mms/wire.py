@@ -2,11 +2,13 @@
 
 A frame is a fixed header (magic, version, kind, length of the head, length of the payloads), a msgpack head, and the
 payloads of all jobs back to back. The head of a frame holds whatever is known of *all* its jobs, so that a frame costs
-one system call, one encode and one decode however many requests it carries.
+one system call, one encode and one decode however many requests it carries. That includes their bodies if these are
+small: then the frame has `bodies`, and neither `sizes` nor payloads.
 """
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
@@ -19,9 +21,10 @@ from mms.samples import WarmupSample
 
 HEADER = struct.Struct("<2sBBIQ")
 MAGIC = b"MM"
-VERSION = 1
+VERSION = 2
 MAX_HEAD = 64 << 20
 MAX_PAYLOAD = 16 << 30
+INLINE_BELOW = 64 << 10  # bytes: bodies that are fewer in all are a column of their frame's head, cut and joined in C
 
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
 READY, FAILED, RESULT, MEASURED, STREAM = 16, 17, 18, 19, 20  # worker -> server
@@ -105,6 +108,7 @@ class Predict(msgspec.Struct, array_like=True):
     request_ids: list[bytes]
     facts: list[RequestFacts]
     facts_of: list[int]
+    bodies: list[bytes] = []
 
 
 class RequestFactsView(msgspec.Struct, array_like=True, gc=False):
@@ -126,6 +130,7 @@ class PredictView(msgspec.Struct, array_like=True):
     request_ids: list[bytes]
     facts: list[RequestFactsView]
     facts_of: list[int]
+    bodies: list[bytearray] = []
 
 
 class Outcome(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -163,6 +168,7 @@ class Result(msgspec.Struct, array_like=True):
     outcomes: list[Outcome]
     outcome_of: list[int]
     batches: list[BatchTimes]
+    bodies: list[bytes] = []
 
 
 class Chunks(msgspec.Struct, array_like=True):
@@ -275,6 +281,7 @@ decode_headers = msgspec.msgpack.Decoder(list[bytes]).decode
 
 
 T = TypeVar("T")
+Payload = TypeVar("Payload", bytes, bytearray, memoryview)
 
 
 def share(values: list[T]) -> tuple[list[T], list[int]]:
@@ -297,6 +304,12 @@ def spread(distinct: list[T], places: list[int], count: int) -> list[T]:
     if len(values) != count:
         raise FrameError(f"a frame with {count} jobs but {len(places)} references to {len(distinct)} values")
     return values
+
+
+def cut(sizes: list[int], payload: Payload, at: int = 0) -> list[Payload]:
+    """The bodies of these sizes, which lie back to back in `payload`, from `at` on."""
+    ends = itertools.accumulate(sizes, initial=at)
+    return [payload[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def page_size(threads: int, preprocess_threads: int) -> int:

@@ -22,7 +22,7 @@ from mms.models.version import ModelVersion, VersionState
 from mms.payload import parse_query
 from mms.token import Token
 from mms.wire import RequestFacts
-from mms.workers.job import Terms
+from mms.workers.job import Job, Terms
 
 MAX_ROUTES = 4096
 _NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
@@ -45,6 +45,7 @@ class Meaning(msgspec.Struct, eq=False):
     version: ModelVersion
     facts: RequestFacts
     terms: Terms | None
+    together: bool  # its requests are handed on with others of their turn, none is looked at for itself
 
 
 class InferenceApi:
@@ -54,7 +55,6 @@ class InferenceApi:
         self.failures: Counter[tuple[int, str]] = Counter()  # of requests that reached no model, by status and cause
         self._dataplane = dataplane
         self._registry = dataplane.registry
-        self._predict = dataplane.predict
         self._own: dict[str, Callable[[], tuple[int, object]]] = {
             "/ping": lambda: (200, {"status": self._health()}),
             "/livez": lambda: (200, {"status": "alive"}),
@@ -66,22 +66,40 @@ class InferenceApi:
         self._token = token
         self._token_changes = 0
 
-    def handle(self, exchange: Exchange) -> None:
-        meaning: Meaning | None = exchange.head.meaning
-        if meaning is None or meaning.generation != self._registry.generation:
-            meaning = self._understand(exchange)
-            if meaning is None:
-                return
-        exchange.work = self._predict(
-            meaning.version,
-            meaning.facts,
-            exchange.request_id,
-            exchange.parts,
-            exchange.size,
-            exchange,
-            exchange.arrived,
-            meaning.terms,
-        )
+    def handle(self, exchanges: list[Exchange]) -> None:
+        generation, next_id = self._registry.generation, self._dataplane.next_id
+        by_version: dict[ModelVersion, list[Job]] = {}
+        version: ModelVersion | None = None
+        jobs: list[Job] = []
+        for exchange in exchanges:
+            meaning: Meaning | None = exchange.head.meaning
+            if meaning is None or meaning.generation != generation:
+                meaning = self._understand(exchange)
+                if meaning is None:
+                    continue
+            job = Job(
+                next_id(),
+                meaning.facts,
+                exchange.request_id,
+                exchange.parts,
+                exchange.size,
+                exchange,
+                exchange.arrived,
+                meaning.terms,
+            )
+            if meaning.together:
+                exchange.work = job
+                if meaning.version is not version:
+                    version = meaning.version
+                    jobs = by_version.setdefault(version, [])
+                jobs.append(job)
+                continue
+            try:
+                exchange.work = meaning.version.submit(job)
+            except MMSError as error:
+                exchange.fail(error)
+        for version, jobs in by_version.items():
+            version.submit_all(jobs)
 
     def objection(self, head: Head, size: int) -> MMSError | None:
         meaning: Meaning | None = head.meaning
@@ -122,6 +140,14 @@ class InferenceApi:
 
     def _understand(self, exchange: Exchange) -> Meaning | None:
         """What a head means that was not met since the registry changed; None when the request is answered here."""
+        try:
+            return self._meaning(exchange)
+        except MMSError as error:
+            exchange.fail(error)
+            return None
+
+    def _meaning(self, exchange: Exchange) -> Meaning | None:
+        """As _understand; raises MMSError."""
         head, generation = exchange.head, self._registry.generation
         if self._generation != generation:
             self._routes.clear()
@@ -143,7 +169,7 @@ class InferenceApi:
             raise
         headers = head.headers if self._token is None else _without_token(head.headers)
         facts = RequestFacts(head.content_type, head.encoding, route.query, route.query_is_input, headers)
-        head.meaning = Meaning(generation, route.version, facts, terms)
+        head.meaning = Meaning(generation, route.version, facts, terms, terms is None and route.version.alike)
         return cast(Meaning, head.meaning)
 
     def _find(self, exchange: Exchange) -> Route | None:

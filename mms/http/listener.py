@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from mms.errors import StartError
+from mms.http.arrivals import Arrivals
 from mms.http.connection import Connection, new_shedding
 from mms.http.exchange import Application
 from mms.http.limits import Limits
@@ -74,6 +75,7 @@ class HttpServer:
         self._known = KnownHeads()
         self.connections: set[Connection] = set()
         self.shedding = new_shedding(application, limits)
+        self._arrivals = Arrivals(application)
         self._retired = False
         self._ticks = 0
         self._servers: list[asyncio.Server] = []
@@ -132,6 +134,7 @@ class HttpServer:
             self.connections,
             edge=self._edge,
             shedding=self.shedding,
+            arrivals=self._arrivals,
         )
 
     def _tick(self) -> None:

@@ -35,6 +35,8 @@ class VersionState(enum.StrEnum):
 class ModelVersion:
     """What a request is answered by."""
 
+    alike = True  # requests without terms need not be looked at one by one
+
     def __init__(self, name: str, version: str, archive: ModelArchive, settings: ModelSettings) -> None:
         self.name = name
         self.version = version
@@ -102,6 +104,17 @@ class ModelVersion:
             self.count(outcome)
             raise outcome from None
         return job
+
+    def submit_all(self, jobs: list[Job]) -> None:
+        """Queue jobs without terms; one that is refused fails with what `submit` raises."""
+        pool = self.pool
+        if pool is not None and pool.ready_workers and pool.submit_all(jobs):
+            return
+        for job in jobs:
+            try:
+                self.submit(job)
+            except MMSError as error:
+                job.fail(error)
 
     def refusal(self, size: int, terms: Terms | None) -> MMSError | None:
         """Why a request with a body of `size` bytes would be refused now, before the body is read."""

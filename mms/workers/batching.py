@@ -117,6 +117,20 @@ class BatchQueue:
         job.queue = self
         self._waiting.append(job)
 
+    def submit_all(self, jobs: list[Job]) -> bool:
+        """Take in as many jobs without terms as there are, or none if any of them might be refused."""
+        held = self.bytes + sum([job.size for job in jobs])
+        depth = self.depth + len(jobs)
+        if depth > self.room or held > self.max_bytes or self._known_poisons:
+            return False
+        self.submitted += len(jobs)
+        self.depth = depth
+        self.bytes = held
+        for job in jobs:
+            job.queue = self
+        self._waiting.extend(jobs)
+        return True
+
     def refusal(self, size: int, terms: Terms | None = None) -> MMSError | None:
         """What speaks against a job with a body of `size` bytes now. An empty queue takes a body of any size, and jobs
         of lower priority give way.

@@ -35,6 +35,15 @@ class Feeder:
         if self._wake is None:
             self._wake_soon()
 
+    def submit_all(self, jobs: list[Job]) -> bool:
+        """Queue all that have arrived together, none with terms, and hand them out at once; False, and none is taken,
+        when they must be looked at one by one.
+        """
+        if not self._queue.submit_all(jobs):
+            return False
+        self._dispatch()
+        return True
+
     def fail(self, job: Job, error: MMSError) -> None:
         """The job's outcome is `error`; counted."""
         if not job.settled:

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class Caller(Protocol):
-    """Who waits for a job: told its outcome exactly once, by `answer` or `fail`."""
+    """Who waits for a job: told its outcome exactly once, by `answer` or `fail`.
+
+    If a kind of callers has `answer_all(callers, status, head, bodies)`, which never raises, those of one frame that
+    get the same answer but for the body are told together.
+    """
 
     def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None: ...
 

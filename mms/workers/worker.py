@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 import logging
 import time
 from datetime import UTC, datetime
@@ -99,10 +100,17 @@ class Worker(asyncio.Protocol):
 
     def send(self, batch_size: int, jobs: list[Job]) -> None:
         """One PREDICT frame with all of `jobs`."""
+        ids, request_ids = [job.id for job in jobs], [job.request_id for job in jobs]
         sizes = [job.size for job in jobs]
         facts = wire.share([job.facts for job in jobs])
-        frame = wire.Predict(batch_size, [job.id for job in jobs], sizes, [job.request_id for job in jobs], *facts)
-        parts = [wire.pack(wire.PREDICT, frame, sum(sizes))]
+        size = sum(sizes)
+        if size < wire.INLINE_BELOW:
+            bodies = [b"".join(job.parts) for job in jobs]
+            self._transport.write(
+                wire.pack(wire.PREDICT, wire.Predict(batch_size, ids, [], request_ids, *facts, bodies))
+            )
+            return
+        parts = [wire.pack(wire.PREDICT, wire.Predict(batch_size, ids, sizes, request_ids, *facts), size)]
         for job in jobs:
             parts += job.parts
         self._transport.writelines(parts)
@@ -170,28 +178,44 @@ class Worker(asyncio.Protocol):
         reported = sum([batch.jobs for batch in result.batches])
         if reported != count:
             self._early += count - reported
-        if not count or len(result.sizes) != count or self._early < 0:
+        bodies: list[bytes] | list[memoryview] = result.bodies
+        if not bodies:
+            bodies = wire.cut(result.sizes, bytes(payload) if payload.nbytes < COPY_BELOW else payload)
+        if not count or len(bodies) != count or self._early < 0:
             raise FrameError(f"a RESULT frame with {count} jobs whose sizes or batches do not fit")
         jobs = self.in_flight.finish(result.ids)
         if jobs is None:
             raise FrameError(f"answers to jobs {result.ids}, which this worker does not have")
-        self._count(result.batches, jobs, outcomes, now)
-        body = payload if payload.nbytes > COPY_BELOW else bytes(payload)
-        at = 0
-        for job, outcome, size in zip(jobs, outcomes, result.sizes, strict=True):
-            end = at + size
-            if not job.settled:
-                job.settled = True
-                try:
-                    if outcome.error:
-                        self._metrics.streams_cut += job.streams
-                        job.caller.fail(_remote_error(outcome, bytes(body[at:end])))
-                    else:
-                        job.caller.answer(outcome.status, outcome.head, body[at:end])
-                except Exception:  # one caller's fault must not cost the other jobs their worker
-                    log.exception("the answer to job %d could not be delivered", job.id)
-            at = end
+        waits = self._observe(result.batches, jobs, now)
+        if any([job.settled for job in jobs]):
+            waited_for = [not job.settled for job in jobs]
+            jobs, outcomes, bodies, waits = [
+                list(itertools.compress(column, waited_for)) for column in (jobs, outcomes, bodies, waits)
+            ]
+        if jobs:
+            self._count(jobs, outcomes, waits, now)
+            self._deliver(jobs, outcomes, bodies)
         self._owner.worker_free(self)
+
+    def _deliver(self, jobs: list[Job], outcomes: list[wire.Outcome], bodies: list[bytes | memoryview]) -> None:
+        """Tell each caller its job's outcome."""
+        for job in jobs:
+            job.settled = True
+        callers, first = [job.caller for job in jobs], outcomes[0]
+        if not first.error and outcomes.count(first) == len(outcomes) and len(set(map(type, callers))) == 1:
+            answer_all = getattr(callers[0], "answer_all", None)
+            if answer_all is not None:
+                answer_all(callers, first.status, first.head, bodies)
+                return
+        for job, outcome, body in zip(jobs, outcomes, bodies, strict=True):
+            try:
+                if outcome.error:
+                    self._metrics.streams_cut += job.streams
+                    job.caller.fail(_remote_error(outcome, bytes(body)))
+                else:
+                    job.caller.answer(outcome.status, outcome.head, body)
+            except Exception:  # one caller's fault must not cost the other jobs their worker
+                log.exception("the answer to job %d could not be delivered", job.id)
 
     def _chunks(self, chunks: wire.Chunks, payload: memoryview) -> None:
         """Pieces of answers; a job whose answer has begun stays in hand until its RESULT, and is not run again."""
@@ -222,8 +246,8 @@ class Worker(asyncio.Protocol):
             except Exception:  # one caller's fault must not cost the other jobs their worker
                 log.exception("a part of the answer to job %d could not be delivered", id)
 
-    def _count(self, batches: list[wire.BatchTimes], jobs: list[Job], outcomes: list[wire.Outcome], now: float) -> None:
-        """Count batches, and of the jobs those that somebody still waits for."""
+    def _observe(self, batches: list[wire.BatchTimes], jobs: list[Job], now: float) -> list[float]:
+        """Count batches; how long each of the jobs has waited in the worker."""
         metrics = self._metrics
         seconds = 0.0
         waits: list[float] = []
@@ -241,13 +265,12 @@ class Worker(asyncio.Protocol):
             if self.in_flight.batch_limit is not None:
                 self._learn(batches, now - min([job.taken for job in jobs]))
         if len(waits) != len(jobs):
-            waits = [0.0] * len(jobs)  # of a batch with streams: an idle worker has begun it at once
-        if any([job.settled for job in jobs]):
-            kept = [place for place, job in enumerate(jobs) if not job.settled]
-            jobs, outcomes = [jobs[place] for place in kept], [outcomes[place] for place in kept]
-            waits = [waits[place] for place in kept]
-            if not jobs:
-                return
+            return [0.0] * len(jobs)  # of a batch with streams: an idle worker has begun it at once
+        return waits
+
+    def _count(self, jobs: list[Job], outcomes: list[wire.Outcome], waits: list[float], now: float) -> None:
+        """Count jobs that somebody still waits for."""
+        metrics = self._metrics
         metrics.duration.observe_all([now - job.arrived for job in jobs])
         metrics.queued.observe_all([wait + job.taken - job.arrived for job, wait in zip(jobs, waits, strict=True)])
         first = outcomes[0]

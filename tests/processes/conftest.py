@@ -65,7 +65,9 @@ class Backend:
         ids, sizes = list(range(first, self._ids + 1)), list(map(len, bodies))
         facts = wire.RequestFacts(content_type, encoding, b"", False, HEADERS)
         frame = wire.Predict(batch_size, ids, sizes, [b"id-%d" % number for number in ids], [facts], [])
-        self._sock.sendall(wire.pack(wire.PREDICT, frame, sum(sizes)) + b"".join(bodies))
+        if sum(sizes) < wire.INLINE_BELOW:
+            frame.sizes, frame.bodies, bodies = [], list(bodies), ()
+        self._sock.sendall(wire.pack(wire.PREDICT, frame, sum(frame.sizes)) + b"".join(bodies))
         return ids
 
     def results(self, count: int) -> dict[int, tuple[wire.Outcome, bytes]]:
@@ -76,10 +78,9 @@ class Backend:
             assert kind == wire.RESULT
             assert sum(head.sizes) == len(payload)
             outcomes = wire.spread(head.outcomes, head.outcome_of, len(head.ids))
-            at = 0
-            for number, outcome, size in zip(head.ids, outcomes, head.sizes, strict=True):
-                found[number] = (outcome, payload[at : at + size])
-                at += size
+            bodies = head.bodies or wire.cut(head.sizes, payload)
+            for number, outcome, body in zip(head.ids, outcomes, bodies, strict=True):
+                found[number] = (outcome, body)
         return found
 
     def predict(self, *bodies: bytes, **how: Any) -> list[tuple[wire.Outcome, bytes]]:

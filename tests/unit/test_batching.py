@@ -240,6 +240,21 @@ def test_the_bytes_that_wait_are_bounded() -> None:
     assert queue.bytes == 100
 
 
+def test_jobs_that_arrive_together_are_taken_together() -> None:
+    queue = make_queue()
+    assert queue.submit_all([make_job(1, size=3), make_job(2, size=4)])
+    assert (queue.depth, queue.bytes, queue.submitted) == (2, 7, 2)
+    assert take(queue, make_worker()) == [1, 2]
+
+
+@pytest.mark.parametrize("limits", [{"capacity": 2}, {"max_bytes": 11}], ids=["number", "bytes"])
+def test_of_jobs_that_arrive_together_none_is_taken_unless_there_is_room_for_all(limits: dict[str, int]) -> None:
+    queue = make_queue(**limits)
+    assert not queue.submit_all([make_job(number, size=4) for number in (1, 2, 3)])
+    assert (queue.depth, queue.bytes, queue.submitted) == (0, 0, 0)
+    assert queue.submit_all([make_job(number, size=4) for number in (1, 2)])
+
+
 def test_an_empty_queue_takes_a_body_of_any_size() -> None:
     queue = make_queue(max_bytes=100)
     (large,) = fill(queue, 1, size=1000)
