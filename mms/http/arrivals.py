@@ -6,15 +6,12 @@ done once for many requests need not be done for each.
 
 from __future__ import annotations
 
-import logging
+import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mms.http.connection import Connection
     from mms.http.exchange import Application, Exchange
-
-log = logging.getLogger("mms.http")
-
 
 class Arrivals:
     """What all connections of a server have received since the application was last handed something."""
@@ -33,8 +30,9 @@ class Arrivals:
         self.exchanges.clear()
         try:
             self._application.handle(exchanges)
-        except Exception:  # a fault of ours: nobody waits for an answer that will not come
-            log.exception("requests could not be handled")
+        except Exception as error:  # a fault of ours: nobody waits for an answer that will not come
+            fault = {"message": "requests could not be handled", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(fault)
             for exchange in exchanges:
                 if exchange.work is None:
                     exchange.connection.give_up(exchange)

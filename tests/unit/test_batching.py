@@ -241,7 +241,7 @@ def test_the_bytes_that_wait_are_bounded() -> None:
 
 
 def test_jobs_that_arrive_together_are_taken_together() -> None:
-    queue = make_queue()
+    queue = make_queue(batch_size=2)
     assert queue.submit_all([make_job(1, size=3), make_job(2, size=4)])
     assert (queue.depth, queue.bytes, queue.submitted) == (2, 7, 2)
     assert take(queue, make_worker()) == [1, 2]
