@@ -98,9 +98,7 @@ class ModelVersion:
                 pool.rouse()
             pool.submit(job)
         except MMSError as error:
-            outcome = self.scheduling.outcome(error)
-            self.count(outcome)
-            raise outcome from None
+            raise self._refused(error) from None
         return job
 
     def refusal(self, size: int, terms: Terms | None) -> MMSError | None:
@@ -110,6 +108,12 @@ class ModelVersion:
             return self._unavailable()
         refusal = self.queue.refusal(size, terms)
         return refusal if refusal is None else self.scheduling.outcome(refusal)
+
+    def _refused(self, error: MMSError) -> MMSError:
+        """What its caller is told. Not a variable of the frame that raises it: that cycle would keep the request."""
+        outcome = self.scheduling.outcome(error)
+        self.count(outcome)
+        return outcome
 
     def count(self, error: MMSError) -> None:
         """A request to this version was refused."""

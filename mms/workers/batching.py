@@ -107,7 +107,10 @@ class BatchQueue:
         if self.depth >= self.room or held > self.max_bytes or job.terms is not None:
             refusal = self.refusal(job.size, job.terms)
             if refusal is not None:
-                raise refusal
+                try:
+                    raise refusal
+                finally:
+                    del refusal  # its traceback knows this frame: the cycle would keep the request
             if job.terms is not None:
                 self._accept_terms(job, job.terms)
                 held = self.bytes + job.size
