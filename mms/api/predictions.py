@@ -117,6 +117,10 @@ class InferenceApi:
                 self._token_changes = self._token.changes
                 self._registry.generation += 1
 
+    def forget_routes(self) -> None:
+        """They hold versions that may have been taken out."""
+        self._routes.clear()
+
     def held(self) -> int:
         return sum([version.held for version in self._registry.versions()])
 

@@ -185,9 +185,10 @@ class WorkerPool(Feeder):
                 task.cancel()
             await self._change(TICK)
         await self._starter.close()
-        self._stop_feeding()
         if self._timer is not None:
             self._timer.cancel()
+        self._stop_feeding()
+        self.losses.close()
 
     def _unfinished(self) -> bool:
         """Whether somebody waits for a job that a worker has or can still take, if only one that replaces another."""
@@ -311,8 +312,7 @@ class WorkerPool(Feeder):
             self._expire(now)
             self._feed(worker, now)
         if not worker.in_flight.jobs:
-            worker.stop()
-            self._loop.call_later(self._settings.stop_grace, worker.kill, "did not stop in time")
+            worker.stop(self._settings.stop_grace)
 
     # Owner
 

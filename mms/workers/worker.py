@@ -70,6 +70,7 @@ class Worker(asyncio.Protocol):
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._early = 0  # jobs of batches with streams that were answered before their batch was reported
         self._exit: str | None = None
+        self._patience: asyncio.TimerHandle | None = None  # with a worker that was told to leave
         self._channel_ended = False
         self._gone = False
 
@@ -107,12 +108,15 @@ class Worker(asyncio.Protocol):
             parts += job.parts
         self._transport.writelines(parts)
 
-    def stop(self) -> None:
-        """Take no more jobs, leave when those in hand are answered."""
+    def stop(self, grace: float) -> None:
+        """Take no more jobs, leave when those in hand are answered; killed when that takes over `grace` seconds."""
         if self.state in (WorkerState.STARTING, WorkerState.READY):
             self.state = WorkerState.STOPPING
         if not self.in_flight.jobs and self._transport is not None and not self._transport.is_closing():
             self._transport.write(wire.pack(wire.STOP, None))
+        if self._patience is None and not self._gone:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(grace, self.kill, "did not stop in time")
 
     def kill(self, cause: str) -> None:
         """End the process now; `cause` is what is reported."""
@@ -283,6 +287,8 @@ class Worker(asyncio.Protocol):
         if self._gone:
             return
         self._gone = True
+        if self._patience is not None:  # it would keep this worker, and with it its model, until it rings
+            self._patience.cancel()
         self.cause = self.cause or self._exit or "unknown"
         if self.output is not None:
             self.output.finish()
