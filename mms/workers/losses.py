@@ -109,6 +109,8 @@ class Losses:
         """Nothing is lost any more; lets go of the pool, as `Feeder._stop_feeding` does."""
         if self._retrial is not None:
             self._retrial.cancel()
+        if self.failure is not None:
+            self.failure.with_traceback(None)  # who waited for the workers has raised it, in the pool's own frames
         self._reconcile, self._abandon = lambda: None, lambda _: None
 
     def _retry(self) -> None:

@@ -255,10 +255,16 @@ def test_those_who_wait_for_a_worker_that_is_not_wanted_any_more_are_told_at_onc
     uvloop.run(scenario())
 
 
-def test_f105_a_closed_pool_is_freed_at_once_without_the_collector(serve: Serve) -> None:
+@pytest.mark.parametrize("failed", [False, True])
+def test_f105_a_closed_pool_is_freed_at_once_without_the_collector(serve: Serve, failed: bool) -> None:
     async def scenario() -> None:
-        async with serve("poison", stop_grace=60) as served:
-            assert await served.submit(b"x") == b"x"
+        async with serve("poison", workers=not failed, stop_grace=60) as served:
+            if failed:
+                served.pool.losses.fail(ModelLoadError("no"))
+                with pytest.raises(ModelLoadError):
+                    await served.pool.settled()
+            else:
+                assert await served.submit(b"x") == b"x"
         gone = weakref.ref(served.pool)
         del served.pool
         await until(lambda: gone() is None)
