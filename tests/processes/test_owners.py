@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import logging
 import os
@@ -79,6 +78,7 @@ def test_f113_workers_on_one_gpu_have_one_copy_and_are_replaced_when_its_owner_h
     uvloop.run(scenario())
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_stay_with_each_worker_and_that_is_said_once(
     serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -92,7 +92,6 @@ def test_weights_that_do_not_fit_stay_with_each_worker_and_that_is_said_once(
             with pytest.raises(ModelLoadError, match="the weights that share_weights lends do not fit: network.own is"):
                 async with serve("lends", workers=2, **how, preload=("torch",), model_config=config):
                     pass
-            await asyncio.sleep(0)
 
     with caplog.at_level(logging.WARNING, "mms.template"):
         uvloop.run(scenario())
