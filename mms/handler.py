@@ -260,7 +260,7 @@ class Handler:
         """Once per worker, before it takes requests: load the model onto `context.device`."""
 
     def after_fork(self, context: Context) -> None:
-        """With share_weights, once per worker after it was forked from the process that ran `initialize`.
+        """With share_weights on the CPU, once per worker after it was forked from the process that ran `initialize`.
 
         Open here what workers cannot share (connections, files), start threads, seed random generators of your own.
         """

@@ -86,17 +86,14 @@ def test_a_handler_that_knows_can_leave_its_weights_on_the_meta_device(lent: Len
     assert {slot.tensor.device.type for slot in slots(ours)} == {"cpu"}
 
 
-def test_weights_that_do_not_fit_are_left_and_one_line_says_why(
-    lent: Lent, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_that_do_not_fit_are_left_and_one_line_says_why(lent: Lent, capsys: pytest.CaptureFixture[str]) -> None:
+    there = "float32 [6, 6] on cpu in the owner"
     for spoil, said in (
         (lambda net: net.register_buffer("new", torch.ones(1)), "model.new is only in the worker"),
         (lambda net: delattr(net, "count"), "model.count is only in the owner"),
-        (lambda net: net[0].double(), "model.0.weight is float64 [6, 6] on cpu in the worker, float32 [6, 6] on cpu in the"
-         " owner"),
-        (lambda net: net[0].to("meta"), "model.0.weight is float32 [6, 6] on meta in the worker, float32 [6, 6] on cpu in"
-         " the owner"),
-    ):  # fmt: skip
+        (lambda net: net[0].double(), f"model.0.weight is float64 [6, 6] on cpu in the worker, {there}"),
+        (lambda net: net[0].to("meta"), f"model.0.weight is float32 [6, 6] on meta in the worker, {there}"),
+    ):
         ours, borrowed = handler(1.0), Borrowed(lent[0])
         spoil(ours.model)
         weight = ours.model[0].weight
@@ -109,7 +106,7 @@ def test_weights_that_do_not_fit_are_left_and_one_line_says_why(
 def test_a_handler_that_relied_on_weights_that_do_not_fit_is_a_load_error(lent: Lent) -> None:
     borrowed = Borrowed(lent[0])
     assert borrowed.are_lent()
-    with pytest.raises(ModelLoadError, match="do not fit: model.0.bias is only in the owner"):
+    with pytest.raises(ModelLoadError, match=r"do not fit: model\.0\.bias is only in the owner"):
         borrowed.put(SimpleNamespace(model=torch.nn.Linear(1, 1)))
 
 
