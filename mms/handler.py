@@ -151,7 +151,8 @@ class Request(msgspec.Struct, eq=False):
 class Context:
     """The worker's facts and, during a batch, its requests; the members are those that MMS handlers know."""
 
-    def __init__(self, load: wire.Load, device: str) -> None:
+    def __init__(self, load: wire.Load, device: str, are_lent: Callable[[], bool] = lambda: False) -> None:
+        self._are_lent = are_lent
         self.model_name = load.model_name
         self.model_version = load.version
         self.manifest = load.manifest
@@ -173,6 +174,15 @@ class Context:
     def model_yaml_config(self) -> dict[str, Any]:
         """The archive's model-config.yaml (TorchServe's name for `config`)."""
         return self.config
+
+    @property
+    def weights_are_lent(self) -> bool:
+        """Whether the parameters and buffers of the handler's networks are replaced when `initialize` has returned.
+
+        With share_weights on a GPU, by those of another process that has loaded the same. Then a network may stay on
+        the CPU or on torch's device meta, and its weights need not be read.
+        """
+        return self._are_lent()
 
     def path(self, name: str) -> Path:
         """A file of the archive. Raises FileNotFoundError that names the archive's files when it is not there."""
@@ -250,7 +260,7 @@ class Handler:
         """Once per worker, before it takes requests: load the model onto `context.device`."""
 
     def after_fork(self, context: Context) -> None:
-        """With share_weights, once per worker after it was forked from the process that ran `initialize`.
+        """With share_weights on the CPU, once per worker after it was forked from the process that ran `initialize`.
 
         Open here what workers cannot share (connections, files), start threads, seed random generators of your own.
         """

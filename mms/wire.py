@@ -50,6 +50,7 @@ class Preparation(msgspec.Struct, array_like=True, frozen=True):
     """What a worker does between loading its handler and READY.
 
     Each sample of `warmup` runs in each of `batch_sizes`. A `template` does none of it: it forks the workers that do.
+    Nor does an `owner`, which lends its weights to them.
     """
 
     warmup: tuple[WarmupSample, ...] = ()
@@ -57,6 +58,44 @@ class Preparation(msgspec.Struct, array_like=True, frozen=True):
     compile: bool = False
     cuda_graphs: tuple[int, ...] = ()
     template: bool = False
+    owner: bool = False
+
+
+class SharedStorage(msgspec.Struct, array_like=True, frozen=True):
+    """Memory that another process has: `size` bytes, `offset` bytes behind where `handle` leads.
+
+    On `device` cuda that is a handle of CUDA IPC with torch's counter of its users, on the cpu a file's path.
+    """
+
+    device: str
+    handle: bytes
+    size: int
+    offset: int
+    counter: bytes = b""
+    counter_offset: int = 0
+
+
+class SharedTensor(msgspec.Struct, array_like=True, frozen=True):
+    """A parameter or buffer in one of the storages, with all names by which the handler has it."""
+
+    names: list[str]
+    storage: int
+    dtype: str
+    shape: list[int]
+    stride: list[int]
+    offset: int
+
+
+class Weights(msgspec.Struct, array_like=True, frozen=True):
+    """What the networks of an owner's handler hold; `fault` says why it cannot be lent."""
+
+    storages: list[SharedStorage]
+    tensors: list[SharedTensor]
+    fault: str = ""
+
+    @property
+    def size(self) -> int:
+        return sum(storage.size for storage in self.storages)
 
 
 class Load(msgspec.Struct, array_like=True):
@@ -77,6 +116,7 @@ class Load(msgspec.Struct, array_like=True):
     threads: int = 1
     preprocess_threads: int = 0
     preparation: Preparation = Preparation()
+    weights: Weights | None = None  # lent by an owner on the same GPU
 
 
 class RequestFacts(msgspec.Struct, array_like=True, eq=False, gc=False):
@@ -198,13 +238,16 @@ class Measured(msgspec.Struct, array_like=True):
 class Ready(msgspec.Struct, array_like=True):
     """The handler is loaded; `style` is 'batch' or 'request'.
 
-    `threads` batches run at a time; with `preprocess_threads`, requests are prepared while they do.
+    `threads` batches run at a time; with `preprocess_threads`, requests are prepared while they do. `borrowed` is how
+    many bytes of weights are another process's, `unshared` why they are not, though they were lent.
     """
 
     style: str
     load_seconds: float
     threads: int = 1
     preprocess_threads: int = 0
+    borrowed: int = 0
+    unshared: str = ""
 
 
 class Failed(msgspec.Struct, array_like=True):
@@ -251,11 +294,12 @@ class Preloaded(msgspec.Struct, array_like=True):
     """The first message of a fork server; `errors` names the modules that could not be imported, and why.
 
     A template says it as well, when it has loaded. With more than one thread neither must fork: a lock held by another
-    thread would stay locked in the worker.
+    thread would stay locked in the worker. An owner says it with its weights.
     """
 
     errors: list[str]
     threads: int
+    weights: Weights | None = None
 
 
 class ForkReply(msgspec.Struct, array_like=True):

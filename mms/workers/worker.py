@@ -49,6 +49,12 @@ class Owner(Protocol):
     def worker_gone(self, worker: Worker) -> None: ...
 
 
+class Lender(Protocol):
+    """The owner of weights that workers use."""
+
+    gone: asyncio.Event
+
+
 class Worker(asyncio.Protocol):
     """Speaks with one worker process from LOAD to the end of its channel."""
 
@@ -62,6 +68,8 @@ class Worker(asyncio.Protocol):
         self.failure: wire.Failed | None = None
         self.cause = ""  # how it ended, or why it is being killed
         self.output: OutputReader | None = None
+        self.lender: Lender | None = None  # whose weights it has
+        self.borrowed = 0  # bytes of them
         self.process: WorkerProcess = cast(WorkerProcess, None)
         self._owner = owner
         self._queue = queue
@@ -160,6 +168,7 @@ class Worker(asyncio.Protocol):
     def _ready(self, ready: wire.Ready) -> None:
         if self.state is WorkerState.STARTING:
             self.state = WorkerState.READY
+            self.borrowed = ready.borrowed
             self.in_flight = self._queue.new_worker(ready.threads, ready.preprocess_threads)
             self._owner.worker_ready(self, ready)
 
@@ -318,6 +327,7 @@ def describe_worker(worker: Worker, memory: int, private: int | None, gpu_memory
         "memoryUsage": memory,
         **({"privateMemory": private} if private is not None else {}),
         **({"gpuMemoryUsage": gpu_memory} if gpu_memory is not None else {}),
+        **({"borrowedWeights": worker.borrowed} if worker.borrowed else {}),
         "pid": worker.pid,
         **({"batchLimit": limit.limit} if (limit := worker.in_flight.batch_limit) is not None else {}),
     }
