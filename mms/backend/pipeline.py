@@ -75,11 +75,13 @@ class Account:
         self._done = 0  # all places below are done
         self._done_beyond: set[int] = set()
 
-    def begin(self, thread: int, tickets: list[Ticket]) -> float:
-        """They are taken for the first time, or again at the next stage. Returns the time."""
+    def begin(self, thread: int, tickets: list[Ticket], spent: float = 0.0) -> float:
+        """They are taken for the first time, or again at the next stage after `spent` seconds in others: the server's
+        time limit is for all of them together, without the waiting in between. Returns the time.
+        """
         now = _monotonic()
         places = [ticket.place for ticket in tickets]
-        wire.write_slot(self._page, thread, now, places)
+        wire.write_slot(self._page, thread, now - spent, places)
         if places[-1] >= self._started:
             with self._lock:
                 self._started = max(self._started, places[-1] + 1)
@@ -224,10 +226,11 @@ class Pipeline:
         account = self._account
         with own_lane(self._device) as lane:
             while batch := self._next_batch():
-                begun = account.begin(thread, batch)
                 if isinstance(batch, Streaming):
+                    begun = account.begin(thread, batch)
                     self._stream(thread, batch, batch.answers, partial(_times_with, batch.batch, begun))
                     continue
+                begun = account.begin(thread, batch, _preparation(batch))
                 prepared = [ticket.prepared for ticket in batch if ticket.prepared is not None]
                 stages.infer(prepared, lane.move)
                 lane.wait()
@@ -252,7 +255,7 @@ class Pipeline:
             answers: list[Answer] = []
             times: list[wire.BatchTimes] = []
             for batch in batches:
-                begun = account.begin(thread, batch.tickets)
+                begun = account.begin(thread, batch.tickets, _preparation(batch.tickets) + batch.inference)
                 answers += [stages.finish(ticket.prepared) for ticket in batch.tickets if ticket.prepared is not None]
                 tickets += batch.tickets
                 times.append(_times(batch, _monotonic() - begun))
@@ -329,6 +332,11 @@ class Pipeline:
 
 def _bucket(ticket: Ticket) -> object:
     return ticket.prepared.bucket if ticket.prepared is not None else None
+
+
+def _preparation(batch: list[Ticket]) -> float:
+    """Seconds that the slowest of them took in preprocess, which they have passed side by side."""
+    return max([ticket.preprocess for ticket in batch])
 
 
 def _times_of(batch: list[Ticket], begun: float, stages: Stages) -> wire.BatchTimes:

@@ -186,6 +186,20 @@ def test_each_threads_work_is_told_to_the_server(start: Start, request_: Request
     assert wire.PROGRESS.unpack_from(backend.progress)[:2] == (2, 2)
 
 
+def test_the_time_limit_of_a_batch_counts_all_its_stages(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    held = request_().hold("preprocess", "inference", "postprocess")
+    backend.send(held.body)
+    for spent, stage in enumerate(("preprocess", "inference", "postprocess")):
+        reaches(held, stage)
+        at = time.monotonic()
+        ((begun_at, _),) = wire.read_slots(backend.progress)
+        assert at - begun_at >= spent * 0.02
+        eventually(lambda since=at: time.monotonic() > since + 0.02)
+        Path(f"{held.path}.{stage}.held").unlink()
+    backend.results(1)
+
+
 def test_times_of_the_stages_are_told_for_each_batch(start: Start, request_: Requests) -> None:
     backend = begin(start, preprocess_threads=2)
     backend.send(*[request_().body for _ in range(3)])
