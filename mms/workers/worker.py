@@ -221,6 +221,8 @@ class Worker(asyncio.Protocol):
                     job.stream.chunk(data)
             except Exception:  # one caller's fault must not cost the other jobs their worker
                 log.exception("a part of the answer to job %d could not be delivered", id)
+        if chunks.first and self.in_flight.batch_limit is not None:
+            self._learn(len(chunks.first), now - min([held[id].taken for id in chunks.first]))
 
     def _count(self, batches: list[wire.BatchTimes], jobs: list[Job], outcomes: list[wire.Outcome], now: float) -> None:
         """Count batches, and of the jobs those that somebody still waits for."""
@@ -238,8 +240,12 @@ class Worker(asyncio.Protocol):
                 metrics.postprocess.observe(batch.postprocess)
         if batches:
             self.in_flight.observe(len(batches), seconds)
-            if self.in_flight.batch_limit is not None:
-                self._learn(batches, now - min([job.taken for job in jobs]))
+            if (
+                self.in_flight.batch_limit is not None
+                and len(waits) == len(jobs)
+                and not any([job.streams for job in jobs])
+            ):
+                self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
         if len(waits) != len(jobs):
             waits = [0.0] * len(jobs)  # of a batch with streams: an idle worker has begun it at once
         if any([job.settled for job in jobs]):
@@ -259,9 +265,9 @@ class Worker(asyncio.Protocol):
             if outcome.error:
                 metrics.errors[outcome.error] += 1
 
-    def _learn(self, batches: list[wire.BatchTimes], seconds: float) -> None:
-        """Let the batch size follow the latency objective."""
-        if self._queue.learn(self.in_flight, max([batch.jobs for batch in batches]), seconds):
+    def _learn(self, largest: int, seconds: float) -> None:
+        """Let the batch size follow the latency objective, which for a stream is that of its first chunk."""
+        if self._queue.learn(self.in_flight, largest, seconds):
             self._owner.objective_missed(self, seconds)
 
     def _process_ended(self) -> None:
