@@ -141,7 +141,8 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
         sys.stderr.write(text)
         return 1
     if load.preparation.template:
-        return template.serve(sock, partial(main, loaded=stages))
+        # what `initialize` has counted is told by the first worker alone: it has run once
+        return template.serve(sock, partial(main, loaded=stages), stages.metrics.take)
     gc.collect()
     gc.freeze()
     prepares = load.preprocess_threads if isinstance(stages, RequestStages) else 0
