@@ -346,6 +346,7 @@ class BatchQueue:
             if not job.taken:
                 self.drop(job)
                 job.parts.clear()
+            job.recall()
             job.queue = None
             late.append((job, error))
         return late
@@ -382,7 +383,10 @@ class BatchQueue:
         elif worker.preprocess_threads and not worker.streams:
             # a batch more for the preprocess threads, and what they have in hand
             window = max(batch_size * (worker.threads + 1) + worker.preprocess_threads, ahead * batch_size)
-            return max(0, min(window - len(worker.jobs), MAX_FRAME_JOBS))
+            room = window - len(worker.jobs)
+            if room <= 0 and self.scheduling.levels > 1:
+                room = self._room_above(worker, window)
+            return max(0, min(room, MAX_FRAME_JOBS))
         elif len(worker.frames) > worker.threads or self.depth < batch_size:
             return 0
         else:
@@ -391,6 +395,16 @@ class BatchQueue:
         if self._preferred and limit > batch_size:
             limit = min(limit, max(1, self.depth // batch_size) * batch_size)
         return limit
+
+    def _room_above(self, worker: InFlight, window: int) -> int:
+        """A worker that has enough to prepare takes jobs of higher priority still, which it runs first."""
+        first = next(iter(self._waiting), None)
+        if first is None:
+            return 0
+        level_of = self.scheduling.level_of
+        level = level_of(first)
+        rivals = [job for job in worker.jobs.values() if not job.settled and level_of(job) <= level]
+        return min(window - len(rivals), self._waiting.waiting_at(level))
 
     def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int) -> tuple[int, list[Job]]:
         worker.add(jobs)

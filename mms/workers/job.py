@@ -101,8 +101,15 @@ class Job(msgspec.Struct, eq=False):
                 if not self.taken:
                     queue.drop(self)
                     self.parts.clear()
-            if self.abandon is not None:
-                self.abandon(self.id)
+            self.recall()
+
+    def recall(self) -> None:
+        """Nobody waits for it any more: its worker need not begin it, or go on to stream its answer."""
+        frame = self.frame
+        if self.abandon is not None:
+            self.abandon(self.id)
+        elif self.taken and frame is not None and frame.cancel is not None:
+            frame.cancel(self.id)
 
     def fail(self, error: MMSError) -> None:
         if not self.settled:

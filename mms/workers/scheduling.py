@@ -11,7 +11,7 @@ import msgspec
 from mms.config import MAX_TIMEOUT, ModelSettings
 from mms.errors import BadRequestError, MMSError, ObjectiveError, OverloadError, SubstituteError
 from mms.workers.inflight import MAX_FRAME_JOBS
-from mms.workers.job import Terms
+from mms.workers.job import Job, Terms
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 PRIORITY_HEADER = "x-request-priority"
@@ -70,6 +70,9 @@ class Scheduling:
         if self.levels == 1 and not seconds and not self.objective:
             return None
         return Terms(level, seconds)
+
+    def level_of(self, job: Job) -> int:
+        return job.terms.level if job.terms is not None else self.default_level
 
     def outcome(self, error: MMSError) -> MMSError:
         """What a request gets that fails so: the default output, if load is the reason and the model has one."""

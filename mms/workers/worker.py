@@ -68,7 +68,7 @@ class Worker(asyncio.Protocol):
         self._metrics = metrics
         self._reader = wire.FrameReader()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self._early = 0  # jobs of batches with streams that were answered before their batch was reported
+        self._early = 0  # jobs that were answered before their batch was reported (streams), or without any (cancelled)
         self._exit: str | None = None
         self._channel_ended = False
         self._gone = False
@@ -102,6 +102,8 @@ class Worker(asyncio.Protocol):
         sizes = [job.size for job in jobs]
         facts = wire.share([job.facts for job in jobs])
         frame = wire.Predict(batch_size, [job.id for job in jobs], sizes, [job.request_id for job in jobs], *facts)
+        if self.in_flight.preprocess_threads and self._queue.scheduling.levels > 1:
+            frame.levels = list(map(self._queue.scheduling.level_of, jobs))
         parts = [wire.pack(wire.PREDICT, frame, sum(sizes))]
         for job in jobs:
             parts += job.parts
@@ -157,6 +159,8 @@ class Worker(asyncio.Protocol):
         if self.state is WorkerState.STARTING:
             self.state = WorkerState.READY
             self.in_flight = self._queue.new_worker(ready.threads, ready.preprocess_threads)
+            if self.in_flight.overlaps:
+                self.in_flight.cancel = self.process.cancel
             self._owner.worker_ready(self, ready)
 
     def _measured(self, measured: wire.Measured) -> None:

@@ -17,6 +17,7 @@ from mms.workers.scheduling import Scheduling
 from mms.workers.worker import Worker
 
 FACTS = wire.RequestFacts("", "", b"", False, [])
+PLAIN_TERMS = Terms()
 OK = wire.Outcome(200, b"content-type: text/plain\r\n", "")
 
 
@@ -62,10 +63,10 @@ class Rig:
     def says(self, kind: int, head: object, payload: bytes = b"") -> None:
         self.worker.data_received(wire.pack(kind, head, len(payload)) + payload)
 
-    def takes(self, *ids: int, since: float = 0.0) -> list[Job]:
+    def takes(self, *ids: int, since: float = 0.0, terms: Terms = PLAIN_TERMS) -> list[Job]:
         """Jobs that it was given so many seconds ago."""
         at = time.monotonic() - since
-        jobs = [Job(id, FACTS, b"", [], 1, Caller(), at, Terms()) for id in ids]
+        jobs = [Job(id, FACTS, b"", [], 1, Caller(), at, terms) for id in ids]
         for job in jobs:
             self.queue.submit(job)
         assert self.queue.take(self.worker.in_flight, at) is not None
@@ -87,3 +88,23 @@ def test_an_objective_is_for_the_first_chunk_of_a_stream_and_not_for_its_end() -
         rig.says(wire.STREAM, wire.Chunks([id], [1], {id: OK}), b"a")
         rig.says(wire.RESULT, wire.Result([id], [0], [OK], [], [wire.BatchTimes(1, 0, 0.1, 0, 0, 0)]))
     assert len(rig.owner.missed) == 1
+
+
+def test_a_worker_of_several_threads_is_told_who_waits_no_longer() -> None:
+    rig = Rig(wire.Ready("batch", 0.1, 3))
+    left, late, answered = [job for id in (1, 2, 3) for job in rig.takes(id, terms=Terms(timeout=id))]
+    left.cancel()
+    assert [job for job, _ in rig.queue.expire(late.arrived + 2)] == [late]
+    answered.settled = True
+    answered.cancel()
+    assert wire.Cancelled(rig.page).look() == {1, 2}
+    metrics = rig.worker._metrics
+    rig.says(wire.RESULT, wire.Result([1], [0], [wire.Outcome(499, b"", "Cancelled")], [], []))
+    assert list(rig.worker.in_flight.jobs) == [2, 3] and not metrics.requests and not metrics.errors
+
+
+def test_who_leaves_a_worker_of_one_thread_costs_nothing() -> None:
+    rig = Rig(wire.Ready("batch", 0.1))
+    (job,) = rig.takes(1)
+    job.cancel()
+    assert not wire.Cancelled(rig.page).look()
