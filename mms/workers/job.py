@@ -40,8 +40,13 @@ class StreamCaller(Protocol):
 class Shared(Protocol):
     """The callers of a job that several wait for, each with a deadline of its own."""
 
-    def late(self, now: float, error: MMSError) -> bool:
-        """A deadline has come: tell those concerned `error`, unless that are all; whether it is all."""
+    @property
+    def since(self) -> float:
+        """When the first of those who wait came."""
+        ...
+
+    def late(self, now: float, longest: float, error: MMSError) -> bool:
+        """Tell those who have waited for `longest` seconds `error`, unless that are all; whether it is all."""
         ...
 
 
@@ -85,6 +90,11 @@ class Job(msgspec.Struct, eq=False):
     stream: StreamCaller | None = None  # the caller, once the answer has begun to stream
     shared: Shared | None = None  # set when several may wait for it
     abandon: Callable[[int], None] | None = None  # tells the worker, which has begun to stream the answer, to stop
+
+    @property
+    def timeout(self) -> float:
+        """Seconds within which its own deadline lies; 0 when it has none."""
+        return self.terms.timeout if self.terms is not None else 0.0
 
     @property
     def streams(self) -> bool:
