@@ -8,6 +8,7 @@ the result a list of the same length. Request style: a subclass of Handler with 
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -193,8 +194,16 @@ class Context:
         return path
 
     def for_thread(self) -> Context:
-        """The same facts for another thread, with requests and answers of its own."""
+        """The same facts for another thread, with requests and answers of its own.
+
+        This one, which the handler may have kept, then shows each thread what that thread's own does.
+        """
+        if type(self) is Context:
+            self.__class__ = _KeptContext
+            del self.requests, self.responses
+            vars(self)["_of_thread"] = threading.local()
         other = copy(self)
+        other.__class__ = _ThreadContext
         other.requests, other.responses = (), {}
         return other
 
@@ -242,6 +251,30 @@ class Context:
 
     def _head(self, idx: int) -> ResponseHead:
         return self.responses.setdefault(idx, ResponseHead())
+
+
+class _ThreadContext(Context):
+    """One thread's own."""
+
+    _of_thread: threading.local
+
+    def begin_batch(self, requests: Sequence[Request]) -> None:
+        super().begin_batch(requests)
+        self._of_thread.context = self
+
+
+class _KeptContext(Context):
+    """What `initialize` was given, where several threads serve."""
+
+    _of_thread: threading.local
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("requests", "responses"):
+            own = getattr(self._of_thread, "context", None)
+            if own is not None:
+                return getattr(own, name)
+            return () if name == "requests" else {}
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
 
 @dataclass(slots=True)

@@ -38,12 +38,13 @@ _SLOT = struct.Struct("<dI")
 MAX_PLACES = (PAGE - _SLOT.size) // 8
 _write_time = struct.Struct("<d").pack_into
 
-# Further on in its first page, what the server tells the worker while it is at work: how many streams were cancelled so
-# far, and the jobs of the last CANCELLED_KEPT of them.
+# Further on in its first page, what the server tells the worker while it is at work: how many jobs were cancelled so
+# far (streams, and those that wait in a worker of several threads), and the last CANCELLED_KEPT of them.
 CANCELLED_AT = 64
 CANCELLED_KEPT = 256
 CANCELLED_COUNT = struct.Struct("<Q")
 CANCELLED_JOBS_AT = CANCELLED_AT + CANCELLED_COUNT.size
+_CANCELLED_JOBS = struct.Struct(f"<{CANCELLED_KEPT}Q")
 
 
 class Preparation(msgspec.Struct, array_like=True, frozen=True):
@@ -137,6 +138,7 @@ class Predict(msgspec.Struct, array_like=True):
     """Jobs in the order in which they are to run, in batches of up to `batch_size`: one column per fact.
 
     `facts` holds each RequestFacts once, `facts_of` the index of each job's; it is empty while all share the first.
+    `levels` are the jobs' priorities, 0 the highest, for workers that have an order of their own.
     """
 
     batch_size: int
@@ -145,6 +147,7 @@ class Predict(msgspec.Struct, array_like=True):
     request_ids: list[bytes]
     facts: list[RequestFacts]
     facts_of: list[int]
+    levels: list[int] = []
 
 
 class RequestFactsView(msgspec.Struct, array_like=True, gc=False):
@@ -166,6 +169,7 @@ class PredictView(msgspec.Struct, array_like=True):
     request_ids: list[bytes]
     facts: list[RequestFactsView]
     facts_of: list[int]
+    levels: list[int] = []
 
 
 class Outcome(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -371,6 +375,23 @@ def read_slots(page: mmap.mmap) -> Iterator[tuple[float, tuple[int, ...]]]:
             places = struct.unpack_from(f"<{min(count, MAX_PLACES)}Q", page, at + _SLOT.size)
             if _SLOT.unpack_from(page, at)[0] == begun_at:  # else the thread has just gone on to other work
                 yield begun_at, places
+
+
+class Cancelled:
+    """The jobs of which the page says that nobody waits for them, as far as it remembers; in the worker."""
+
+    def __init__(self, page: mmap.mmap) -> None:
+        self._page = page
+        self._seen = 0
+        self._jobs: frozenset[int] = frozenset()
+
+    def look(self) -> frozenset[int]:
+        """They, by id."""
+        count: int = CANCELLED_COUNT.unpack_from(self._page, CANCELLED_AT)[0]
+        if count != self._seen:
+            self._seen = count
+            self._jobs = frozenset(_CANCELLED_JOBS.unpack_from(self._page, CANCELLED_JOBS_AT)[:count])
+        return self._jobs
 
 
 def pack(kind: int, head: Any, payload_size: int = 0) -> bytes:

@@ -143,7 +143,8 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
         sys.stderr.write(text)
         return 1
     if load.preparation.template:
-        return template.serve(sock, partial(main, loaded=stages))
+        # what `initialize` has counted is told by the first worker alone: it has run once
+        return template.serve(sock, partial(main, loaded=stages), stages.metrics.take)
     if load.preparation.owner:
         return weights.serve(sock, stages)
     gc.collect()

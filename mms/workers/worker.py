@@ -76,7 +76,7 @@ class Worker(asyncio.Protocol):
         self._metrics = metrics
         self._reader = wire.FrameReader()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self._early = 0  # jobs of batches with streams that were answered before their batch was reported
+        self._early = 0  # jobs that were answered before their batch was reported (streams), or without any (cancelled)
         self._exit: str | None = None
         self._patience: asyncio.TimerHandle | None = None  # with a worker that was told to leave
         self._channel_ended = False
@@ -111,6 +111,8 @@ class Worker(asyncio.Protocol):
         sizes = [job.size for job in jobs]
         facts = wire.share([job.facts for job in jobs])
         frame = wire.Predict(batch_size, [job.id for job in jobs], sizes, [job.request_id for job in jobs], *facts)
+        if self.in_flight.preprocess_threads and self._queue.scheduling.levels > 1:
+            frame.levels = list(map(self._queue.scheduling.level_of, jobs))
         parts = [wire.pack(wire.PREDICT, frame, sum(sizes))]
         for job in jobs:
             parts += job.parts
@@ -170,6 +172,8 @@ class Worker(asyncio.Protocol):
             self.state = WorkerState.READY
             self.borrowed = ready.borrowed
             self.in_flight = self._queue.new_worker(ready.threads, ready.preprocess_threads)
+            if self.in_flight.overlaps:
+                self.in_flight.cancel = self.process.cancel
             self._owner.worker_ready(self, ready)
 
     def _measured(self, measured: wire.Measured) -> None:
@@ -234,6 +238,8 @@ class Worker(asyncio.Protocol):
                     job.stream.chunk(data)
             except Exception:  # one caller's fault must not cost the other jobs their worker
                 log.exception("a part of the answer to job %d could not be delivered", id)
+        if chunks.first and self.in_flight.batch_limit is not None:
+            self._learn(len(chunks.first), now - min([held[id].taken for id in chunks.first]))
 
     def _count(self, batches: list[wire.BatchTimes], jobs: list[Job], outcomes: list[wire.Outcome], now: float) -> None:
         """Count batches, and of the jobs those that somebody still waits for."""
@@ -251,8 +257,12 @@ class Worker(asyncio.Protocol):
                 metrics.postprocess.observe(batch.postprocess)
         if batches:
             self.in_flight.observe(len(batches), seconds)
-            if self.in_flight.batch_limit is not None:
-                self._learn(batches, now - min([job.taken for job in jobs]))
+            if (
+                self.in_flight.batch_limit is not None
+                and len(waits) == len(jobs)
+                and not any([job.streams for job in jobs])
+            ):
+                self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
         if len(waits) != len(jobs):
             waits = [0.0] * len(jobs)  # of a batch with streams: an idle worker has begun it at once
         if any([job.settled for job in jobs]):
@@ -272,9 +282,9 @@ class Worker(asyncio.Protocol):
             if outcome.error:
                 metrics.errors[outcome.error] += 1
 
-    def _learn(self, batches: list[wire.BatchTimes], seconds: float) -> None:
-        """Let the batch size follow the latency objective."""
-        if self._queue.learn(self.in_flight, max([batch.jobs for batch in batches]), seconds):
+    def _learn(self, largest: int, seconds: float) -> None:
+        """Let the batch size follow the latency objective, which for a stream is that of its first chunk."""
+        if self._queue.learn(self.in_flight, largest, seconds):
             self._owner.objective_missed(self, seconds)
 
     def _process_ended(self) -> None:
