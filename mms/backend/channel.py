@@ -106,14 +106,15 @@ class Channel:
     def reply(self, ids: Sequence[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
         """A RESULT frame with finished jobs and the times of their batches."""
         self.send_metrics()  # before the answers: who has one finds its numbers in /metrics
-        outcomes, bodies = zip(*answers, strict=True)
+        bodies = [body for _, body in answers]
         sizes = list(map(len, bodies))
         size = sum(sizes)
-        shared = wire.share(outcomes)
+        result = wire.Result(list(ids), sizes, *wire.share([outcome for outcome, _ in answers]), batches)
         if size < wire.INLINE_BELOW:
-            self.write(wire.RESULT, wire.Result(ids, [], *shared, batches, bodies), (), 0)
+            result.sizes, result.bodies = [], bodies
+            self.write(wire.RESULT, result, (), 0)
         else:
-            self.write(wire.RESULT, wire.Result(ids, sizes, *shared, batches), bodies, size)
+            self.write(wire.RESULT, result, bodies, size)
 
     def write(self, kind: int, head: object, payloads: Sequence[Body], size: int) -> None:
         frame = wire.pack(kind, head, size)

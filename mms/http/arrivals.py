@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mms.http.connection import Connection
     from mms.http.exchange import Application, Exchange
 
+
 class Arrivals:
     """What all connections of a server have received since the application was last handed something."""
 
