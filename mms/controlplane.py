@@ -31,8 +31,9 @@ from mms.models.cached import CachedVersion, new_version
 from mms.models.download import Downloads, is_remote, split_pin
 from mms.models.pools import Pools, bounds_of
 from mms.models.registry import ModelRegistry
+from mms.models.served import VersionState
 from mms.models.store import ModelStore
-from mms.models.version import ModelVersion, VersionState
+from mms.models.version import ModelVersion
 from mms.rundir import CacheDirectory
 from mms.safe_yaml import read_yaml
 from mms.state import SavedModel, SavedVersion, Saver, State

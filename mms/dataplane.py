@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from mms.models.registry import ModelRegistry
-from mms.models.version import ModelVersion
+from mms.models.registry import Catalogue
+from mms.models.served import ServedVersion
 from mms.wire import RequestFacts
 from mms.workers.job import Caller, Job, Terms, Work
 
@@ -13,17 +13,17 @@ from mms.workers.job import Caller, Job, Terms, Work
 class DataPlane:
     """What every inference dialect calls."""
 
-    def __init__(self, registry: ModelRegistry) -> None:
+    def __init__(self, registry: Catalogue) -> None:
         self.registry = registry
         self.next_id = itertools.count(1).__next__  # of a job
 
-    def resolve(self, name: str, version: str = "") -> ModelVersion:
+    def resolve(self, name: str, version: str = "") -> ServedVersion:
         """Raises ModelNotFoundError or ModelVersionNotFoundError."""
         return self.registry.version(name, version)
 
     def predict(
         self,
-        version: ModelVersion,
+        version: ServedVersion,
         facts: RequestFacts,
         request_id: bytes,
         parts: list[bytes],

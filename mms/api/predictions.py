@@ -17,8 +17,8 @@ from mms.http.exchange import Exchange
 from mms.http.request import Head
 from mms.http.response import JSON, json_body
 from mms.http.shedding import NO_REQUESTS, Shedding
-from mms.models.readiness import Readiness
-from mms.models.version import ModelVersion, VersionState
+from mms.models.readiness import Health
+from mms.models.served import ServedVersion
 from mms.payload import parse_query
 from mms.token import Token
 from mms.wire import RequestFacts
@@ -33,7 +33,7 @@ _METHODS = frozenset((b"POST", b"PUT", b"GET"))
 class Route:
     """What a request target means, until the registry changes."""
 
-    version: ModelVersion
+    version: ServedVersion
     query: bytes
     query_is_input: bool
 
@@ -42,7 +42,7 @@ class Meaning(msgspec.Struct, eq=False):
     """What a whole head means, until the registry changes; kept on the head, which may come again."""
 
     generation: int
-    version: ModelVersion
+    version: ServedVersion
     facts: RequestFacts
     terms: Terms | None
     together: bool  # its requests are handed on with others of their turn, none is looked at for itself
@@ -51,12 +51,12 @@ class Meaning(msgspec.Struct, eq=False):
 class InferenceApi:
     """The application on the inference port. With a `token`, models are for those only who bring it."""
 
-    def __init__(self, dataplane: DataPlane, readiness: Readiness, token: Token | None = None) -> None:
+    def __init__(self, dataplane: DataPlane, readiness: Health, token: Token | None = None) -> None:
         self.failures: Counter[tuple[int, str]] = Counter()  # of requests that reached no model, by status and cause
         self._dataplane = dataplane
         self._registry = dataplane.registry
         self._own: dict[str, Callable[[], tuple[int, object]]] = {
-            "/ping": lambda: (200, {"status": self._health()}),
+            "/ping": lambda: (200, {"status": readiness.health()}),
             "/livez": lambda: (200, {"status": "alive"}),
             "/readyz": lambda: readiness.report(details=False),
             "/openapi.json": lambda: (200, inference_document()),
@@ -68,8 +68,8 @@ class InferenceApi:
 
     def handle(self, exchanges: list[Exchange]) -> None:
         generation, next_id = self._registry.generation, self._dataplane.next_id
-        by_version: dict[ModelVersion, list[Job]] = {}
-        version: ModelVersion | None = None
+        by_version: dict[ServedVersion, list[Job]] = {}
+        version: ServedVersion | None = None
         jobs: list[Job] = []
         for exchange in exchanges:
             meaning: Meaning | None = exchange.head.meaning
@@ -217,28 +217,15 @@ class InferenceApi:
             return Route(self._invoked(query), query, True)
         raise NotFoundError("Requested resource is not found, please refer to API document.")
 
-    def _invoked(self, query: bytes) -> ModelVersion:
+    def _invoked(self, query: bytes) -> ServedVersion:
         """The model that `model_name` names, or the only one there is."""
         name = parse_query(query).get("model_name", "")
         if not name:
-            models = list(self._dataplane.registry)
-            if len(models) != 1:
+            names = {version.name for version in self._dataplane.registry.versions()}
+            if len(names) != 1:
                 raise BadRequestError("Parameter model_name is required.")
-            name = models[0].name
+            [name] = names
         return self._dataplane.resolve(name)
-
-    def _health(self) -> str:
-        """As MMS has it: Healthy when every version has all its workers, Unhealthy when there are none at all."""
-        versions = self._dataplane.registry.versions()
-        wanted = sum(version.pool.owed for version in versions if version.pool)
-        ready = sum(min(version.pool.ready, version.pool.owed) for version in versions if version.pool)
-        if (
-            ready == wanted
-            and not self._dataplane.registry.announced
-            and all(version.state is not VersionState.LOADING for version in versions)
-        ):
-            return "Healthy"
-        return "Partial Healthy" if ready else "Unhealthy"
 
 
 def _split(target: bytes) -> tuple[str, bytes]:

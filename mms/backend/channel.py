@@ -28,6 +28,24 @@ class Channel:
         self._view = memoryview(self._buffer)
         self._at = self._end = 0  # what was read and not yet handed out
 
+    @property
+    def pending(self) -> bool:
+        """Whether something was read that was not handed out."""
+        return self._end != self._at
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def begin(self) -> socket.socket | None:
+        """Read the first bytes; returns the socket that may come beside them, on which further channels follow."""
+        data, descriptors, _, _ = socket.recv_fds(self._sock, READ_SIZE, 1, socket.MSG_CMSG_CLOEXEC)
+        self._buffer[: len(data)] = data
+        self._end = len(data)
+        return socket.socket(fileno=descriptors[0]) if descriptors else None
+
     def read(self) -> tuple[int, bytes, bytearray, int] | None:
         """(kind, head, a buffer, where in it the payloads begin), or None when the server has closed the channel.
 

@@ -21,6 +21,7 @@ from mms.backend.pipeline import Pipeline
 from mms.backend.prepare import prepare
 from mms.backend.stages import RequestStages, Stages
 from mms.backend.streams import Stream, Streams
+from mms.backend.turns import Turns
 from mms.errors import ModelLoadError
 
 ANSWER_WITHIN = 0.0005  # seconds that a finished answer may wait for the next batches of its frame
@@ -71,9 +72,9 @@ class Loop:
     def run(self) -> None:
         """Until the server closes the channel or says STOP."""
         for frame, payload, at in self._channel.predictions():
-            self._predict(frame, payload, at)
+            self.predict(frame, payload, at)
 
-    def _predict(self, frame: wire.PredictView, payload: bytearray, at: int) -> None:
+    def predict(self, frame: wire.PredictView, payload: bytearray, at: int) -> None:
         """Run the frame's jobs; their bodies lie back to back in `payload`, from `at` on."""
         received = flushed = begun = _monotonic()
         size = frame.batch_size
@@ -120,6 +121,7 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
     `loaded` is what the template has loaded from which this process was forked.
     """
     channel = Channel(sock)
+    further = channel.begin()
     first = channel.read()
     if first is None:
         return 0
@@ -152,7 +154,9 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
     prepares = load.preprocess_threads if isinstance(stages, RequestStages) else 0
     ready = wire.Ready(stages.style, _perf_counter() - begun, load.threads, prepares, borrowed.size, borrowed.fault)
     channel.write(wire.READY, ready, [], 0)
-    if load.threads > 1 or prepares:
+    if further is not None:
+        Turns(channel, further, page, lambda channel, page: Loop(channel, stages, page, load.max_request_size)).run()
+    elif load.threads > 1 or prepares:
         Pipeline(channel, stages, page, load, preprocess_threads=prepares, device=device_of(load)).run()
     else:
         Loop(channel, stages, page, load.max_request_size).run()

@@ -27,7 +27,7 @@ class CachedVersion(ModelVersion):
 
     def submit(self, job: Job) -> Work:
         pool = self.pool
-        serves = pool is not None and bool(pool.ready_workers or self._can_wait())
+        serves = pool is not None and bool(pool.ready_workers or self.can_wait)
         return self.cache.submit(job, super().submit, serves=serves)
 
     async def unload(self, drain: float) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from mms.metrics import RestartFacts
 from mms.models.registry import ModelRegistry
-from mms.models.version import ModelVersion, VersionState
+from mms.models.served import VersionState
+from mms.models.version import ModelVersion
 
 
 class Phase(enum.StrEnum):
@@ -17,6 +18,18 @@ class Phase(enum.StrEnum):
     STARTING = "starting"
     SERVING = "serving"
     DRAINING = "draining"
+
+
+class Health(Protocol):
+    """What the inference port says of the server."""
+
+    def health(self) -> str:
+        """As MMS has it: Healthy when every version has all its workers, Unhealthy when there are none at all."""
+        ...
+
+    def report(self, *, details: bool) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body; with `details`, what may be for the operator only: reasons in full, restarts."""
+        ...
 
 
 class Readiness:
@@ -37,8 +50,19 @@ class Readiness:
         self._obstacle = obstacle  # why no connections are taken, in a word and in a sentence; empty while they are
         self._restarts = restarts
 
+    def health(self) -> str:
+        versions = self._registry.versions()
+        wanted = sum(version.pool.owed for version in versions if version.pool)
+        ready = sum(min(version.pool.ready, version.pool.owed) for version in versions if version.pool)
+        if (
+            ready == wanted
+            and not self._registry.announced
+            and all(version.state is not VersionState.LOADING for version in versions)
+        ):
+            return "Healthy"
+        return "Partial Healthy" if ready else "Unhealthy"
+
     def report(self, *, details: bool) -> tuple[int, dict[str, Any]]:
-        """HTTP status and body; with `details`, what may be for the operator only: reasons in full, restarts."""
         status, body = self._report(details)
         restarts = [_restart(facts) for facts in self._restarts() if _tells(facts)] if details else []
         return status, {**body, "restarts": restarts} if restarts else body

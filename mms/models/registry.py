@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
 
 from mms.errors import (
     ConflictError,
@@ -11,18 +12,21 @@ from mms.errors import (
     ModelVersionNotFoundError,
     ServiceUnavailableError,
 )
+from mms.models.served import ServedVersion
 from mms.models.version import ModelVersion
 
+V = TypeVar("V", bound=ServedVersion)
 
-class Model:
+
+class Model(Generic[V]):
     """The versions of one name; the first becomes the default and stays it until another is chosen."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.versions: dict[str, ModelVersion] = {}
+        self.versions: dict[str, V] = {}
         self.default = ""
 
-    def version(self, version: str = "") -> ModelVersion:
+    def version(self, version: str = "") -> V:
         """That version, or the default one. Raises ModelVersionNotFoundError."""
         try:
             return self.versions[version or self.default]
@@ -30,7 +34,7 @@ class Model:
             raise ModelVersionNotFoundError(f"Model version: {version} does not exist for model: {self.name}") from None
 
 
-class ModelRegistry:
+class Versions(Generic[V]):
     """All models. `generation` changes whenever a name or a default may mean something else.
 
     `forget` is called when a version was taken out: whoever keeps notes about versions lets go of them.
@@ -41,15 +45,15 @@ class ModelRegistry:
         self.forget: Callable[[], None] = lambda: None
         # (name, version) of what is about to be registered, or why it could not be
         self.announced: dict[tuple[str, str], str] = {}
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, Model[V]] = {}
 
-    def __iter__(self) -> Iterator[Model]:
+    def __iter__(self) -> Iterator[Model[V]]:
         return iter(list(self._models.values()))
 
-    def versions(self) -> list[ModelVersion]:
+    def versions(self) -> list[V]:
         return [version for model in self._models.values() for version in model.versions.values()]
 
-    def model(self, name: str) -> Model:
+    def model(self, name: str) -> Model[V]:
         """Raises ModelNotFoundError, or LoadingError while the name is only announced."""
         try:
             return self._models[name]
@@ -59,7 +63,7 @@ class ModelRegistry:
                 raise _unavailable(name, all(failures)) from None
             raise ModelNotFoundError(f"Model not found: {name}") from None
 
-    def version(self, name: str, version: str = "") -> ModelVersion:
+    def version(self, name: str, version: str = "") -> V:
         """As `model`; raises ModelVersionNotFoundError, too."""
         try:
             return self.model(name).version(version)
@@ -68,9 +72,9 @@ class ModelRegistry:
                 raise _unavailable(f"{name} {version}", bool(self.announced[name, version])) from None
             raise
 
-    def add(self, version: ModelVersion) -> None:
+    def add(self, version: V) -> None:
         """Raises ConflictError when name and version are taken."""
-        model = self._models.setdefault(version.name, Model(version.name))
+        model: Model[V] = self._models.setdefault(version.name, Model(version.name))
         if version.version in model.versions:
             raise ConflictError(f"Model version {version.version} is already registered for model {version.name}")
         model.versions[version.version] = version
@@ -92,7 +96,7 @@ class ModelRegistry:
             known = [number for number in order if number in model.versions]
             model.versions = {number: model.versions[number] for number in dict.fromkeys([*known, *model.versions])}
 
-    def remove(self, version: ModelVersion) -> None:
+    def remove(self, version: V) -> None:
         """Take it out; when it was the default, the version registered last takes its place."""
         model = self.model(version.name)
         if model.versions.get(version.version) is not version:
@@ -104,6 +108,20 @@ class ModelRegistry:
             model.default = next(reversed(model.versions))
         self.generation += 1
         self.forget()
+
+
+class ModelRegistry(Versions[ModelVersion]):
+    """Of the main process."""
+
+
+class Catalogue(Protocol):
+    """What requests need of a registry."""
+
+    generation: int
+
+    def versions(self) -> Sequence[ServedVersion]: ...
+
+    def version(self, name: str, version: str = "") -> ServedVersion: ...
 
 
 def _unavailable(label: str, failed: bool) -> ServiceUnavailableError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import shutil
 import time
 from pathlib import Path
@@ -13,53 +12,29 @@ import psutil
 
 from mms.archive import ModelArchive
 from mms.config import ModelSettings
-from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
-from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
-from mms.workers.batching import BatchQueue
+from mms.errors import DrainingError
+from mms.metrics import VersionFacts, WorkerFacts
+from mms.models.served import ServedVersion, VersionState
 from mms.workers.gpus import Gpu, memory_by_process
-from mms.workers.job import Job, Terms, Work
 from mms.workers.pool import WorkerPool
-from mms.workers.restarts import failed_to_load, no_workers
-from mms.workers.scheduling import Scheduling, largest_batch
 from mms.workers.worker import describe_worker
 
 
-class VersionState(enum.StrEnum):
-    LOADING = "LOADING"
-    READY = "READY"
-    DRAINING = "DRAINING"
-    UNLOADED = "UNLOADED"
-    FAILED = "FAILED"
+class ModelVersion(ServedVersion):
+    """What a request is answered by, and where that comes from."""
 
+    pool: WorkerPool | None
 
-class ModelVersion:
-    """What a request is answered by."""
-
-    alike = True  # requests without terms need not be looked at one by one
-
-    def __init__(self, name: str, version: str, archive: ModelArchive, settings: ModelSettings) -> None:
-        self.name = name
-        self.version = version
+    def __init__(
+        self, name: str, version: str, archive: ModelArchive, settings: ModelSettings, front_ends: int = 1
+    ) -> None:
+        super().__init__(name, version, settings, front_ends)
         self.archive = archive
-        self.settings = settings
         self.at_start = False
         self.handler = archive.manifest.handler  # unless the registration chooses another
         self.loaded_at = time.time()
         self.directory: Path | None = None  # a folder of ours with the extracted archive, removed at the end
         self.sandbox: dict[str, Any] = {}  # what its workers give up, as it is described
-        self.metrics = VersionMetrics(self.label)
-        self.scheduling = Scheduling.of(settings)
-        self.queue = BatchQueue(
-            batch_size=largest_batch(settings),
-            max_batch_delay=settings.max_batch_delay,
-            capacity=settings.queue_size,
-            timeout=settings.queue_timeout,
-            retry=settings.retry,
-            max_bytes=settings.queue_bytes,
-            fifo=settings.queue_order == "fifo",
-            scheduling=self.scheduling,
-        )
-        self.pool: WorkerPool | None = None
         self.private_memory: dict[int, int] = {}  # bytes by pid, when they were last read
         self.gpu_memory: dict[int, int] = {}
         self._leaving = VersionState.READY
@@ -69,10 +44,6 @@ class ModelVersion:
         """Those that its workers run on now."""
         workers = self.pool.workers if self.pool is not None else ()
         return list({worker.place.gpu for worker in workers if worker.place.gpu is not None})
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} {self.version}"
 
     @property
     def state(self) -> VersionState:
@@ -85,71 +56,10 @@ class ModelVersion:
             return VersionState.FAILED
         return VersionState.READY if pool.was_ready else VersionState.LOADING
 
-    def submit(self, job: Job) -> Work:
-        """Queue the job; returns what its caller can cancel.
-
-        Raises OverloadError, or ServiceUnavailableError with the reason; both are counted.
-        """
-        pool = self.pool
-        try:
-            if pool is None:
-                raise self._unavailable()
-            if not pool.ready_workers:
-                if not self._can_wait():
-                    raise self._unavailable()
-                pool.rouse()
-            pool.submit(job)
-        except MMSError as error:
-            raise self._refused(error) from None
-        return job
-
-    def submit_all(self, jobs: list[Job]) -> None:
-        """Queue jobs without terms; one that is refused fails with what `submit` raises."""
-        pool = self.pool
-        if pool is not None and pool.ready_workers and pool.submit_all(jobs):
-            return
-        for job in jobs:
-            try:
-                self.submit(job)
-            except MMSError as error:
-                job.fail(error)
-
-    def refusal(self, size: int, terms: Terms | None) -> MMSError | None:
-        """Why a request with a body of `size` bytes would be refused now, before the body is read."""
-        pool = self.pool
-        if pool is None or not (pool.ready_workers or self._can_wait()):
-            return self._unavailable()
-        refusal = self.queue.refusal(size, terms)
-        return refusal if refusal is None else self.scheduling.outcome(refusal)
-
-    def _refused(self, error: MMSError) -> MMSError:
-        """What its caller is told. Not a variable of the frame that raises it: that cycle would keep the request."""
-        outcome = self.scheduling.outcome(error)
-        self.count(outcome)
-        return outcome
-
-    def count(self, error: MMSError) -> None:
-        """A request to this version was refused."""
-        self.metrics.count(error)
-
     @property
-    def held(self) -> int:
-        """Bytes of the bodies that wait or are at workers."""
-        return self.queue.bytes + (self.pool.bytes_in_flight if self.pool is not None else 0)
-
-    def apply(self, settings: ModelSettings) -> None:
-        """Take over what can change while the version is served: batching and queue limits."""
-        self.settings = settings
-        self.queue.set_batches(largest_batch(settings), settings.preferred_batch_sizes)
-        self.queue.max_batch_delay = settings.max_batch_delay
-        self.queue.apply(
-            capacity=settings.queue_size,
-            max_bytes=settings.queue_bytes,
-            timeout=settings.queue_timeout,
-            fifo=settings.queue_order == "fifo",
-        )
-        if self.pool is not None:
-            self.pool.wake()
+    def can_wait(self) -> bool:
+        pool = self.pool
+        return self.state is VersionState.READY and pool is not None and (pool.target > 0 or pool.scaling.asleep)
 
     async def unload(self, drain: float) -> None:
         """Answer what is in hand, for up to `drain` seconds, then end the workers and remove the extracted files."""
@@ -305,21 +215,6 @@ class ModelVersion:
             failed_workers=pool.missing if pool else 0,
             wanted_workers=pool.target if pool else 0,
         )
-
-    def _can_wait(self) -> bool:
-        """No worker is ready at the moment, but one is being replaced, or the request brings one: it may wait."""
-        pool = self.pool
-        return self.state is VersionState.READY and pool is not None and (pool.target > 0 or pool.scaling.asleep)
-
-    def _unavailable(self) -> ServiceUnavailableError:
-        state = self.state
-        if state is VersionState.FAILED and self.pool is not None and self.pool.failure is not None:
-            return failed_to_load(self.label)
-        if state is VersionState.LOADING:
-            return LoadingError(f"model {self.label} is still loading; try again soon")
-        if state is VersionState.READY:
-            return no_workers(self.label)
-        return DrainingError(f"model {self.label} is {state.lower()}")
 
 
 def _scaling(pool: WorkerPool, settings: ModelSettings) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Feeder:
     """Hands the jobs of one queue to `ready_workers`; a base class, so that a request passes no further object."""
 
     def __init__(self, queue: BatchQueue, metrics: VersionMetrics) -> None:
+        self.workers: list[Worker] = []
         self.ready_workers: list[Worker] = []
         self._queue = queue
         self._metrics = metrics
@@ -28,6 +29,18 @@ class Feeder:
         self._loop = asyncio.get_running_loop()
         self._delay = Alarm(self._loop, self._dispatch)  # a batch has waited for max_batch_delay
         self._alarm = Alarm(self._loop, self._deadline)  # at the earliest deadline of a request
+
+    @property
+    def in_flight(self) -> int:
+        return sum(len(worker.in_flight.jobs) for worker in self.workers)
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Of the bodies that workers have in hand: they are kept until they are answered, to be run again."""
+        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs.values())
+
+    def rouse(self) -> None:
+        """A request is about to come, and no worker is ready."""
 
     def submit(self, job: Job) -> None:
         """Queue the job. Raises OverloadError or DrainingError."""
@@ -121,6 +134,13 @@ class Feeder:
         """It takes jobs from now on."""
         self.ready_workers.append(worker)
         self._overlaps = any(worker.in_flight.overlaps for worker in self.ready_workers)
+
+    def _take_back(self, worker: Worker) -> None:
+        """It has ended: what it had in hand is run again or fails."""
+        done, started, _ = worker.process.progress()
+        for job, error in self._queue.lose(worker.in_flight, started, worker.cause, time.monotonic(), done=done):
+            self.fail(job, error)
+        self._wake_soon()
 
     def _stop_feeding(self) -> None:
         """Nothing is handed out any more.

@@ -52,7 +52,6 @@ class WorkerPool(Feeder):
     ) -> None:
         super().__init__(queue, metrics)
         self.scaling = Scaling(settings.label, queue, metrics)
-        self.workers: list[Worker] = []
         self.losses = Losses(settings, metrics, restarts, self._reconcile, self._abandon)
         self.was_ready = False  # requests may wait while a worker is replaced
         self.placement = settings.placement
@@ -143,15 +142,6 @@ class WorkerPool(Feeder):
         """Seconds for which its workers start as fresh interpreters, because it has died too often; mostly 0."""
         return self._forkservers.spent_for(self._settings.launch.preload)
 
-    @property
-    def in_flight(self) -> int:
-        return sum(len(worker.in_flight.jobs) for worker in self.workers)
-
-    @property
-    def bytes_in_flight(self) -> int:
-        """Of the bodies that workers have in hand: they are kept until they are answered, to be run again."""
-        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs.values())
-
     # desired state
 
     def set_target(self, count: int, bounds: Bounds | None = None) -> None:
@@ -166,7 +156,7 @@ class WorkerPool(Feeder):
         self._reconcile()
 
     def rouse(self) -> None:
-        """A request is about to come: start the first worker, if requests may."""
+        """Start the first worker, if requests may."""
         if not self._draining and self.scaling.rouse():
             self.try_now()
 
@@ -383,12 +373,6 @@ class WorkerPool(Feeder):
         self._recycling.forget(worker)
         self._queue.forget_worker(worker.in_flight)
         self._changed.set()
-
-    def _take_back(self, worker: Worker) -> None:
-        done, started, _ = worker.process.progress()
-        for job, error in self._queue.lose(worker.in_flight, started, worker.cause, time.monotonic(), done=done):
-            self.fail(job, error)
-        self._wake_soon()
 
     def _boot_failed(self, worker: Worker) -> None:
         self.losses.not_ready(worker, others_serve=bool(self.ready_workers))

@@ -17,7 +17,8 @@ from mms.errors import (
     ServiceUnavailableError,
 )
 from mms.models.registry import ModelRegistry
-from mms.models.version import ModelVersion, VersionState
+from mms.models.served import VersionState
+from mms.models.version import ModelVersion
 from mms.wire import RequestFacts
 from mms.workers.job import Job
 from tests.unit.test_batching import Caller
