@@ -62,14 +62,17 @@ class Addresses:
                 found._made[name] = _identity(address.removeprefix("unix:"))
         return found
 
-    def listen(self, behind_edge: Path | None, group: int | None) -> list[socket.socket]:
-        """The front end's sockets: Unix ones in the folder `behind_edge`, else the public ones. Raises StartError."""
+    def listen(self, behind_edge: Path | None, group: int | None, *, shared: bool = False) -> list[socket.socket]:
+        """The front end's sockets: Unix ones in the folder `behind_edge`, else the public ones. Raises StartError.
+
+        With `shared`, `further` ones can listen for predictions, too.
+        """
         bound: list[socket.socket] = []
         self._group = group
         try:
             for name, public in self.of.items():
                 address = public if behind_edge is None else f"unix:{behind_edge / name}.sock"
-                bound.append(self.sockets.get(name) or bind(address, group=group))
+                bound.append(self.sockets.get(name) or self._bind(name, address, shared and behind_edge is None))
                 if address.startswith("unix:") and name not in self.activated:
                     self._files[name] = address.removeprefix("unix:")
                     self._made.setdefault(name, _identity(self._files[name]))
@@ -79,6 +82,32 @@ class Addresses:
             raise
         self.sockets = dict(zip(LISTENERS, bound, strict=True))
         return bound
+
+    def _bind(self, name: str, address: str, shared: bool) -> socket.socket:
+        """A shared socket does not see that another server listens there; one that is not shared does."""
+        sock = bind(address, group=self._group)
+        if not shared or name != "inference" or sock.family == socket.AF_UNIX:
+            return sock
+        address = address_of(sock)
+        sock.close()
+        return bind(address, shared=True)
+
+    def further(self, count: int, behind_edge: Path | None) -> list[socket.socket]:
+        """Sockets for so many further front ends: behind the edge each has a file of its own, on host and port the
+        kernel spreads connections over them; a Unix socket, or one of the service manager, is shared. After `listen`,
+        which was told of them. Raises StartError.
+        """
+        names = [f"inference-{number}" for number in range(1, count + 1)]
+        public, first = self.of["inference"], self.sockets["inference"]
+        if behind_edge is not None:
+            for name in names:
+                file = f"{behind_edge / name}.sock"
+                self.sockets[name] = bind(f"unix:{file}", group=self._group)
+                self._files[name], self._made[name] = file, _identity(file)
+            return [self.sockets[name] for name in names]
+        if "inference" in self.activated or public.startswith("unix:"):
+            return [first.dup() for _ in names]
+        return [bind(address_of(first), shared=True) for _ in names]
 
     def bind_anew(self) -> dict[str, socket.socket]:
         """New sockets for the listeners whose socket file somebody has deleted: nobody could connect any more.

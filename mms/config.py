@@ -46,6 +46,7 @@ from mms.setting import (
 from mms.sizes import parse_size
 from mms.token import VARIABLES
 
+MAX_FRONT_ENDS = 64
 MAX_WORKERS = 1024
 MAX_THREADS = 1024
 MAX_PRIORITIES = 16
@@ -251,6 +252,13 @@ class Config:
         "nginx in front, or the front end alone (auto: nginx where it is installed)",
     )
     nginx: str = setting("nginx", parse_text, "the nginx program")
+    front_ends: int = setting(
+        1,
+        parse_integer,
+        "processes that take connections and read requests: more only where one of them is the limit",
+        low=1,
+        high=MAX_FRONT_ENDS,
+    )
     run_dir: Path = setting(None, parse_path, "folder for sockets, pid file and logs")
     cache_dir: Path = setting(
         None,

@@ -37,6 +37,7 @@ from mms.models.version import ModelVersion
 from mms.rundir import CacheDirectory
 from mms.safe_yaml import read_yaml
 from mms.state import SavedModel, SavedVersion, Saver, State
+from mms.workers.others import FrontEnds, check_shared
 from mms.workers.process import reap_orphans
 from mms.workers.restarts import MAX_BOOT_FAILURES
 
@@ -72,6 +73,16 @@ class ControlPlane:
         self._closed = False
         self.before: Mapping[tuple[str, str], int] = {}  # workers in the server that this one succeeds
         self.frozen = False  # an upgrade goes on: what is registered must stay as the new server was told
+
+    @property
+    def others(self) -> FrontEnds | None:
+        """The front ends beside this process."""
+        return self.pools.others
+
+    async def look(self) -> None:
+        """What is described next takes in what other front ends know."""
+        if self.others is not None:
+            await self.others.look()
 
     def apply(self, config: Config) -> None:
         """Other settings of the server from now on."""
@@ -193,6 +204,8 @@ class ControlPlane:
         self._check_thawed()
         found = self.registry.version(name, version)
         settings = merge_settings(found.settings, changes, "request", strict=True)
+        if self.others is not None:
+            check_shared(settings)
         pool = found.pool
         if pool is None:
             raise ConflictError(f"model {found.label} is still being registered; try again soon")
@@ -204,7 +217,7 @@ class ControlPlane:
             pool.set_target(0 if none else pool.scaling.adjusted(bounds), bounds)
         if (saved := self._versions.get(found)) is not None:
             self._versions[found] = msgspec.structs.replace(saved, settings={**saved.settings, **changes})
-        await self._save()
+        await self._publish()
         if scales and synchronous:
             await self._settled(found)
         return found
@@ -218,7 +231,7 @@ class ControlPlane:
         for (waiting, number), (saved, _) in self._waiting.items():
             if waiting == name:
                 self._waiting[waiting, number] = saved, False
-        await self._save()
+        await self._publish()
 
     def clear_cache(self, name: str, version: str) -> int:
         """Forget the answers that the version's cache keeps; how many there were. Raises NotFoundError without one."""
@@ -240,7 +253,7 @@ class ControlPlane:
             versions = []
         for found in versions:
             self.registry.remove(found)
-        await self._save()
+        await self._publish()
         await asyncio.gather(*(self._unload(found, self.config.drain_timeout) for found in versions))
 
     def reap_orphans(self, others: set[int]) -> None:
@@ -291,12 +304,22 @@ class ControlPlane:
         """Wait for the version's workers. Raises ModelLoadError, or ConflictError if it is unregistered meanwhile."""
         if version.pool is not None:
             await version.pool.settled()
+            await self._sync()
         if version.state in (VersionState.DRAINING, VersionState.UNLOADED):
             raise ConflictError(f"model {version.label} was unregistered before it had its workers")
 
     def _check_thawed(self) -> None:
         if self.frozen:
             raise UpgradingError("the server is being upgraded; try again when that is done")
+
+    async def _publish(self) -> None:
+        """What was changed is saved, and every front end knows it."""
+        await self._save()
+        await self._sync()
+
+    async def _sync(self) -> None:
+        if self.others is not None and not self._closed:
+            await self.others.sync()
 
     async def _save(self) -> None:
         if self.saver is not None and not self._closed:
@@ -322,7 +345,7 @@ class ControlPlane:
             version.pool.set_target(min(max(bounds.low, before), bounds.high), bounds)
             if at_start:
                 version.pool.scaling.minimum = version.pool.owed
-        await self._save()
+        await self._publish()
         return version
 
     def _forget(self, name: str, version: str) -> bool:
@@ -347,7 +370,8 @@ class ControlPlane:
             await self.pools.sandboxes.check(sandbox)
             if owned is not None:
                 await asyncio.to_thread(self.pools.sandboxes.hand_over, owned)
-            version = new_version(name, number, archive, settings)
+            front_ends = self.others.count if self.others is not None else 1
+            version = new_version(name, number, archive, settings, front_ends)
             version.directory = owned
             version.at_start = at_start
             version.handler = saved.handler or version.handler

@@ -55,6 +55,7 @@ class Edge:
         lost: Callable[[], None],
     ) -> None:
         self._config = config
+        self._front_ends = config.front_ends
         self._addresses = addresses
         self._run_dir = run_dir
         self._cache = cache
@@ -183,7 +184,7 @@ class Edge:
         from mms_nginx.render import Listener, render
 
         listeners = [
-            Listener(name, address, (self._run_dir.sockets / f"{name}.sock",), self._tls(name, address))
+            Listener(name, address, self._upstream(name), self._tls(name, address))
             for name, address in self._addresses.of.items()
         ]
         user = edge_user()
@@ -199,6 +200,11 @@ class Edge:
             spool=self._cache.nginx,
             access_log=config.access_log,
         )
+
+    def _upstream(self, name: str) -> tuple[Path, ...]:
+        """The sockets behind nginx: one of each front end."""
+        further = range(1, self._front_ends if name == "inference" else 1)
+        return tuple(self._run_dir.sockets / f"{each}.sock" for each in (name, *(f"{name}-{i}" for i in further)))
 
     async def _renew(self, nginx: Nginx) -> None:
         async with self._turn:

@@ -2,7 +2,7 @@
 
 The first byte of a worker's first frame brings a socket along that keeps message borders. On it comes what is lent:
 per front end a number, and beside it a channel like the worker's first one and a progress page of its own, on which
-places count the jobs of that channel. In its first page the worker notes whose frame it is at.
+places count the jobs of that channel. In each page the worker notes whose frame it is at.
 """
 
 from __future__ import annotations

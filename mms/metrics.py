@@ -18,6 +18,9 @@ from mms.tallies import Tallies, families
 BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
 
+Parts = tuple[dict[int, int], dict[str, int], dict[str, tuple[list[int], float]], dict[str, int]]
+
+
 class VersionMetrics:
     """The counters of one model version. The front end's event loop is the only writer."""
 
@@ -40,6 +43,39 @@ class VersionMetrics:
         self.load_seconds = 0.0
         self.tallies = Tallies(label)  # of the handler
         self.defaults = 0  # requests that got the default output
+
+    def parts(self) -> Parts:
+        """What front ends count, each for itself."""
+        histograms: dict[str, Histogram] = {name: getattr(self, name) for name in HISTOGRAMS}
+        return (
+            self.requests,
+            self.errors,
+            {name: (histogram.counts, histogram.total) for name, histogram in histograms.items()},
+            {name: getattr(self, name) for name in NUMBERS},
+        )
+
+    def add(
+        self,
+        requests: Mapping[int, int],
+        errors: Mapping[str, int],
+        histograms: Mapping[str, tuple[list[int], float]],
+        numbers: Mapping[str, int],
+    ) -> None:
+        """The `parts` of another front end."""
+        self.requests.update(requests)
+        self.errors.update(errors)
+        for name, (counts, total) in histograms.items():
+            getattr(self, name).add(counts, total)
+        for name, number in numbers.items():
+            setattr(self, name, getattr(self, name) + number)
+
+    def copy(self) -> VersionMetrics:
+        """To be added to: its `parts` are its own."""
+        copied = VersionMetrics()
+        copied.restarts, copied.scalings = self.restarts, self.scalings
+        copied.load_seconds, copied.tallies = self.load_seconds, self.tallies
+        copied.add(*self.parts())
+        return copied
 
     def count(self, error: MMSError) -> None:
         """A request ended with `error`."""
@@ -110,7 +146,7 @@ class FrontEndFacts:
 class RestartFacts:
     """One level of what is started again when it dies: nginx, a fork server, the workers of all versions together."""
 
-    level: str  # nginx, forkserver or workers
+    level: str  # nginx, frontend, forkserver or workers
     preload: str  # of a fork server
     causes: Mapping[str, int]  # of all deaths there were, with their numbers
     recent: int  # deaths within the last `window` seconds, of which `limit` are put up with
@@ -144,6 +180,10 @@ _HISTOGRAMS = (
     ("mms_first_chunk_seconds", "From the request's last byte to the first chunk of a streamed answer.", "first_chunk"),
 )
 
+# What every front end counts for itself, by attribute of VersionMetrics.
+HISTOGRAMS = tuple(attribute for _, _, attribute in _HISTOGRAMS)
+NUMBERS = ("streams", "chunks", "streams_cut", "defaults")
+
 
 class Collector:
     """Turns the facts of the moment into Prometheus families."""
@@ -153,7 +193,7 @@ class Collector:
         versions: Callable[[], Iterable[VersionFacts]],
         gpus: Callable[[], Iterable[GpuFacts]],
         front_end: Callable[[], FrontEndFacts],
-        failures: Counter[tuple[int, str]],
+        failures: Callable[[], Mapping[tuple[int, str], int]],
         unsaved: Callable[[], bool] = lambda: False,
         restarts: Callable[[], Iterable[RestartFacts]] = lambda: (),
     ) -> None:
@@ -229,7 +269,7 @@ class Collector:
             defaults.add_metric(labels, facts.metrics.defaults)
         statuses: Counter[int] = Counter()
         causes: Counter[str] = Counter()
-        for (status, cause), count in self._failures.items():
+        for (status, cause), count in self._failures().items():
             statuses[status] += count
             causes[cause] += count
         for status, count in sorted(statuses.items()):
@@ -335,6 +375,9 @@ class Collector:
         forkservers = CounterMetricFamily(
             "mms_forkserver_restarts", "Deaths of fork servers, by cause.", labels=["preload", "reason"]
         )
+        frontends = CounterMetricFamily(
+            "mms_frontend_restarts", "Deaths of further front ends, by cause.", labels=["reason"]
+        )
         held_back = GaugeMetricFamily(
             "mms_restarts_held_back",
             "1 while more has died than is put up with, so that it is started again later or otherwise.",
@@ -345,9 +388,11 @@ class Collector:
             for cause, count in sorted(facts.causes.items()):
                 if facts.level == "nginx":
                     nginx.add_metric([cause], count)
+                elif facts.level == "frontend":
+                    frontends.add_metric([cause], count)
                 elif facts.level == "forkserver":
                     forkservers.add_metric([facts.preload, cause], count)
-        yield from (nginx, forkservers, held_back)
+        yield from (nginx, forkservers, frontends, held_back)
 
     def _host(self) -> Iterator[Metric]:
         front = self._front_end()

@@ -10,10 +10,11 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mms import fronts
 from mms.addresses import LISTENERS, Addresses
 from mms.api.predictions import InferenceApi
 from mms.config import Config
@@ -21,12 +22,14 @@ from mms.controlplane import ControlPlane
 from mms.dataplane import DataPlane
 from mms.edge import KEEPALIVE, Edge
 from mms.errors import ConfigError
+from mms.fleet import Fleet
 from mms.http.limits import Limits
 from mms.http.listener import BACKLOG_TIME, HttpServer
 from mms.http.shedding import NO_CONNECTIONS
-from mms.metrics import Collector, FrontEndFacts, GpuFacts, RestartFacts, registry
-from mms.models.readiness import Phase, Readiness
+from mms.metrics import Collector, FrontEndFacts, GpuFacts, RestartFacts, VersionFacts, registry
+from mms.models.readiness import Phase, Readiness, refusing
 from mms.models.registry import ModelRegistry
+from mms.models.served import part
 from mms.models.store import ModelStore
 from mms.reload import Reloads
 from mms.rundir import CacheDirectory, RunDirectory, Running, note
@@ -86,13 +89,16 @@ class ModelServer:
         self._startup = Startup(Plan(config, self._control, saved), self._control, say, self._manager)
         self._run_dir = RunDirectory(config.run_dir, 1 if old is None else old.handover.generation)
         self._inference = InferenceApi(DataPlane(self._registry), self._readiness, inference_token)
+        given = taken.get(VARIABLES["inference"], "")
         self._edge = Edge(config, self._addresses, self._run_dir, self._cache, say, self._edge_lost)
         self._check_same_edge()
         self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
         self._http = HttpServer(self._inference, self._limits(), edge=self._edge.wanted)
+        self._listen: dict[str, Callable[[socket.socket], Coroutine[Any, Any, None]]] = {"inference": self._http.listen}
+        self._fleet = self._further_front_ends(given)
+        self._control.pools.others = self._fleet
         self._registry.forget = self._forget_versions
         self._runners: list[web.AppRunner] = []
-        self._listen: dict[str, Callable[[socket.socket], Coroutine[Any, Any, None]]] = {"inference": self._http.listen}
         self._listening: set[asyncio.Task[None]] = set()
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -131,7 +137,9 @@ class ModelServer:
             self._cache.acquire(user, for_others=bool(self._config.worker_user))
             await self._control.check_sandbox()
             behind_edge = self._run_dir.sockets if self._edge.wanted else None
-            sockets = self._addresses.listen(behind_edge, user[1] if user else None)
+            sockets = self._addresses.listen(behind_edge, user[1] if user else None, shared=self._fleet is not None)
+            if self._fleet is not None:
+                self._fleet.start(self._addresses.further(self._config.front_ends - 1, behind_edge))
             self._catch_signals()
             if self._old is None:
                 self._run_dir.record(self._running())
@@ -155,6 +163,8 @@ class ModelServer:
         if self._stop_asked.is_set():
             return
         self._readiness.phase = Phase.SERVING
+        if self._fleet is not None:
+            await self._fleet.sync()
         gc.collect()
         gc.freeze()
         line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.what())
@@ -183,6 +193,40 @@ class ModelServer:
                 "keeps that; stop and start instead"
             )
 
+    def _further_front_ends(self, token: str) -> Fleet | None:
+        config = self._config
+        if config.front_ends == 1:
+            return None
+        if self._old is not None:
+            raise ConfigError("front_ends: a server with several cannot take over from another; stop and start instead")
+        hello = fronts.Hello(
+            front_ends=config.front_ends,
+            edge=self._edge.wanted,
+            limits=self._limits(),
+            token=token,
+            token_file=str(config.inference_token_file or ""),
+        )
+        fleet = Fleet(
+            config.front_ends,
+            self._registry,
+            hello,
+            lambda: (self._readiness.health(), self._readiness.report(details=False)),
+            lambda: (self._limits(), self._config.log_level),
+            self._edge_lost,
+        )
+        for number in range(1, config.front_ends):
+            self._listen[f"inference-{number}"] = partial(fleet.listen, number)
+        if not self._edge.wanted:
+            self._listen["inference"] = self._listen_everywhere
+        return fleet
+
+    async def _listen_everywhere(self, sock: socket.socket) -> None:
+        """All front ends share a Unix socket that clients know."""
+        await self._http.listen(sock)
+        if self._fleet is not None:
+            for number in range(1, self._fleet.count):
+                await self._fleet.listen(number, sock.dup())
+
     def _management_token(self) -> Token | None:
         """Whoever can register a model runs code here: only this machine may do that without a token."""
         address = self._addresses.of["management"]
@@ -202,11 +246,11 @@ class ModelServer:
         config = self._config
         return Limits(
             max_request_size=config.max_request_size,
-            max_connections=config.max_connections,
+            max_connections=part(config.max_connections, config.front_ends),
             header_timeout=config.header_timeout,
             body_timeout=config.body_timeout,
             keepalive_timeout=config.keepalive_timeout,
-            max_bytes_in_flight=config.max_bytes_in_flight or memory() // 4,
+            max_bytes_in_flight=part(config.max_bytes_in_flight or memory() // 4, config.front_ends),
             max_response_size=config.max_response_size,
         )
 
@@ -232,10 +276,10 @@ class ModelServer:
 
         monitor = GpuMonitor(self._control.pools.gpus)
         collector = Collector(
-            lambda: (version.facts() for version in self._registry.versions()),
+            self._version_facts,
             lambda: self._gpus,
-            lambda: FrontEndFacts(len(self._http.connections), self._http.shedding.bytes, self._http.shedding.step),
-            self._inference.failures,
+            self._front_end_facts,
+            self._failures,
             lambda: self._control.saver is not None and self._control.saver.failed,
             self._restarts,
         )
@@ -244,12 +288,26 @@ class ModelServer:
             self._gpus = await asyncio.to_thread(lambda: list(monitor.facts()))
             for version in list(self._registry.versions()):
                 await version.read_memory()
+            await self._control.look()
 
         guard = Guard(self._addresses.of["management"], self._config.management_hosts, self._token)
         return [
             management.application(self._control, self._readiness, guard),
             metrics.application(registry(collector), refresh),
         ]
+
+    def _version_facts(self) -> Iterable[VersionFacts]:
+        for version in self._registry.versions():
+            facts = version.facts()
+            yield facts if self._fleet is None else self._fleet.facts(facts, version.number)
+
+    def _front_end_facts(self) -> FrontEndFacts:
+        own = FrontEndFacts(len(self._http.connections), self._http.shedding.bytes, self._http.shedding.step)
+        return own if self._fleet is None else self._fleet.front_end_facts(own)
+
+    def _failures(self) -> Mapping[tuple[int, str], int]:
+        own = self._inference.failures
+        return own if self._fleet is None else self._fleet.failures(own)
 
     async def _serve(self, sockets: list[socket.socket], applications: list[web.Application]) -> None:
         from aiohttp import web
@@ -286,18 +344,20 @@ class ModelServer:
         if trouble := self._edge.trouble:
             return "unreachable", trouble
         if self._http.shedding.step == NO_CONNECTIONS:
-            return "overloaded", f"the front end refuses connections: {self._http.shedding.full().message}"
+            return refusing(self._http.shedding.full().message)
         return "", ""
 
     def _restarts(self) -> list[RestartFacts]:
-        return [*self._edge.restarts(), *self._control.restarts()]
+        further = self._fleet.restarts() if self._fleet is not None else []
+        return [*self._edge.restarts(), *further, *self._control.restarts()]
 
     def _tick(self) -> None:
         # first: whatever fails below, the clock goes on
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
         self._edge.renew_certificate()
         self._inference.renew_token()
-        self._control.reap_orphans(self._edge.pids | self._upgrades.pids)
+        further = self._fleet.pids if self._fleet is not None else set()
+        self._control.reap_orphans(self._edge.pids | self._upgrades.pids | further)
         if not self._runners:  # another server serves these sockets
             return
         for name, sock in self._addresses.bind_anew().items():
@@ -381,6 +441,8 @@ class ModelServer:
                 await drain
             await self._edge.stop(0)
             await self._control.close(0)
+        if self._fleet is not None:
+            await self._fleet.close()
         for runner in self._runners:
             await runner.cleanup()
         await self._upgrades.ended()
@@ -399,11 +461,14 @@ class ModelServer:
         timeout = self._config.drain_timeout
         if not await self._edge.stop(left()):
             log.warning("nginx was ended: its requests took longer than drain_timeout (%g s)", timeout)
-        cut = await self._http.drain(left())
+        cut = sum(await asyncio.gather(*self._draining(left())))
         if cut:
             log.warning("%d connections were cut: their requests took longer than drain_timeout (%g s)", cut, timeout)
         self._clients_done = True
         await self._control.close(left())
+
+    def _draining(self, limit: float) -> list[Awaitable[int]]:
+        return [self._http.drain(limit), *([self._fleet.drain(limit)] if self._fleet is not None else [])]
 
     def _leaving(self, until: float) -> str:
         left = until - time.monotonic()

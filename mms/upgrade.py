@@ -299,6 +299,8 @@ class Upgrades:
     def _check_upgradable(self) -> None:
         if self._readiness.phase is not Phase.SERVING:
             raise StartError(f"the server is {self._readiness.phase}; try again when it serves")
+        if self._control.others is not None:
+            raise StartError("with several front ends (front_ends) there are no upgrades; stop and start instead")
         if not self._daemon and not self._manager.present:
             raise StartError(
                 "the server runs in the foreground, and whoever started it would see it end; "

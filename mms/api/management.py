@@ -186,6 +186,7 @@ async def _describe(request: web.Request, parameters: _Parameters) -> web.Respon
     model = request.app[CONTROL].registry.model(name)
     version = model.version(number)
     await version.read_memory()
+    await request.app[CONTROL].look()
     return _json(
         {
             **version.describe(),

@@ -30,8 +30,9 @@ class LentChannel(Channel):
 
 
 class _Source:
-    def __init__(self, number: int, channel: Channel, loop: Predicts) -> None:
+    def __init__(self, number: int, channel: Channel, page: mmap.mmap, loop: Predicts) -> None:
         self.number = number
+        self.page = page
         self.channel = channel
         self.loop = loop
         self.frames: Iterator[tuple[Any, bytearray, int]] = channel.predictions()
@@ -49,12 +50,11 @@ class Turns:
     ) -> None:
         self._main = channel
         self._control = control
-        self._page = page
         self._make = make
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
         self._sources: dict[int, _Source] = {}  # by descriptor
-        self._add(_Source(lending.OWN, channel, make(channel, page)))
+        self._add(_Source(lending.OWN, channel, page, make(channel, page)))
 
     def run(self) -> None:
         """Until the main process closes its channel or says STOP."""
@@ -79,14 +79,14 @@ class Turns:
         try:
             frame = next(source.frames, None)
             if frame is not None:
-                lending.write_turn(self._page, source.number)
+                self._note(source.number)
                 source.loop.predict(*frame)
         except (BrokenPipeError, ConnectionResetError):
             if source.number == lending.OWN:
                 raise
             frame = None
         finally:
-            lending.write_turn(self._page, 0)
+            self._note(0)
         return frame is not None
 
     def _borrow(self) -> bool:
@@ -95,8 +95,12 @@ class Turns:
             return False
         number, sock, page = lent
         channel = LentChannel(sock, self._main)
-        self._add(_Source(number, channel, self._make(channel, page)))
+        self._add(_Source(number, channel, page, self._make(channel, page)))
         return True
+
+    def _note(self, turn: int) -> None:
+        for source in self._sources.values():
+            lending.write_turn(source.page, turn)
 
     def _add(self, source: _Source) -> None:
         number = source.channel.fileno()

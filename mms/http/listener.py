@@ -24,8 +24,11 @@ BACKLOG_TIME = 1.0  # seconds in which a listening socket that is given up is em
 MAX_UNIX_PATH = 107  # unix(7): sun_path without its final zero
 
 
-def bind(address: str, *, group: int | None = None) -> socket.socket:
-    """A listening socket on host:port or unix:/path, the latter for owner and `group`. Raises StartError."""
+def bind(address: str, *, group: int | None = None, shared: bool = False) -> socket.socket:
+    """A listening socket on host:port or unix:/path, the latter for owner and `group`. Raises StartError.
+
+    Further sockets can listen on the same host and port if all of them are `shared`.
+    """
     if address.startswith("unix:"):
         return _bind_unix(Path(address.removeprefix("unix:")), group)
     host, _, port = address.rpartition(":")
@@ -37,6 +40,8 @@ def bind(address: str, *, group: int | None = None) -> socket.socket:
         raise StartError(f"cannot listen on {address}: {error.strerror}") from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(target)
         sock.listen(BACKLOG)
     except OSError as error:

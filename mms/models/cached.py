@@ -53,8 +53,10 @@ class CachedVersion(ModelVersion):
         return replace(facts, cancelled=facts.cancelled + self.cache.cancelled, cache=self.cache.facts())
 
 
-def new_version(name: str, version: str, archive: ModelArchive, settings: ModelSettings) -> ModelVersion:
+def new_version(
+    name: str, version: str, archive: ModelArchive, settings: ModelSettings, front_ends: int = 1
+) -> ModelVersion:
     """A version with or without a cache, as its settings say."""
     if settings.cache is None:
-        return ModelVersion(name, version, archive, settings)
+        return ModelVersion(name, version, archive, settings, front_ends)
     return CachedVersion(name, version, archive, settings, settings.cache)

@@ -20,6 +20,7 @@ from mms.workers import environment
 from mms.workers.autoscaler import Bounds
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
+from mms.workers.others import FrontEnds, check_shared
 from mms.workers.placement import plan
 from mms.workers.pool import WorkerPool
 from mms.workers.process import Launch
@@ -44,6 +45,7 @@ class Pools:
         self._cache = cache
         self._boot_tries = boot_tries
         self._loads = asyncio.Semaphore(config.parallel_loads)
+        self.others: FrontEnds | None = None  # that use the workers, too
 
     def settings(
         self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any]
@@ -63,6 +65,8 @@ class Pools:
         if settings.min_workers == -1:
             most = placement.size if settings.max_workers == -1 else settings.max_workers
             settings = dataclasses.replace(settings, min_workers=min(placement.size, most))
+        if self.others is not None:
+            check_shared(settings)
         return settings
 
     def pool(
@@ -113,8 +117,11 @@ class Pools:
             max_rss=settings.max_rss,
             share_weights=settings.share_weights,
             boot_tries=self._boot_tries,
+            number=version.number,
         )
-        return WorkerPool(pool, version.queue, version.metrics, self.forkservers, self._loads, self.restarts)
+        return WorkerPool(
+            pool, version.queue, version.metrics, self.forkservers, self._loads, self.restarts, self.others
+        )
 
     def _interpreter(
         self, version: ModelVersion, folder: Path, sandbox: wire.Sandbox

@@ -97,6 +97,16 @@ class Readiness:
         return _answer(str(version.state), ready, [] if ready else [entry(version, details=True)])
 
 
+def refusing(why: str) -> tuple[str, str]:
+    """The obstacle that a front end is which takes no connections."""
+    return "overloaded", f"the front end refuses connections: {why}"
+
+
+def unready(word: str, why: str) -> tuple[int, dict[str, Any]]:
+    """What is reported because of one obstacle."""
+    return _answer(word, False, [], why)
+
+
 def entry(version: ModelVersion, *, details: bool) -> dict[str, Any]:
     """One line of `missing`."""
     pool = version.pool

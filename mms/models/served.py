@@ -74,10 +74,10 @@ class ServedVersion:
         pool = self.pool
         try:
             if pool is None:
-                raise self._unavailable()
+                raise self.unavailable()
             if not pool.ready_workers:
                 if not self.can_wait:
-                    raise self._unavailable()
+                    raise self.unavailable()
                 pool.rouse()
             pool.submit(job)
         except MMSError as error:
@@ -99,7 +99,7 @@ class ServedVersion:
         """Why a request with a body of `size` bytes would be refused now, before the body is read."""
         pool = self.pool
         if pool is None or not (pool.ready_workers or self.can_wait):
-            return self._unavailable()
+            return self.unavailable()
         refusal = self.queue.refusal(size, terms)
         return refusal if refusal is None else self.scheduling.outcome(refusal)
 
@@ -132,7 +132,8 @@ class ServedVersion:
         self.count(outcome)
         return outcome
 
-    def _unavailable(self) -> ServiceUnavailableError:
+    def unavailable(self) -> ServiceUnavailableError:
+        """Why no request is taken."""
         state = self.state
         if state is VersionState.FAILED:
             return failed_to_load(self.label)

@@ -86,6 +86,7 @@ class ModelVersion(ServedVersion):
         """The version as MMS describes it, and what users of MMS missed; memory is as it was last read."""
         settings, pool, archive = self.settings, self.pool, self.archive
         failure = pool.failure if pool is not None else None
+        waiting = self.queue.depth + (pool.waiting_elsewhere if pool is not None else 0)
         return {
             "modelName": self.name,
             "modelVersion": self.version,
@@ -125,8 +126,8 @@ class ModelVersion(ServedVersion):
                 for worker in (pool.workers if pool else ())
             ],
             "jobQueueStatus": {
-                "remainingCapacity": max(0, self.queue.capacity - self.queue.depth),
-                "pendingRequests": self.queue.depth,
+                "remainingCapacity": max(0, self.queue.capacity * self.front_ends - waiting),
+                "pendingRequests": waiting,
             },
             **self._troubles(),
             **({"failure": {"message": failure.message, "traceback": failure.traceback}} if failure else {}),

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from mms.errors import MMSError
 from mms.workers.batching import BatchQueue
 from mms.workers.job import Job
-from mms.workers.settings import PoolSettings
 from mms.workers.worker import Worker, WorkerState
+
+
+class TimeLimits(Protocol):
+    """Seconds, of a model's settings."""
+
+    @property
+    def response_timeout(self) -> float: ...
+
+    @property
+    def startup_timeout(self) -> float: ...
 
 
 class Lateness:
     """Looks at the workers of one pool."""
 
-    def __init__(self, settings: PoolSettings, queue: BatchQueue) -> None:
+    def __init__(self, settings: TimeLimits, queue: BatchQueue) -> None:
         self._settings = settings
         self._queue = queue
         self._standing: dict[Worker, tuple[int, float]] = {}  # jobs done at the last look, and since when that many
@@ -43,9 +54,11 @@ class Lateness:
         return self._queue.timed_out(worker.in_flight, started, limit, done=done)
 
     def _standing_since(self, worker: Worker, done: int, now: float) -> float:
-        """When the worker was first seen to have finished as many jobs as now: until then it was at work."""
+        """When the worker was first seen to have finished as many jobs as now, and to be at nobody else's: until then
+        it was at work.
+        """
         seen, since = self._standing.get(worker, (0, 0.0))
-        if seen != done:
+        if seen != done or worker.process.turn_now not in (0, worker.process.turn):
             since = now
         self._standing[worker] = done, since
         return since

@@ -23,6 +23,7 @@ from mms.workers.feeding import Feeder
 from mms.workers.forkserver import ForkServers
 from mms.workers.lateness import Lateness
 from mms.workers.losses import Losses
+from mms.workers.others import FrontEnds
 from mms.workers.owners import Owners
 from mms.workers.recycling import Recycling
 from mms.workers.restarts import Restarts, no_workers
@@ -49,6 +50,7 @@ class WorkerPool(Feeder):
         forkservers: ForkServers,
         loads: asyncio.Semaphore,
         restarts: Restarts,
+        others: FrontEnds | None = None,
     ) -> None:
         super().__init__(queue, metrics)
         self.scaling = Scaling(settings.label, queue, metrics)
@@ -60,7 +62,8 @@ class WorkerPool(Feeder):
         self._loads = loads
         self._restarts = restarts
         self._tasks: set[asyncio.Task[None]] = set()
-        self._starter = Starter(settings, forkservers)
+        self._others = others  # that use its workers, too
+        self._starter = Starter(settings, forkservers, shared=others is not None)
         self._recycling = Recycling(settings)
         self._lateness = Lateness(settings, queue)
         self._timer: asyncio.TimerHandle | None = None
@@ -142,6 +145,11 @@ class WorkerPool(Feeder):
         """Seconds for which its workers start as fresh interpreters, because it has died too often; mostly 0."""
         return self._forkservers.spent_for(self._settings.launch.preload)
 
+    @property
+    def waiting_elsewhere(self) -> int:
+        """Requests that wait in other front ends, as far as is known."""
+        return self._others.waiting(self._settings.number) if self._others is not None else 0
+
     # desired state
 
     def set_target(self, count: int, bounds: Bounds | None = None) -> None:
@@ -174,12 +182,14 @@ class WorkerPool(Feeder):
         """Let the jobs in hand and in the queue finish for up to `drain` seconds, then end every worker."""
         self._draining = True
         until = time.monotonic() + drain
+        if self._others is not None:
+            self._others.leave(self._settings.number, self._queue.closed, self._changed.set)
         while self._unfinished() and time.monotonic() < until:
             await self._change(until - time.monotonic())
         self.scaling.ask(Bounds(0, 0), 0)
         self._reconcile()
         for worker in list(self.workers):
-            if worker.state is WorkerState.STARTING or worker.in_flight.jobs:
+            if worker.state is WorkerState.STARTING or worker.in_flight.jobs or self._unfinished_elsewhere:
                 worker.kill("stopped")
         while self.workers or self._tasks:
             for task in self._tasks:
@@ -190,12 +200,20 @@ class WorkerPool(Feeder):
             self._timer.cancel()
         self._stop_feeding()
         self.losses.close()
+        if self._others is not None:
+            self._others.forget(self._settings.number)
+
+    @property
+    def _unfinished_elsewhere(self) -> bool:
+        return self._others is not None and self._others.unfinished(self._settings.number)
 
     def _unfinished(self) -> bool:
         """Whether somebody waits for a job that a worker has or can still take, if only one that replaces another."""
         in_hand = (job for worker in self.workers for job in worker.in_flight.jobs.values())
         served = self.ready_workers or (self.was_ready and self.target and self.failure is None)
-        return bool(self._queue.depth and served) or any(not job.settled for job in in_hand)
+        return (
+            bool(self._queue.depth and served) or any(not job.settled for job in in_hand) or self._unfinished_elsewhere
+        )
 
     async def _change(self, within: float) -> None:
         self._changed.clear()
@@ -304,6 +322,8 @@ class WorkerPool(Feeder):
         if starting:
             worker.kill("stopped")
         else:
+            if self._others is not None:
+                self._others.recall(worker)
             self._stop_when_idle(worker)
 
     def _stop_when_idle(self, worker: Worker) -> None:
@@ -312,7 +332,7 @@ class WorkerPool(Feeder):
             now = time.monotonic()
             self._expire(now)
             self._feed(worker, now)
-        if not worker.in_flight.jobs:
+        if not worker.in_flight.jobs and not worker.elsewhere:
             worker.stop(self._settings.stop_grace)
 
     # Owner
@@ -320,6 +340,8 @@ class WorkerPool(Feeder):
     def worker_ready(self, worker: Worker, ready: wire.Ready) -> None:
         self.was_ready = True
         self._serves(worker)
+        if self._others is not None:
+            self._others.lend(worker, self._settings.number)
         self._queue.forget_rate()
         self.scaling.had(self.ready)
         self.losses.recovered(wholly=self.ready >= self.target)
@@ -354,6 +376,8 @@ class WorkerPool(Feeder):
         state = worker.state
         worker.cause = self._restarts.cause(worker)
         self._forget(worker)
+        if self._others is not None:
+            self._others.gone(worker)
         if worker.in_flight.jobs:
             self._take_back(worker)
         if state is WorkerState.STARTING:

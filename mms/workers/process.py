@@ -24,7 +24,7 @@ from typing import Protocol
 
 import msgspec
 
-from mms import wire
+from mms import lending, wire
 from mms.workers.budget import how_it_ended
 from mms.workers.forkserver import UnsafeFork
 from mms.workers.sandbox import new_scratch
@@ -59,6 +59,7 @@ class WorkerProcess:
         self.channel = channel
         self.output = output
         self.scratch = scratch
+        self.turn = lending.OWN  # of the channel
         self._page = page
         self._cancelled = 0
 
@@ -75,6 +76,11 @@ class WorkerProcess:
             kept = wire.CANCELLED_COUNT
             kept.pack_into(self._page, wire.CANCELLED_JOBS_AT + count % wire.CANCELLED_KEPT * kept.size, job)
             kept.pack_into(self._page, wire.CANCELLED_AT, self._cancelled)
+
+    @property
+    def turn_now(self) -> int:
+        """Of the channel whose frame the worker is at, where several front ends use it; 0 otherwise."""
+        return lending.read_turn(self._page)
 
     def running(self) -> list[tuple[float, tuple[int, ...]]]:
         """Of a worker with several threads: when each of those at work began, and the places of its jobs."""

@@ -43,7 +43,7 @@ class Recycling:
             self.leaving = None
 
     def _outworn(self, worker: Worker) -> str:
-        settings, answered = self._settings, worker.in_flight.finished
+        settings, answered = self._settings, worker.answered
         if orphaned(worker):
             return OWNER_DIED
         if settings.max_requests and answered >= settings.max_requests:

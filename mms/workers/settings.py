@@ -32,3 +32,4 @@ class PoolSettings:
     max_requests: int = 0
     max_rss: int = 0
     share_weights: bool = False
+    number: int = 0  # of the version

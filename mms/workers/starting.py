@@ -26,8 +26,9 @@ PREPROCESS_THREADS = 2  # of a worker on a GPU, unless the model says otherwise;
 class Starter:
     """Starts workers of one pool."""
 
-    def __init__(self, settings: PoolSettings, forkservers: ForkServers) -> None:
+    def __init__(self, settings: PoolSettings, forkservers: ForkServers, *, shared: bool = False) -> None:
         self.installing = False
+        self._shared = shared  # among several front ends
         self._settings = settings
         self._forkservers = forkservers
         self._interpreter = ""  # that settings.interpreter has made
@@ -81,7 +82,7 @@ class Starter:
             threads=place.threads,
         )
         if load.preprocess_threads < 0:
-            load.preprocess_threads = PREPROCESS_THREADS if place.gpu is not None else 0
+            load.preprocess_threads = PREPROCESS_THREADS if place.gpu is not None and not self._shared else 0
         try:
             how = self._launch_of(worker, load)
             if self.owners is not None and worker.gpu is not None:
@@ -95,7 +96,7 @@ class Starter:
             worker.cause = f"could not be started: {error}"
             return
         label = f"{self._settings.label} pid {process.pid}"
-        await worker.attach(process, OutputReader(self._log, label), load)
+        await worker.attach(process, OutputReader(self._log, label), load, shared=self._shared)
         if worker.state is not WorkerState.STARTING:
             worker.kill("stopped")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
+import mmap
+import socket
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -50,6 +53,19 @@ class Owner(Protocol):
     def worker_gone(self, worker: Worker) -> None: ...
 
 
+class Loan:
+    """A worker's use by a further front end: the number of the channel, and the page that this has."""
+
+    def __init__(self, turn: int, page: mmap.mmap) -> None:
+        self.turn = turn
+        self._page = page
+
+    @property
+    def answered(self) -> int:
+        done: int = wire.PROGRESS.unpack_from(self._page)[0]
+        return done
+
+
 class Lender(Protocol):
     """The owner of weights that workers use."""
 
@@ -82,21 +98,31 @@ class Worker(asyncio.Protocol):
         self._patience: asyncio.TimerHandle | None = None  # with a worker that was told to leave
         self._channel_ended = False
         self._gone = False
+        self.control: socket.socket | None = None  # on which it is given channels for further front ends
+        self.elsewhere: dict[int, Loan] = {}  # by the numbers of the front ends that use it, too
 
-    async def attach(self, process: WorkerProcess, output: OutputReader, load: wire.Load) -> None:
-        """Take over a process that was just started, and tell it what to load."""
+    async def attach(
+        self, process: WorkerProcess, output: OutputReader, load: wire.Load, *, shared: bool = False
+    ) -> None:
+        """Take over a process that was just started, and tell it what to load.
+
+        With `shared`, further front ends can use it.
+        """
         loop = asyncio.get_running_loop()
         self.process = process
         self.output = output
         output.start(process.output)
         loop.add_reader(process.pidfd, self._process_ended)
+        frame = wire.pack(wire.LOAD, load)
+        if shared:
+            frame = self._share(process, frame)
         try:  # shielded: the end of a process is seen through this connection, too
             await asyncio.shield(loop.create_task(loop.create_connection(lambda: self, sock=process.channel)))
         except asyncio.CancelledError:
             self.kill("stopped")
             raise
         if not self._transport.is_closing():
-            self._transport.write(wire.pack(wire.LOAD, load))
+            self._transport.write(frame)
 
     @property
     def pid(self) -> int | None:
@@ -106,6 +132,16 @@ class Worker(asyncio.Protocol):
     def gpu(self) -> int | None:
         """The number of its GPU."""
         return self.place.gpu.index if self.place.gpu is not None else None
+
+    @property
+    def answered(self) -> int:
+        """Jobs that it has answered since it started."""
+        return self.in_flight.finished + sum(loan.answered for loan in self.elsewhere.values())
+
+    def left(self, front_end: int) -> None:
+        """That one does not use it any more."""
+        if self.elsewhere.pop(front_end, None) is not None and not self._gone:
+            self._owner.worker_free(self)
 
     def send(self, batch_size: int, jobs: list[Job]) -> None:
         """One PREDICT frame with all of `jobs`."""
@@ -173,6 +209,14 @@ class Worker(asyncio.Protocol):
             self._finish()
         else:
             asyncio.get_running_loop().call_later(LAST_WORDS, self._kill_silent)
+
+    def _share(self, process: WorkerProcess, frame: bytes) -> bytes:
+        """Send the first byte and beside it a socket for further channels; returns the other bytes."""
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control.setblocking(False)
+        with theirs, contextlib.suppress(OSError):  # it has ended: that is seen soon
+            socket.send_fds(process.channel, [frame[:1]], [theirs.fileno()])
+        return frame[1:]
 
     def _ready(self, ready: wire.Ready) -> None:
         if self.state is WorkerState.STARTING:
@@ -337,6 +381,8 @@ class Worker(asyncio.Protocol):
             self._transport.close()
         self._owner.worker_gone(self)
         self.process.close()
+        if self.control is not None:
+            self.control.close()
 
 
 def _remote_error(outcome: wire.Outcome, message: bytes) -> HandlerError:

@@ -218,7 +218,7 @@ def test_every_setting_is_documented(kind: type, heading: str) -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    collector = Collector(lambda: (), lambda: (), lambda: FrontEndFacts(0, 0, 0), Counter())
+    collector = Collector(lambda: (), lambda: (), lambda: FrontEndFacts(0, 0, 0), Counter)
     expected = []
     for family in collector.collect():
         labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ()))

@@ -59,7 +59,9 @@ def scrape(
     """The samples of ours by name and labels (`a=1 b=2`, sorted), read back from the text."""
     failures = Counter({(404, "ModelNotFoundException"): 7, (400, "BadRequestException"): 2})
     front_end = FrontEndFacts(5, 6000, 1)
-    collector = Collector(lambda: versions, lambda: gpus or [], lambda: front_end, failures, restarts=lambda: restarts)
+    collector = Collector(
+        lambda: versions, lambda: gpus or [], lambda: front_end, lambda: failures, restarts=lambda: restarts
+    )
     known = make_registry(collector)
     text = generate_latest(known).decode()
     found: Samples = {}

@@ -1,0 +1,466 @@
+"""The further front ends, as the main process runs them: started, told, asked, started again, stopped.
+
+Each gets the whole picture of what is served whenever that has changed, and a channel to each worker that is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mms import fronts, lending, wire
+from mms.http.limits import Limits
+from mms.metrics import FrontEndFacts, RestartFacts, VersionFacts, VersionMetrics
+from mms.models.registry import ModelRegistry
+from mms.models.version import ModelVersion
+from mms.workers.budget import Budget, how_it_ended
+from mms.workers.process import CHANNEL_BUFFER
+from mms.workers.worker import Loan, Worker, WorkerState
+
+log = logging.getLogger("mms.fleet")
+
+TICK = 0.25
+DEATHS = 5  # with more within DEATH_WINDOW, the server ends
+DEATH_WINDOW = 60.0
+SILENCE = 15.0  # seconds without a word after which a front end is ended and started again
+LOOK_LIMIT = 1.0  # seconds that a scrape waits for what they have counted
+END_LIMIT = 1.0
+
+
+class Front:
+    """One further front end; `number` counts from 1, also over its restarts."""
+
+    def __init__(self, number: int, told: Callable[[Front, Any], None], ended: Callable[[Front], None]) -> None:
+        self.number = number
+        self.counts: fronts.Counts | None = None  # when it was last asked
+        self.leaving: set[int] = set()  # versions of which it still has requests, though they take no more
+        self.cut: asyncio.Future[int] | None = None  # while it drains
+        self.picture: fronts.Picture | None = None  # that it was told last
+        self.asked = self.synced = 0
+        self.silent_since: float | None = None
+        self.cause = ""  # why it was killed
+        self._told = told
+        self._ended = ended
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "mms.frontend", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.pid = process.pid
+        self._pidfd = os.pidfd_open(process.pid)
+        process.returncode = 0  # the pidfd is waited for, not this object
+        self._line = fronts.Line(ours, fronts.ToMain, lambda: None)
+        self._line.listen(self._heard)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._over)
+
+    def tell(self, message: Any, descriptors: Sequence[int] = (), *, own: bool = False) -> None:
+        self._line.tell(message, descriptors, own=own)
+
+    def sync(self) -> int:
+        """Ask it whether it has done all that it was told."""
+        self.asked += 1
+        if self.silent_since is None:
+            self.silent_since = time.monotonic()
+        self.tell(fronts.Sync(self.asked))
+        return self.asked
+
+    def kill(self, cause: str) -> None:
+        self.cause = self.cause or cause
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _heard(self, message: Any, descriptors: deque[int]) -> None:
+        if type(message) is fronts.Synced:
+            self.synced = message.number
+            self.silent_since = None if self.synced == self.asked else time.monotonic()
+        self._told(self, message)
+
+    def _over(self) -> None:
+        status = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        if status is None:
+            return
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._line.close()
+        code = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        self.cause = self.cause or how_it_ended(code)
+        self._ended(self)
+
+
+class Fleet:
+    """`count` front ends, of which the main process is the first.
+
+    `probes` tells what probes are told, `limits` what each front end holds its clients to, and `lost` is called when
+    they cannot be kept running.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        registry: ModelRegistry,
+        hello: fronts.Hello,
+        probes: Callable[[], tuple[str, tuple[int, dict[str, Any]]]],
+        settings: Callable[[], tuple[Limits, str]],
+        lost: Callable[[], None],
+    ) -> None:
+        self.count = count
+        self._registry = registry
+        self._hello = hello
+        self._probes = probes
+        self._settings = settings
+        self._lost = lost
+        self._fronts: dict[int, Front] = {}
+        self._sockets: dict[int, socket.socket] = {}
+        self._lent: dict[int, tuple[Worker, int]] = {}  # workers that are ready, with their versions' numbers
+        self._numbers: dict[Worker, int] = {}
+        self._next_worker = itertools.count(1).__next__
+        self._next_turn = itertools.count(lending.OWN + 1).__next__
+        self._changed: dict[int, Callable[[], None]] = {}  # of versions that are being unloaded
+        self._heard = asyncio.Event()
+        self._budget = Budget(DEATHS, DEATH_WINDOW)
+        self._past = Past()
+        self._strays: dict[Worker, tuple[int, float]] = {}  # at a frame of a front end that has ended, and since when
+        self._timer: asyncio.TimerHandle | None = None
+        self._last_tick = 0.0
+        self._closing = False
+
+    @property
+    def pids(self) -> set[int]:
+        return {front.pid for front in self._fronts.values()}
+
+    def restarts(self) -> list[RestartFacts]:
+        return [self._budget.facts("frontend", f"{len(self._fronts)} of {self.count - 1} running")]
+
+    # their life
+
+    def start(self, sockets: Sequence[socket.socket]) -> None:
+        """One for each of the listening sockets, which stay ours, too: so a restart loses no connection."""
+        for number, sock in enumerate(sockets, 1):
+            self._sockets[number] = sock
+            self._start(number)
+        self._last_tick = time.monotonic()
+        self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
+
+    async def listen(self, number: int, sock: socket.socket) -> None:
+        """That front end accepts on this socket from now on."""
+        self._sockets[number].close()
+        self._sockets[number] = sock
+        if number in self._fronts:
+            self._fronts[number].tell(fronts.Listen(), [sock.fileno()])
+
+    async def drain(self, limit: float) -> int:
+        """As HttpServer.drain, in all of them; from now on, none is started again."""
+        self._closing = True
+        for sock in self._sockets.values():  # else it would still take connections that nobody serves
+            sock.close()
+        waiting = []
+        for front in self._fronts.values():
+            front.cut = asyncio.get_running_loop().create_future()
+            front.tell(fronts.Drain(limit))
+            waiting.append(front.cut)
+        if not waiting:
+            return 0
+        done, _ = await asyncio.wait(waiting, timeout=limit + END_LIMIT)
+        return sum(each.result() for each in done)
+
+    async def close(self) -> None:
+        """They end at once."""
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for front in self._fronts.values():
+            front.kill("stopped")
+        for sock in self._sockets.values():
+            sock.close()
+        while self._fronts:
+            self._heard.clear()
+            await self._heard.wait()
+
+    def _start(self, number: int) -> None:
+        """All that there is to know comes before the first connection."""
+        front = self._fronts[number] = Front(number, self._told, self._ended)
+        front.tell(self._hello)
+        self._show(front, self._picture())
+        for worker_number, (worker, version) in self._lent.items():
+            self._lend(front, worker_number, worker, version)
+        front.tell(fronts.Listen(), [self._sockets[number].fileno()])
+        front.sync()
+
+    def _ended(self, front: Front) -> None:
+        del self._fronts[front.number]
+        if front.cut is not None and not front.cut.done():
+            front.cut.set_result(0)
+        if front.counts is not None:
+            self._past.add(front.counts)
+        for worker, _ in list(self._lent.values()):
+            worker.left(front.number)
+        for number in front.leaving:
+            self._changed[number]()
+        self._heard.set()
+        if self._closing:
+            return
+        self._budget.count(front.cause)
+        if self._budget.spent:
+            log.critical("front end %d ended: %s; it cannot be kept running; stopping", front.number, front.cause)
+            self._lost()
+            return
+        log.error("front end %d ended: %s; starting it again", front.number, front.cause)
+        try:
+            self._start(front.number)
+        except OSError as error:
+            log.critical("front end %d cannot be started: %s; stopping", front.number, error.strerror)
+            self._lost()
+
+    def _tick(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
+        now = time.monotonic()
+        asleep = now - self._last_tick > 4 * TICK
+        self._last_tick = now
+        self._show_all()
+        for front in list(self._fronts.values()):
+            if asleep:
+                front.silent_since = None if front.silent_since is None else now
+            elif front.silent_since is None:
+                front.sync()
+            elif now - front.silent_since > SILENCE:
+                front.kill(f"said nothing for {SILENCE:g} s")
+        self._end_strays(now)
+
+    def _end_strays(self, now: float) -> None:
+        """Nobody else watches a worker that is at what a front end has sent which has ended since."""
+        for worker, number in self._lent.values():
+            turn = worker.process.turn_now
+            if turn in (0, lending.OWN, *(loan.turn for loan in worker.elsewhere.values())):
+                self._strays.pop(worker, None)
+                continue
+            seen, since = self._strays.setdefault(worker, (turn, now))
+            if seen != turn:
+                self._strays[worker] = turn, now
+            elif now - since > self._response_timeout(number):
+                worker.kill("response_timeout")
+
+    def _response_timeout(self, number: int) -> float:
+        return max((v.settings.response_timeout for v in self._registry.versions() if v.number == number), default=0.0)
+
+    # what they are told
+
+    async def sync(self) -> None:
+        self._show_all()
+        wanted = {front: front.sync() for front in self._fronts.values()}
+
+        def behind() -> bool:
+            return any(self._fronts.get(front.number) is front and front.synced < to for front, to in wanted.items())
+
+        while behind():
+            self._heard.clear()
+            await self._heard.wait()  # it answers, or it is ended by the tick
+
+    def lend(self, worker: Worker, number: int) -> None:
+        known = self._numbers[worker] = self._next_worker()
+        self._lent[known] = worker, number
+        self._show_all()
+        for front in self._fronts.values():
+            self._lend(front, known, worker, number)
+
+    def recall(self, worker: Worker) -> None:
+        for number in worker.elsewhere:
+            self._fronts[number].tell(fronts.Recall(self._numbers[worker]))
+
+    def gone(self, worker: Worker) -> None:
+        number = self._numbers.pop(worker, None)
+        if number is None:
+            return
+        del self._lent[number]
+        self._strays.pop(worker, None)
+        for front in worker.elsewhere:
+            self._fronts[front].tell(fronts.Gone(number, worker.cause))
+        worker.elsewhere.clear()
+
+    def leave(self, number: int, reason: str, changed: Callable[[], None]) -> None:
+        self._show_all()
+        self._changed[number] = changed
+        for front in self._fronts.values():
+            front.leaving.add(number)
+            front.tell(fronts.Leave(number, reason))
+
+    def unfinished(self, number: int) -> bool:
+        return any(number in front.leaving for front in self._fronts.values())
+
+    def forget(self, number: int) -> None:
+        for front in self._fronts.values():
+            front.leaving.discard(number)
+            front.tell(fronts.Forget(number))
+        self._changed.pop(number, None)
+        self._past.forget(number)
+
+    def _lend(self, front: Front, known: int, worker: Worker, number: int) -> None:
+        if worker.control is None or worker.state is not WorkerState.READY:
+            return
+        ours, theirs = socket.socketpair()
+        page = os.memfd_create("mms-progress")
+        turn = self._next_turn()
+        with theirs:
+            for sock in (ours, theirs):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
+            os.ftruncate(page, wire.PAGE)
+            try:
+                lending.lend(worker.control, turn, theirs, page)
+            except OSError:  # it has ended: that is seen soon
+                ours.close()
+                os.close(page)
+                return
+        worker.elsewhere[front.number] = Loan(turn, mmap.mmap(page, 0))
+        front.tell(fronts.Lent(known, number, worker.pid or 0, turn), [ours.detach(), page], own=True)
+
+    def _show_all(self) -> None:
+        if self._fronts:
+            picture = self._picture()
+            for front in self._fronts.values():
+                self._show(front, picture)
+
+    def _show(self, front: Front, picture: fronts.Picture) -> None:
+        if front.picture != picture:
+            front.picture = picture
+            front.tell(picture)
+
+    def _picture(self) -> fronts.Picture:
+        health, report = self._probes()
+        limits, log_level = self._settings()
+        return fronts.Picture(
+            versions=[_shown(version) for version in self._registry.versions()],
+            defaults={model.name: model.default for model in self._registry},
+            announced=[(name, number, why) for (name, number), why in self._registry.announced.items()],
+            health=health,
+            report=report,
+            limits=limits,
+            log_level=log_level,
+        )
+
+    # what they tell
+
+    def _told(self, front: Front, message: Any) -> None:
+        match message:
+            case fronts.Left():
+                if message.worker in self._lent:
+                    self._lent[message.worker][0].left(front.number)
+            case fronts.Empty():
+                front.leaving.discard(message.number)
+                if message.number in self._changed:
+                    self._changed[message.number]()
+            case fronts.Kill():
+                if message.worker in self._lent:
+                    self._lent[message.worker][0].kill(message.cause)
+            case fronts.Counts():
+                front.counts = message
+            case fronts.Drained():
+                if front.cut is not None and not front.cut.done():
+                    front.cut.set_result(message.cut)
+        self._heard.set()
+
+    # what they have counted
+
+    async def look(self) -> None:
+        for front in self._fronts.values():
+            front.tell(fronts.Ask())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_LIMIT):
+                await self.sync()
+
+    def waiting(self, number: int) -> int:
+        return sum(each.queue_depth for each in self._counted(number))
+
+    def facts(self, own: VersionFacts, number: int) -> VersionFacts:
+        """Of all front ends."""
+        metrics = own.metrics.copy()
+        cancelled, retries = self._past.add_to(metrics, number)
+        counted = self._counted(number)
+        for each in counted:
+            metrics.add(*each.parts)
+        return replace(
+            own,
+            metrics=metrics,
+            queue_depth=own.queue_depth + sum(each.queue_depth for each in counted),
+            queue_capacity=own.queue_capacity * self.count,
+            queue_bytes=own.queue_bytes + sum(each.queue_bytes for each in counted),
+            newest_first=own.newest_first or any(each.newest_first for each in counted),
+            drain_rate=own.drain_rate + sum(each.drain_rate for each in counted),
+            cancelled=own.cancelled + cancelled + sum(each.cancelled for each in counted),
+            retries=own.retries + retries + sum(each.retries for each in counted),
+            in_flight=own.in_flight + sum(each.in_flight for each in counted),
+        )
+
+    def front_end_facts(self, own: FrontEndFacts) -> FrontEndFacts:
+        counts = self._counts()
+        return FrontEndFacts(
+            own.connections + sum(each.connections for each in counts),
+            own.bytes_in_flight + sum(each.bytes_in_flight for each in counts),
+            max([own.shedding_step, *(each.shedding_step for each in counts)]),
+        )
+
+    def failures(self, own: Mapping[tuple[int, str], int]) -> Mapping[tuple[int, str], int]:
+        found = Counter(own) + self._past.failures
+        for each in self._counts():
+            found.update({(status, cause): count for status, cause, count in each.failures})
+        return found
+
+    def _counts(self) -> list[fronts.Counts]:
+        return [front.counts for front in self._fronts.values() if front.counts is not None]
+
+    def _counted(self, number: int) -> list[fronts.Counted]:
+        return [each.versions[number] for each in self._counts() if number in each.versions]
+
+
+class Past:
+    """What front ends had counted that have ended, as far as it was seen."""
+
+    def __init__(self) -> None:
+        self.failures: Counter[tuple[int, str]] = Counter()
+        self._versions: dict[int, VersionMetrics] = {}
+        self._cancelled: Counter[int] = Counter()
+        self._retries: Counter[int] = Counter()
+
+    def add(self, counts: fronts.Counts) -> None:
+        self.failures.update({(status, cause): count for status, cause, count in counts.failures})
+        for number, counted in counts.versions.items():
+            self._versions.setdefault(number, VersionMetrics()).add(*counted.parts)
+            self._cancelled[number] += counted.cancelled
+            self._retries[number] += counted.retries
+
+    def add_to(self, metrics: VersionMetrics, number: int) -> tuple[int, int]:
+        """Returns how many were cancelled and run again, too."""
+        if number in self._versions:
+            metrics.add(*self._versions[number].parts())
+        return self._cancelled[number], self._retries[number]
+
+    def forget(self, number: int) -> None:
+        self._versions.pop(number, None)
+        del self._cancelled[number], self._retries[number]
+
+
+def _shown(version: ModelVersion) -> fronts.Shown:
+    settings = version.settings
+    told = {name: getattr(settings, name) for name in fronts.QueueSettings.__struct_fields__}
+    return fronts.Shown(
+        number=version.number,
+        name=version.name,
+        version=version.version,
+        settings=fronts.QueueSettings(**told),
+        state=str(version.state),
+        can_wait=version.can_wait,
+    )

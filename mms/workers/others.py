@@ -1,0 +1,73 @@
+"""The front ends beside the main process, as its pools know them, and what a model must do without among several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from mms.config import ModelSettings
+from mms.errors import ConfigError
+from mms.workers.worker import Worker
+
+
+class FrontEnds(Protocol):
+    """They use the workers that the main process starts. Versions are named by their numbers."""
+
+    count: int  # with the main process
+
+    def lend(self, worker: Worker, number: int) -> None:
+        """It is ready: each of them gets a channel to it."""
+        ...
+
+    def recall(self, worker: Worker) -> None:
+        """It stops: they send it nothing more, and leave it (Worker.left) when it has answered."""
+        ...
+
+    def gone(self, worker: Worker) -> None:
+        """It has ended."""
+        ...
+
+    def leave(self, number: int, reason: str, changed: Callable[[], None]) -> None:
+        """The version takes no requests any more; `changed` is called when one of them has answered all of its own."""
+        ...
+
+    def unfinished(self, number: int) -> bool:
+        """Whether one of them still has requests to a version that takes no more."""
+        ...
+
+    def forget(self, number: int) -> None:
+        """The version has no workers any more."""
+        ...
+
+    def waiting(self, number: int) -> int:
+        """Requests that waited for a worker there when they were last asked."""
+        ...
+
+    async def look(self) -> None:
+        """Ask them what they have counted."""
+        ...
+
+    async def sync(self) -> None:
+        """Return when they know all that was changed."""
+        ...
+
+
+def check_shared(settings: ModelSettings) -> None:
+    """Raises ConfigError when several front ends cannot serve a model with these settings."""
+    grouped = any((group.threads or 1) > 1 for group in settings.instances)
+    most = settings.worker_limit
+    problem = (
+        "cache: each would keep answers of its own"
+        if settings.cache is not None
+        else "latency_objective_ms: each would see only its own part of a worker's work"
+        if settings.latency_objective_ms
+        else "priority_levels: each has a queue of its own"
+        if settings.priority_levels > 1
+        else "threads and preprocess_threads: a worker answers one front end at a time"
+        if settings.threads > 1 or settings.preprocess_threads > 0 or grouped
+        else f"max_workers {most} with min_workers {settings.min_workers}: the load of all is not known in one place"
+        if most > settings.min_workers >= 0 or settings.load_on_request
+        else ""
+    )
+    if problem:
+        raise ConfigError(f"this is not possible with several front ends (front_ends): {problem}")
