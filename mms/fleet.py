@@ -164,11 +164,19 @@ class Fleet:
         if number in self._fronts:
             self._fronts[number].tell(fronts.Listen(), [sock.fileno()])
 
-    async def drain(self, limit: float) -> int:
-        """As HttpServer.drain, in all of them; from now on, none is started again."""
+    async def shut(self) -> None:
+        """As HttpServer.shut, in all of them; from now on, none is started again."""
         self._closing = True
         for sock in self._sockets.values():  # else it would still take connections that nobody serves
             sock.close()
+        for front in self._fronts.values():
+            front.tell(fronts.Shut())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_LIMIT):
+                await self.sync()
+
+    async def drain(self, limit: float) -> int:
+        """As HttpServer.drain, in all of them."""
         waiting = []
         for front in self._fronts.values():
             front.cut = asyncio.get_running_loop().create_future()

@@ -126,8 +126,12 @@ class Ask(msgspec.Struct, tag=True, frozen=True):
     """Send Counts."""
 
 
+class Shut(msgspec.Struct, tag=True, frozen=True):
+    """Accept nothing more."""
+
+
 class Drain(msgspec.Struct, tag=True, frozen=True):
-    """Accept nothing more, let requests in hand finish for so many seconds, then say Drained."""
+    """Let requests in hand finish for so many seconds, then say Drained."""
 
     seconds: float
 
@@ -189,7 +193,7 @@ class Counts(msgspec.Struct, tag=True, frozen=True):
     shedding_step: int
 
 
-ToFront = Hello | Picture | Listen | Lent | Recall | Gone | Leave | Forget | Sync | Ask | Drain
+ToFront = Hello | Picture | Listen | Lent | Recall | Gone | Leave | Forget | Sync | Ask | Shut | Drain
 ToMain = Synced | Left | Empty | Kill | Drained | Counts
 
 _encode = msgspec.msgpack.Encoder().encode

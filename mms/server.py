@@ -461,6 +461,9 @@ class ModelServer:
         timeout = self._config.drain_timeout
         if not await self._edge.stop(left()):
             log.warning("nginx was ended: its requests took longer than drain_timeout (%g s)", timeout)
+        self._http.shut()
+        if self._fleet is not None:  # an answer that ends its connection must not bring another one elsewhere
+            await self._fleet.shut()
         cut = sum(await asyncio.gather(*self._draining(left())))
         if cut:
             log.warning("%d connections were cut: their requests took longer than drain_timeout (%g s)", cut, timeout)

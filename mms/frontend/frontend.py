@@ -94,6 +94,8 @@ class FrontEnd:
                 self._line.tell(fronts.Synced(message.number))
             case fronts.Ask():
                 self._line.tell(self._counts())
+            case fronts.Shut():
+                self._http.shut()
             case fronts.Drain():
                 self._draining = asyncio.create_task(self._drain(message.seconds))
 

@@ -109,17 +109,20 @@ class HttpServer:
 
         An answer ends its connection. Those that idle stay open for `limit` seconds: a request may be on its way.
         """
-        for server in self._servers:
-            server.close()
+        self.shut()
         self._retired = True
         self._step_changed()
         if waiting := [connection.retire() for connection in list(self.connections)]:
             await asyncio.wait(waiting, timeout=limit)
 
-    async def drain(self, limit: float) -> int:
-        """Accept nothing more, let requests in hand finish for `limit` seconds; returns how many were cut off."""
+    def shut(self) -> None:
+        """Accept nothing more."""
         for server in self._servers:
             server.close()
+
+    async def drain(self, limit: float) -> int:
+        """Accept nothing more, let requests in hand finish for `limit` seconds; returns how many were cut off."""
+        self.shut()
         waiting = [connection.drain() for connection in list(self.connections)]
         if waiting:
             await asyncio.wait(waiting, timeout=limit)
