@@ -16,16 +16,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mms import fronts, lending, wire
+from mms.errors import StartError
 from mms.http.limits import Limits
-from mms.metrics import FrontEndFacts, RestartFacts, VersionFacts, VersionMetrics
+from mms.metrics import RestartFacts, VersionFacts
 from mms.models.registry import ModelRegistry
 from mms.models.version import ModelVersion
+from mms.totals import Totals
 from mms.workers.budget import Budget, how_it_ended
 from mms.workers.process import CHANNEL_BUFFER
 from mms.workers.worker import Loan, Worker, WorkerState
@@ -104,7 +105,7 @@ class Front:
 
 
 class Fleet:
-    """`count` front ends, of which the main process is the first.
+    """`count` front ends, of which the main process is the first. With that one alone, nothing here does anything.
 
     `probes` tells what probes are told, `limits` what each front end holds its clients to, and `lost` is called when
     they cannot be kept running.
@@ -134,7 +135,7 @@ class Fleet:
         self._changed: dict[int, Callable[[], None]] = {}  # of versions that are being unloaded
         self._heard = asyncio.Event()
         self._budget = Budget(DEATHS, DEATH_WINDOW)
-        self._past = Past()
+        self.totals = Totals(self._counts)
         self._strays: dict[Worker, tuple[int, float]] = {}  # at a frame of a front end that has ended, and since when
         self._timer: asyncio.TimerHandle | None = None
         self._last_tick = 0.0
@@ -145,15 +146,25 @@ class Fleet:
         return {front.pid for front in self._fronts.values()}
 
     def restarts(self) -> list[RestartFacts]:
-        return [self._budget.facts("frontend", f"{len(self._fronts)} of {self.count - 1} running")]
+        """How often one has died; empty when there are none beside the main process."""
+        running = f"{len(self._fronts)} of {self.count - 1} running"
+        return [self._budget.facts("frontend", running)] if self.count > 1 else []
 
     # their life
 
     def start(self, sockets: Sequence[socket.socket]) -> None:
-        """One for each of the listening sockets, which stay ours, too: so a restart loses no connection."""
-        for number, sock in enumerate(sockets, 1):
-            self._sockets[number] = sock
-            self._start(number)
+        """One for each of the listening sockets, which stay ours, too: so a restart loses none that waits there.
+
+        Raises StartError.
+        """
+        if not sockets:
+            return
+        self._sockets = dict(enumerate(sockets, 1))
+        try:
+            for number in self._sockets:
+                self._start(number)
+        except OSError as error:
+            raise StartError(f"a front end cannot be started: {error.strerror}") from None
         self._last_tick = time.monotonic()
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
 
@@ -215,7 +226,7 @@ class Fleet:
         if front.cut is not None and not front.cut.done():
             front.cut.set_result(0)
         if front.counts is not None:
-            self._past.add(front.counts)
+            self.totals.keep(front.counts)
         for worker, _ in list(self._lent.values()):
             worker.left(front.number)
         for number in front.leaving:
@@ -315,7 +326,7 @@ class Fleet:
             front.leaving.discard(number)
             front.tell(fronts.Forget(number))
         self._changed.pop(number, None)
-        self._past.forget(number)
+        self.totals.forget(number)
 
     def _lend(self, front: Front, known: int, worker: Worker, number: int) -> None:
         if worker.control is None or worker.state is not WorkerState.READY:
@@ -376,6 +387,8 @@ class Fleet:
                     self._lent[message.worker][0].kill(message.cause)
             case fronts.Counts():
                 front.counts = message
+            case fronts.Said():
+                logging.getLogger(message.logger).log(message.level, "front end %d: %s", front.number, message.text)
             case fronts.Drained():
                 if front.cut is not None and not front.cut.done():
                     front.cut.set_result(message.cut)
@@ -391,74 +404,16 @@ class Fleet:
                 await self.sync()
 
     def waiting(self, number: int) -> int:
-        return sum(each.queue_depth for each in self._counted(number))
+        return self.totals.waiting(number)
 
-    def facts(self, own: VersionFacts, number: int) -> VersionFacts:
-        """Of all front ends."""
-        metrics = own.metrics.copy()
-        cancelled, retries = self._past.add_to(metrics, number)
-        counted = self._counted(number)
-        for each in counted:
-            metrics.add(*each.parts)
-        return replace(
-            own,
-            metrics=metrics,
-            queue_depth=own.queue_depth + sum(each.queue_depth for each in counted),
-            queue_capacity=own.queue_capacity * self.count,
-            queue_bytes=own.queue_bytes + sum(each.queue_bytes for each in counted),
-            newest_first=own.newest_first or any(each.newest_first for each in counted),
-            drain_rate=own.drain_rate + sum(each.drain_rate for each in counted),
-            cancelled=own.cancelled + cancelled + sum(each.cancelled for each in counted),
-            retries=own.retries + retries + sum(each.retries for each in counted),
-            in_flight=own.in_flight + sum(each.in_flight for each in counted),
-        )
-
-    def front_end_facts(self, own: FrontEndFacts) -> FrontEndFacts:
-        counts = self._counts()
-        return FrontEndFacts(
-            own.connections + sum(each.connections for each in counts),
-            own.bytes_in_flight + sum(each.bytes_in_flight for each in counts),
-            max([own.shedding_step, *(each.shedding_step for each in counts)]),
-        )
-
-    def failures(self, own: Mapping[tuple[int, str], int]) -> Mapping[tuple[int, str], int]:
-        found = Counter(own) + self._past.failures
-        for each in self._counts():
-            found.update({(status, cause): count for status, cause, count in each.failures})
-        return found
+    def version_facts(self) -> Iterator[VersionFacts]:
+        """Of what is registered, for the metrics collector."""
+        for version in self._registry.versions():
+            facts = version.facts()
+            yield facts if self.count == 1 else self.totals.version(facts, version.number, self.count)
 
     def _counts(self) -> list[fronts.Counts]:
         return [front.counts for front in self._fronts.values() if front.counts is not None]
-
-    def _counted(self, number: int) -> list[fronts.Counted]:
-        return [each.versions[number] for each in self._counts() if number in each.versions]
-
-
-class Past:
-    """What front ends had counted that have ended, as far as it was seen."""
-
-    def __init__(self) -> None:
-        self.failures: Counter[tuple[int, str]] = Counter()
-        self._versions: dict[int, VersionMetrics] = {}
-        self._cancelled: Counter[int] = Counter()
-        self._retries: Counter[int] = Counter()
-
-    def add(self, counts: fronts.Counts) -> None:
-        self.failures.update({(status, cause): count for status, cause, count in counts.failures})
-        for number, counted in counts.versions.items():
-            self._versions.setdefault(number, VersionMetrics()).add(*counted.parts)
-            self._cancelled[number] += counted.cancelled
-            self._retries[number] += counted.retries
-
-    def add_to(self, metrics: VersionMetrics, number: int) -> tuple[int, int]:
-        """Returns how many were cancelled and run again, too."""
-        if number in self._versions:
-            metrics.add(*self._versions[number].parts())
-        return self._cancelled[number], self._retries[number]
-
-    def forget(self, number: int) -> None:
-        self._versions.pop(number, None)
-        del self._cancelled[number], self._retries[number]
 
 
 def _shown(version: ModelVersion) -> fronts.Shown:

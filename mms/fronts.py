@@ -170,6 +170,14 @@ class Drained(msgspec.Struct, tag=True, frozen=True):
     cut: int
 
 
+class Said(msgspec.Struct, tag=True, frozen=True):
+    """A record for the log."""
+
+    logger: str
+    level: int
+    text: str
+
+
 class Counted(msgspec.Struct, frozen=True):
     """What a front end has counted for a version (VersionMetrics.parts), and its queue at the moment."""
 
@@ -194,7 +202,7 @@ class Counts(msgspec.Struct, tag=True, frozen=True):
 
 
 ToFront = Hello | Picture | Listen | Lent | Recall | Gone | Leave | Forget | Sync | Ask | Shut | Drain
-ToMain = Synced | Left | Empty | Kill | Drained | Counts
+ToMain = Synced | Left | Empty | Kill | Drained | Said | Counts
 
 _encode = msgspec.msgpack.Encoder().encode
 _NO_DESCRIPTORS: tuple[int, ...] = ()

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from mms.fleet import Fleet
 from mms.http.limits import Limits
 from mms.http.listener import BACKLOG_TIME, HttpServer
 from mms.http.shedding import NO_CONNECTIONS
-from mms.metrics import Collector, FrontEndFacts, GpuFacts, RestartFacts, VersionFacts, registry
+from mms.metrics import Collector, FrontEndFacts, GpuFacts, RestartFacts, registry
 from mms.models.readiness import Phase, Readiness, refusing
 from mms.models.registry import ModelRegistry
 from mms.models.served import part
@@ -95,8 +95,8 @@ class ModelServer:
         self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
         self._http = HttpServer(self._inference, self._limits(), edge=self._edge.wanted)
         self._listen: dict[str, Callable[[socket.socket], Coroutine[Any, Any, None]]] = {"inference": self._http.listen}
-        self._fleet = self._further_front_ends(given)
-        self._control.pools.others = self._fleet
+        self._fleet = self._front_ends(given)
+        self._control.pools.others = self._fleet if config.front_ends > 1 else None
         self._registry.forget = self._forget_versions
         self._runners: list[web.AppRunner] = []
         self._listening: set[asyncio.Task[None]] = set()
@@ -137,9 +137,8 @@ class ModelServer:
             self._cache.acquire(user, for_others=bool(self._config.worker_user))
             await self._control.check_sandbox()
             behind_edge = self._run_dir.sockets if self._edge.wanted else None
-            sockets = self._addresses.listen(behind_edge, user[1] if user else None, shared=self._fleet is not None)
-            if self._fleet is not None:
-                self._fleet.start(self._addresses.further(self._config.front_ends - 1, behind_edge))
+            sockets = self._addresses.listen(behind_edge, user[1] if user else None, shared=self._fleet.count > 1)
+            self._fleet.start(self._addresses.further(self._fleet.count - 1, behind_edge))
             self._catch_signals()
             if self._old is None:
                 self._run_dir.record(self._running())
@@ -152,6 +151,7 @@ class ModelServer:
                 self._edge.start()
             self._tick()
             await self._startup.wait(self._stop_asked)
+            await self._fleet.sync()
             if not self._stop_asked.is_set():
                 self._startup.check(self._run_dir.logs, () if self._old is None else self._old.handover.loaded)
                 if self._old is not None:
@@ -163,8 +163,6 @@ class ModelServer:
         if self._stop_asked.is_set():
             return
         self._readiness.phase = Phase.SERVING
-        if self._fleet is not None:
-            await self._fleet.sync()
         gc.collect()
         gc.freeze()
         line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.what())
@@ -193,11 +191,9 @@ class ModelServer:
                 "keeps that; stop and start instead"
             )
 
-    def _further_front_ends(self, token: str) -> Fleet | None:
+    def _front_ends(self, token: str) -> Fleet:
         config = self._config
-        if config.front_ends == 1:
-            return None
-        if self._old is not None:
+        if config.front_ends > 1 and self._old is not None:
             raise ConfigError("front_ends: a server with several cannot take over from another; stop and start instead")
         hello = fronts.Hello(
             front_ends=config.front_ends,
@@ -223,9 +219,8 @@ class ModelServer:
     async def _listen_everywhere(self, sock: socket.socket) -> None:
         """All front ends share a Unix socket that clients know."""
         await self._http.listen(sock)
-        if self._fleet is not None:
-            for number in range(1, self._fleet.count):
-                await self._fleet.listen(number, sock.dup())
+        for number in range(1, self._fleet.count):
+            await self._fleet.listen(number, sock.dup())
 
     def _management_token(self) -> Token | None:
         """Whoever can register a model runs code here: only this machine may do that without a token."""
@@ -274,12 +269,15 @@ class ModelServer:
         from mms.api import management, metrics
         from mms.api.guard import Guard
 
+        fleet = self._fleet
         monitor = GpuMonitor(self._control.pools.gpus)
         collector = Collector(
-            self._version_facts,
+            fleet.version_facts,
             lambda: self._gpus,
-            self._front_end_facts,
-            self._failures,
+            lambda: fleet.totals.front_ends(
+                FrontEndFacts(len(self._http.connections), self._http.shedding.bytes, self._http.shedding.step)
+            ),
+            lambda: fleet.totals.failures(self._inference.failures),
             lambda: self._control.saver is not None and self._control.saver.failed,
             self._restarts,
         )
@@ -288,26 +286,13 @@ class ModelServer:
             self._gpus = await asyncio.to_thread(lambda: list(monitor.facts()))
             for version in list(self._registry.versions()):
                 await version.read_memory()
-            await self._control.look()
+            await fleet.look()
 
         guard = Guard(self._addresses.of["management"], self._config.management_hosts, self._token)
         return [
             management.application(self._control, self._readiness, guard),
             metrics.application(registry(collector), refresh),
         ]
-
-    def _version_facts(self) -> Iterable[VersionFacts]:
-        for version in self._registry.versions():
-            facts = version.facts()
-            yield facts if self._fleet is None else self._fleet.facts(facts, version.number)
-
-    def _front_end_facts(self) -> FrontEndFacts:
-        own = FrontEndFacts(len(self._http.connections), self._http.shedding.bytes, self._http.shedding.step)
-        return own if self._fleet is None else self._fleet.front_end_facts(own)
-
-    def _failures(self) -> Mapping[tuple[int, str], int]:
-        own = self._inference.failures
-        return own if self._fleet is None else self._fleet.failures(own)
 
     async def _serve(self, sockets: list[socket.socket], applications: list[web.Application]) -> None:
         from aiohttp import web
@@ -348,16 +333,14 @@ class ModelServer:
         return "", ""
 
     def _restarts(self) -> list[RestartFacts]:
-        further = self._fleet.restarts() if self._fleet is not None else []
-        return [*self._edge.restarts(), *further, *self._control.restarts()]
+        return [*self._edge.restarts(), *self._fleet.restarts(), *self._control.restarts()]
 
     def _tick(self) -> None:
         # first: whatever fails below, the clock goes on
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
         self._edge.renew_certificate()
         self._inference.renew_token()
-        further = self._fleet.pids if self._fleet is not None else set()
-        self._control.reap_orphans(self._edge.pids | self._upgrades.pids | further)
+        self._control.reap_orphans(self._edge.pids | self._upgrades.pids | self._fleet.pids)
         if not self._runners:  # another server serves these sockets
             return
         for name, sock in self._addresses.bind_anew().items():
@@ -395,6 +378,7 @@ class ModelServer:
         self._config = config
         self._control.apply(config)
         self._http.apply(self._limits())
+        await self._fleet.sync()
         logging.getLogger("mms").setLevel(config.log_level.upper())
         note(lambda: self._run_dir.record(self._running()))
 
@@ -441,8 +425,7 @@ class ModelServer:
                 await drain
             await self._edge.stop(0)
             await self._control.close(0)
-        if self._fleet is not None:
-            await self._fleet.close()
+        await self._fleet.close()
         for runner in self._runners:
             await runner.cleanup()
         await self._upgrades.ended()
@@ -462,16 +445,12 @@ class ModelServer:
         if not await self._edge.stop(left()):
             log.warning("nginx was ended: its requests took longer than drain_timeout (%g s)", timeout)
         self._http.shut()
-        if self._fleet is not None:  # an answer that ends its connection must not bring another one elsewhere
-            await self._fleet.shut()
-        cut = sum(await asyncio.gather(*self._draining(left())))
+        await self._fleet.shut()  # of all, before an answer ends its connection: the next must not come to another one
+        cut = sum(await asyncio.gather(self._http.drain(left()), self._fleet.drain(left())))
         if cut:
             log.warning("%d connections were cut: their requests took longer than drain_timeout (%g s)", cut, timeout)
         self._clients_done = True
         await self._control.close(left())
-
-    def _draining(self, limit: float) -> list[Awaitable[int]]:
-        return [self._http.drain(limit), *([self._fleet.drain(limit)] if self._fleet is not None else [])]
 
     def _leaving(self, until: float) -> str:
         left = until - time.monotonic()

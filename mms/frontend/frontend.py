@@ -25,6 +25,17 @@ TICK = 1.0
 _DESCRIPTORS: dict[type, int] = {fronts.Listen: 1, fronts.Lent: 2}  # beside a message
 
 
+class Log(logging.Handler):
+    """The log is the main process's."""
+
+    def __init__(self, line: fronts.Line) -> None:
+        super().__init__()
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._line.tell(fronts.Said(record.name, record.levelno, self.format(record)))
+
+
 class Told:
     """What the main process says to probes, unless this front end takes no connections itself."""
 
@@ -53,6 +64,8 @@ class FrontEnd:
 
     async def run(self) -> None:
         self._line.listen(self._take)
+        for name in ("mms", "asyncio"):
+            logging.getLogger(name).handlers[:] = [Log(self._line)]
         hello, _ = await self._messages.get()
         assert type(hello) is fronts.Hello
         self._front_ends = hello.front_ends
@@ -78,7 +91,7 @@ class FrontEnd:
             case fronts.Listen():
                 await self._listen(socket.socket(fileno=descriptors[0]))
             case fronts.Lent():
-                await self._replicas[message.number].pool.add(message, *descriptors)
+                await self._borrow(message, *descriptors)
             case fronts.Recall():
                 for worker in self._lent(message.worker):
                     worker.recall()
@@ -125,6 +138,15 @@ class FrontEnd:
                 registry.set_default(name, default)
         registry.announced = {(name, number): why for name, number, why in picture.announced}
 
+    async def _borrow(self, lent: fronts.Lent, channel: int, page: int) -> None:
+        replica = self._replicas.get(lent.number)
+        if replica is not None:
+            await replica.pool.add(lent, channel, page)
+            return
+        os.close(channel)  # the version was being unloaded when this process started
+        os.close(page)
+        self._line.tell(fronts.Left(lent.worker))
+
     async def _listen(self, sock: socket.socket) -> None:
         if self._listening:
             await self._http.listen(sock)
@@ -166,7 +188,7 @@ def main(number: int) -> None:
     """Runs in the front end's process, with the socket to the main process."""
     import uvloop
 
-    logs.setup("info", None)
+    logs.setup("info", None)  # until there is a line
     sock = socket.socket(fileno=number)
 
     async def serve() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import mmap
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class LentProcess(WorkerProcess):
 
     def __init__(self, lent: fronts.Lent, channel: int, page: int) -> None:
         shared = mmap.mmap(page, 0)
+        os.close(page)  # the map keeps a descriptor of its own
         super().__init__(lent.pid, -1, socket.socket(fileno=channel), shared, -1, Path())
         self.turn = lent.turn
 

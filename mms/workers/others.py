@@ -66,7 +66,7 @@ def check_shared(settings: ModelSettings) -> None:
         else "threads and preprocess_threads: a worker answers one front end at a time"
         if settings.threads > 1 or settings.preprocess_threads > 0 or grouped
         else f"max_workers {most} with min_workers {settings.min_workers}: the load of all is not known in one place"
-        if most > settings.min_workers >= 0 or settings.load_on_request
+        if most > settings.min_workers > 0 or settings.load_on_request
         else ""
     )
     if problem:
