@@ -1,0 +1,135 @@
+"""Several front ends: what is changed reaches all, what dies costs nobody an answer, what is counted is added up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import MakeArchive, MakeGate, Reply, Server, eventually, fetch, needs_nginx, server
+from tests.traffic import Traffic
+
+CONNECTIONS = 12  # new ones: that all of them reach the same front end happens once in 2,000 times
+
+
+@pytest.fixture(scope="module")
+def two(make_archive: MakeArchive) -> Iterator[Server]:
+    """A server with two front ends and a worker that both use; tests leave it as it is."""
+    models = ("rows", "spare", "1.0"), ("echo", "echo", "2.0"), ("gate", "slow", "1.0")
+    spare = tuple(make_archive(name, model_name=model, version=version) for name, model, version in models)
+    with server(make_archive("echo", batch_size=4), spare=spare, front_ends=2) as running:
+        yield running
+
+
+def ask_all(running: Server, model: str, body: bytes = b"x") -> list[Reply]:
+    return [running.predict(model, body) for _ in range(CONNECTIONS)]
+
+
+def statuses(replies: list[Reply]) -> set[int]:
+    return {reply.status for reply in replies}
+
+
+def front_ends(replies: list[Reply]) -> Counter[str]:
+    """How many each has answered, by what it puts before its request ids."""
+    return Counter(reply.headers["x-request-id"].partition("-")[0] for reply in replies)
+
+
+def test_all_of_them_answer_and_what_they_have_counted_is_added_up(two: Server) -> None:
+    before = two.metric("mms_requests_total", model="echo", code="200")
+    unknown = two.metric("mms_requests_total", model="unknown", code="404")
+    replies = ask_all(two, "echo")
+    assert statuses(replies) == {200}
+    assert len(front_ends(replies)) == 2
+    assert len({reply.json()["pid"] for reply in replies}) == 1  # they share the worker
+    assert two.metric("mms_requests_total", model="echo", code="200") == before + CONNECTIONS
+    assert two.metric("mms_request_duration_seconds_count", model="echo") == before + CONNECTIONS
+    ask_all(two, "nobody")
+    assert two.metric("mms_requests_total", model="unknown", code="404") == unknown + CONNECTIONS
+
+
+def test_a_management_call_answers_when_all_of_them_know(two: Server) -> None:
+    assert two.manage("POST", "/models?url=spare-1.0.mar").status == 200
+    assert statuses(ask_all(two, "spare", b"[]")) == {200}
+    assert two.manage("PUT", "/models/spare?min_worker=0&synchronous=true").status == 200
+    assert statuses(ask_all(two, "spare", b"[]")) == {503}
+    assert two.manage("DELETE", "/models/spare").status == 200
+    assert statuses(ask_all(two, "spare", b"[]")) == {404}
+
+
+def test_another_default_version_is_known_to_all_of_them(two: Server) -> None:
+    assert two.manage("POST", "/models?url=echo-2.0.mar").status == 200
+    first = two.describe("echo/1.0")["workers"][0]["pid"]
+    second = two.describe("echo/2.0")["workers"][0]["pid"]
+    try:
+        for version, pid in (("2.0", second), ("1.0", first)):
+            assert two.manage("PUT", f"/models/echo/{version}/set-default").status == 200
+            assert {reply.json()["pid"] for reply in ask_all(two, "echo")} == {pid}
+    finally:
+        assert two.manage("DELETE", "/models/echo/2.0").status == 200
+
+
+@pytest.mark.parametrize(
+    "setting", ["cache={}", "latency_objective_ms=5", "priority_levels=2", "max_workers=2", "threads=2"]
+)
+def test_what_several_front_ends_cannot_do_is_refused(two: Server, setting: str) -> None:
+    reply = two.manage("POST", f"/models?url=spare-1.0.mar&initial_workers=1&{setting}")
+    assert reply.status == 400
+    assert setting.partition("=")[0] in reply.message
+
+
+def test_f1_a_killed_worker_costs_no_answer_at_any_front_end(two: Server) -> None:
+    with Traffic(two) as traffic:
+        traffic.flows(50)
+        (worker,) = two.workers("echo")
+        os.kill(worker, signal.SIGKILL)
+        eventually(lambda: worker not in two.workers("echo"))
+        traffic.flows(50)
+    assert not traffic.failures
+
+
+def test_a_worker_that_is_overdue_at_any_front_end_is_replaced(two: Server, make_gate: MakeGate) -> None:
+    assert two.manage("POST", "/models?url=slow-1.0.mar&response_timeout=0.3").status == 200
+    replies = [fetch(two.url, "POST", "/predictions/slow", make_gate().body) for _ in range(2)]
+    assert statuses(replies) == {504}
+    assert two.metric("mms_worker_restarts_total", model="slow", reason="response_timeout") == 2
+    assert two.manage("DELETE", "/models/slow").status == 200
+
+
+def test_a_killed_front_end_comes_back_and_what_it_has_counted_stays(two: Server) -> None:
+    counted = two.metric("mms_requests_total", model="echo", code="200")
+    (front_end,) = two.named("mms-frontend")
+    with Traffic(two, reconnects=True) as traffic:
+        traffic.flows(20)
+        front_end.kill()
+        eventually(lambda: [one for one in two.named("mms-frontend") if one.pid != front_end.pid])
+        traffic.flows(50)
+    assert not traffic.failures
+    assert len(front_ends(ask_all(two, "echo"))) == 2
+    assert two.metric("mms_requests_total", model="echo", code="200") > counted
+    assert two.metric("mms_frontend_restarts_total", reason="signal 9 (SIGKILL)") == 1
+    assert two.manage("GET", "/readyz").json()["restarts"][0]["level"] == "frontend"
+    assert fetch(two.url, "GET", "/readyz").status == 200
+
+
+@needs_nginx
+def test_a_stop_lets_all_of_them_finish(make_archive: MakeArchive, make_gate: MakeGate) -> None:
+    gate, replies = make_gate(), list[Reply]()
+    with server(make_archive("gate", batch_size=CONNECTIONS), front_ends=2, edge="nginx") as running:
+        threads = [
+            threading.Thread(target=lambda: replies.append(running.predict("gate", gate.body)))
+            for _ in range(CONNECTIONS)
+        ]
+        for thread in threads:
+            thread.start()
+        in_hand = "mms_requests_in_flight", "mms_queue_depth"
+        eventually(lambda: sum(running.metric(name, model="gate") for name in in_hand) == CONNECTIONS)
+        running.signal(signal.SIGTERM)
+        gate.open()
+        for thread in threads:
+            thread.join()
+        assert statuses(replies) == {200} and len(replies) == CONNECTIONS
+        assert len(front_ends(replies)) == 2
