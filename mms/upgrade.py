@@ -281,11 +281,15 @@ class Upgrades:
             await self._reloads.ended()
             self._control.frozen = True
             line = await self._succeed(tell)
-        except (MMSError, OSError) as error:
-            log.error("not upgraded, everything stays as it was: %s", error)
-            await self._control.thaw()
-            self._task = None
-            tell("", failure=str(error))
+        except Exception as error:  # whatever it is, this server serves on, and must not stay frozen
+            known = isinstance(error, MMSError | OSError)
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            log.error("not upgraded, everything stays as it was: %s", reason, exc_info=not known)
+            try:
+                await self._control.thaw()
+            finally:
+                self._task = None
+                tell("", failure=reason)
             return
         pid = self._successor.pid
         self.handed_over = True
