@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
 import socket
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mms.config import Config
 from mms.errors import ConfigError, StartError
 from mms.http.listener import bind
+from mms.ports import occupied
 from mms.systemd import address_of
 
 log = logging.getLogger("mms.server")
@@ -87,7 +86,7 @@ class Addresses:
         """
         bound: dict[str, socket.socket] = {}
         for name, file in self._files.items():
-            if _identity(file) == self._made[name] or _answers(file):
+            if _identity(file) == self._made[name] or occupied(file):
                 continue
             try:
                 self.sockets[name] = bound[name] = bind(f"unix:{file}", group=self._group)
@@ -114,15 +113,6 @@ def _identity(file: str) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return facts.st_dev, facts.st_ino
-
-
-def _answers(file: str) -> bool:
-    """Whether the file is something that is not to be replaced: all but a socket at which nobody listens."""
-    if not os.path.lexists(file):
-        return False
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.setblocking(False)
-        return sock.connect_ex(file) != errno.ECONNREFUSED or not stat.S_ISSOCK(os.lstat(file).st_mode)
 
 
 def _overlap(one: str, other: str) -> bool:
