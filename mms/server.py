@@ -173,7 +173,7 @@ class ModelServer:
             return Addresses(self._config, passed_sockets(os.environ, LISTENERS))
         told = self._old.handover
         sockets = {} if told.edge else self._old.sockets
-        return Addresses.inherited(self._config, told.addresses, told.activated, sockets)
+        return Addresses.inherited(self._config, told.addresses, told.activated, sockets, told.files)
 
     def _check_same_edge(self) -> None:
         if self._old is not None and self._old.handover.edge != self._edge.wanted:

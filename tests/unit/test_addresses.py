@@ -27,16 +27,21 @@ def unix_sockets(folder: Path) -> Config:
     )
 
 
+@pytest.mark.parametrize("looks", ["early", "late"])
 def test_f61_a_file_that_was_bound_anew_during_an_upgrade_is_bound_by_the_successor_when_its_predecessor_has_ended(
-    tmp_path: Path,
+    tmp_path: Path, looks: str
 ) -> None:
     config = unix_sockets(tmp_path)
     old = Addresses(config, {})
     inherited = old.listen(None, None)
-    new = Addresses.inherited(config, old.of, (), dict(old.sockets))
-    new.listen(None, None)
+    told = old.of, (), dict(old.sockets), dict(old.files)
+    early = Addresses.inherited(config, *told)
+    early.listen(None, None)
     (tmp_path / "inference").unlink()
     (again,) = old.bind_anew().values()
+    late = Addresses.inherited(config, *told)
+    late.listen(None, None)
+    new = {"early": early, "late": late}[looks]
     assert (old.bind_anew(), new.bind_anew()) == ({}, {}), "somebody listens there"
     again.close()
     bound = new.bind_anew()
