@@ -46,9 +46,9 @@ class Pools:
         self._loads = asyncio.Semaphore(config.parallel_loads)
 
     def settings(
-        self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any]
+        self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any], origin: str
     ) -> ModelSettings:
-        """Of a version that is about to be registered, with `changes` by the call. Raises ConfigError."""
+        """Of a version that is about to be registered, with `changes` that `origin` asks for. Raises ConfigError."""
         settings = merge_settings(
             self.config.model_defaults(),
             model_config,
@@ -56,8 +56,8 @@ class Pools:
             strict=False,
         )
         only_stricter(settings, self.config.model_defaults(), f"{archive.path.name}: {archive.manifest.config_file}")
-        settings = merge_settings(settings, changes, "request", strict=True)
-        only_stricter(settings, self.config.model_defaults(), "request")
+        settings = merge_settings(settings, changes, origin, strict=True)
+        only_stricter(settings, self.config.model_defaults(), origin)
         placement = plan(settings, self.gpus, environment.cores())
         if settings.share_weights and placement.gpus:
             log.warning("%s: share_weights does nothing on GPUs; set device: cpu to use it", archive.path.name)
