@@ -290,7 +290,7 @@ class ModelServer:
     def _tick(self) -> None:
         # first: whatever fails below, the clock goes on
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
-        self._edge.renew_certificate()
+        self._edge.tick()
         self._inference.renew_token()
         self._control.reap_orphans(self._edge.pids | self._upgrades.pids)
         if not self._runners:  # another server serves these sockets
