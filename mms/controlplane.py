@@ -60,7 +60,7 @@ class ControlPlane:
         self.store = store
         self.downloads = Downloads(config, store)
         self.saver = Saver(state, self.snapshot) if state is not None else None
-        self.pools = Pools(config, cache, boot_tries)
+        self.pools = Pools(config, cache, boot_tries, state)
         self.config = config
         self._cache = cache
         self._state = state
@@ -71,6 +71,7 @@ class ControlPlane:
         self._waiting: dict[tuple[str, str], tuple[SavedVersion, bool]] = {}
         self._last: State | None = None  # what was registered when all began to be unloaded: it stays saved
         self.before: Mapping[tuple[str, str], int] = {}  # workers in the server that this one succeeds
+        self._tidying: set[asyncio.Task[None]] = set()
         self.frozen = False  # an upgrade goes on: what is registered must stay as the new server was told
 
     def apply(self, config: Config) -> None:
@@ -242,6 +243,15 @@ class ControlPlane:
             self.registry.remove(found)
         await self._save()
         await asyncio.gather(*(self._unload(found, self.config.drain_timeout) for found in versions))
+        if self.pools.environments.needed:
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Begin to delete the environments of requirements that nothing needs which is registered, or waits to be."""
+        labels = {version.label for version in self._versions} | {" ".join(key) for key in self._waiting}
+        tidying = asyncio.create_task(self.pools.environments.tidy(labels))
+        self._tidying.add(tidying)
+        tidying.add_done_callback(self._tidying.discard)
 
     def reap_orphans(self, others: set[int]) -> None:
         """Wait for what workers left behind and died; `others` are children of the server that are not ours."""

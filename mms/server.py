@@ -162,6 +162,7 @@ class ModelServer:
         self._say(line)
         if self._old is not None:
             self._old.served(line)
+        self._control.tidy()
 
     async def run_until_stopped(self) -> int:
         """Wait for SIGTERM, SIGINT or the loss of the edge; returns the exit code."""
