@@ -90,6 +90,7 @@ class ModelServer:
         self._check_same_edge()
         self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
         self._http = HttpServer(self._inference, self._limits(), edge=self._edge.wanted)
+        self._registry.forget = self._forget_versions
         self._runners: list[web.AppRunner] = []
         self._listen: dict[str, Callable[[socket.socket], Coroutine[Any, Any, None]]] = {"inference": self._http.listen}
         self._listening: set[asyncio.Task[None]] = set()
@@ -193,6 +194,10 @@ class ModelServer:
                 "here; set management_token_file, or keep it on 127.0.0.1 or a Unix socket"
             )
         return token
+
+    def _forget_versions(self) -> None:
+        self._inference.forget_routes()
+        self._http.forget_heads()
 
     def _limits(self) -> Limits:
         config = self._config

@@ -16,7 +16,7 @@ from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, NotFoun
 from mms.http.exchange import Exchange
 from mms.http.request import Head
 from mms.http.response import JSON, json_body
-from mms.http.shedding import NO_REQUESTS
+from mms.http.shedding import NO_REQUESTS, Shedding
 from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion, VersionState
 from mms.payload import parse_query
@@ -117,6 +117,10 @@ class InferenceApi:
                 self._token_changes = self._token.changes
                 self._registry.generation += 1
 
+    def forget_routes(self) -> None:
+        """They hold versions that may have been taken out."""
+        self._routes.clear()
+
     def held(self) -> int:
         return sum([version.held for version in self._registry.versions()])
 
@@ -133,9 +137,7 @@ class InferenceApi:
                 return None
         shedding = exchange.connection.shedding
         if shedding.step >= NO_REQUESTS:
-            busy = shedding.busy()
-            self.refused(busy)
-            raise busy
+            raise self._busy(shedding)
         try:
             terms = route.version.scheduling.terms(head.timeout, head.priority)
         except MMSError as error:
@@ -145,6 +147,12 @@ class InferenceApi:
         facts = RequestFacts(head.content_type, head.encoding, route.query, route.query_is_input, headers)
         head.meaning = Meaning(generation, route.version, facts, terms)
         return cast(Meaning, head.meaning)
+
+    def _busy(self, shedding: Shedding) -> MMSError:
+        """Not a variable of the frame that raises it: that cycle would keep the request, and memory may be short."""
+        busy = shedding.busy()
+        self.refused(busy)
+        return busy
 
     def _find(self, exchange: Exchange) -> Route | None:
         """The route of a target that is not known yet, or None when the request is answered here."""

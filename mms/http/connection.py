@@ -318,6 +318,8 @@ class Connection(asyncio.Protocol):
     def forget_heads(self) -> None:
         """The next request is looked at as a whole, whatever was known."""
         self._last_raw, self._last_head = b"\0", None
+        if not self._reader.in_body:
+            self._receiving = None
 
     @property
     def unsent(self) -> int:

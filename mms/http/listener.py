@@ -148,6 +148,10 @@ class HttpServer:
     def _step_changed(self) -> None:
         """While something is shed or connections end, no request takes the short way of known heads."""
         self._known.shut = self._retired or self.shedding.step > 0
+        self.forget_heads()
+
+    def forget_heads(self) -> None:
+        """Every next request is looked at as a whole, and what the application has noted on heads is let go of."""
         self._known.clear()
         for connection in self.connections:
             connection.forget_heads()

@@ -60,8 +60,6 @@ class Pools:
         settings = merge_settings(settings, changes, origin, strict=True)
         only_stricter(settings, self.config.model_defaults(), origin)
         placement = plan(settings, self.gpus, environment.cores())
-        if settings.share_weights and placement.gpus:
-            log.warning("%s: share_weights does nothing on GPUs; set device: cpu to use it", archive.path.name)
         settings = dataclasses.replace(settings, gpus=placement.gpus)
         if settings.min_workers == -1:
             most = placement.size if settings.max_workers == -1 else settings.max_workers

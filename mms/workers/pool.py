@@ -23,6 +23,7 @@ from mms.workers.feeding import Feeder
 from mms.workers.forkserver import ForkServers
 from mms.workers.lateness import Lateness
 from mms.workers.losses import Losses
+from mms.workers.owners import Owners
 from mms.workers.recycling import Recycling
 from mms.workers.restarts import Restarts, no_workers
 from mms.workers.scaling import Scaling
@@ -129,6 +130,16 @@ class WorkerPool(Feeder):
         return self._starter.template
 
     @property
+    def owners(self) -> Owners | None:
+        """What lends their weights to its workers on GPUs, with share_weights."""
+        return self._starter.owners
+
+    @property
+    def helpers(self) -> set[int]:
+        """The pids of its processes that are no workers."""
+        return self._starter.helpers
+
+    @property
     def forkserver_back_in(self) -> float:
         """Seconds for which its workers start as fresh interpreters, because it has died too often; mostly 0."""
         return self._forkservers.spent_for(self._settings.launch.preload)
@@ -186,9 +197,10 @@ class WorkerPool(Feeder):
                 task.cancel()
             await self._change(TICK)
         await self._starter.close()
-        self._stop_feeding()
         if self._timer is not None:
             self._timer.cancel()
+        self._stop_feeding()
+        self.losses.close()
 
     def _unfinished(self) -> bool:
         """Whether somebody waits for a job that a worker has or can still take, if only one that replaces another."""
@@ -221,10 +233,10 @@ class WorkerPool(Feeder):
             self._stop_worker(worker)
         if not self.target:
             self._has_served = False
-            if self.template is not None:
-                self.template.release()
-            if self._queue.depth and not self.workers and not self._draining:
-                self._left_waiting()
+        if not self.missing:
+            self._starter.release(self.workers, target=self.target)
+        if not self.target and self._queue.depth and not self.workers and not self._draining:
+            self._left_waiting()
         if self._timer is None and (self.workers or self.target):
             self._last_tick = time.monotonic()
             self._timer = self._loop.call_later(TICK, self._tick)
@@ -284,7 +296,8 @@ class WorkerPool(Feeder):
         async with nullcontext() if self._has_served else self._loads:
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
-                await self._starter.start(worker, self._cpu_threads(worker.place.threads))
+                threads = self._cpu_threads(worker.place.threads)
+                await self._starter.start(worker, threads, self.scaling.most)
                 while worker.process is not None and worker.state is WorkerState.STARTING and worker in self.workers:
                     await self._change(TICK)
         if worker.process is None:
@@ -313,8 +326,7 @@ class WorkerPool(Feeder):
             self._expire(now)
             self._feed(worker, now)
         if not worker.in_flight.jobs:
-            worker.stop()
-            self._loop.call_later(self._settings.stop_grace, worker.kill, "did not stop in time")
+            worker.stop(self._settings.stop_grace)
 
     # Owner
 
@@ -328,6 +340,8 @@ class WorkerPool(Feeder):
         seconds = time.monotonic() - worker.launched
         log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
         self._let_go()
+        if self.owners is not None and self.owners.ready(worker, ready):
+            self._starter.release(self.workers, target=self.target)
         self._changed.set()
         self._dispatch()
 

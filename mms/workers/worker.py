@@ -49,6 +49,12 @@ class Owner(Protocol):
     def worker_gone(self, worker: Worker) -> None: ...
 
 
+class Lender(Protocol):
+    """The owner of weights that workers use."""
+
+    gone: asyncio.Event
+
+
 class Worker(asyncio.Protocol):
     """Speaks with one worker process from LOAD to the end of its channel."""
 
@@ -62,14 +68,17 @@ class Worker(asyncio.Protocol):
         self.failure: wire.Failed | None = None
         self.cause = ""  # how it ended, or why it is being killed
         self.output: OutputReader | None = None
+        self.lender: Lender | None = None  # whose weights it has
+        self.borrowed = 0  # bytes of them
         self.process: WorkerProcess = cast(WorkerProcess, None)
         self._owner = owner
         self._queue = queue
         self._metrics = metrics
         self._reader = wire.FrameReader()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self._early = 0  # jobs of batches with streams that were answered before their batch was reported
+        self._early = 0  # jobs that were answered before their batch was reported (streams), or without any (cancelled)
         self._exit: str | None = None
+        self._patience: asyncio.TimerHandle | None = None  # with a worker that was told to leave
         self._channel_ended = False
         self._gone = False
 
@@ -102,17 +111,22 @@ class Worker(asyncio.Protocol):
         sizes = [job.size for job in jobs]
         facts = wire.share([job.facts for job in jobs])
         frame = wire.Predict(batch_size, [job.id for job in jobs], sizes, [job.request_id for job in jobs], *facts)
+        if self.in_flight.preprocess_threads and self._queue.scheduling.levels > 1:
+            frame.levels = list(map(self._queue.scheduling.level_of, jobs))
         parts = [wire.pack(wire.PREDICT, frame, sum(sizes))]
         for job in jobs:
             parts += job.parts
         self._transport.writelines(parts)
 
-    def stop(self) -> None:
-        """Take no more jobs, leave when those in hand are answered."""
+    def stop(self, grace: float) -> None:
+        """Take no more jobs, leave when those in hand are answered; killed when that takes over `grace` seconds."""
         if self.state in (WorkerState.STARTING, WorkerState.READY):
             self.state = WorkerState.STOPPING
         if not self.in_flight.jobs and self._transport is not None and not self._transport.is_closing():
             self._transport.write(wire.pack(wire.STOP, None))
+        if self._patience is None and not self._gone:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(grace, self.kill, "did not stop in time")
 
     def kill(self, cause: str) -> None:
         """End the process now; `cause` is what is reported."""
@@ -156,7 +170,10 @@ class Worker(asyncio.Protocol):
     def _ready(self, ready: wire.Ready) -> None:
         if self.state is WorkerState.STARTING:
             self.state = WorkerState.READY
+            self.borrowed = ready.borrowed
             self.in_flight = self._queue.new_worker(ready.threads, ready.preprocess_threads)
+            if self.in_flight.overlaps:
+                self.in_flight.cancel = self.process.cancel
             self._owner.worker_ready(self, ready)
 
     def _measured(self, measured: wire.Measured) -> None:
@@ -221,6 +238,8 @@ class Worker(asyncio.Protocol):
                     job.stream.chunk(data)
             except Exception:  # one caller's fault must not cost the other jobs their worker
                 log.exception("a part of the answer to job %d could not be delivered", id)
+        if chunks.first and self.in_flight.batch_limit is not None:
+            self._learn(len(chunks.first), now - min([held[id].taken for id in chunks.first]))
 
     def _count(self, batches: list[wire.BatchTimes], jobs: list[Job], outcomes: list[wire.Outcome], now: float) -> None:
         """Count batches, and of the jobs those that somebody still waits for."""
@@ -238,8 +257,12 @@ class Worker(asyncio.Protocol):
                 metrics.postprocess.observe(batch.postprocess)
         if batches:
             self.in_flight.observe(len(batches), seconds)
-            if self.in_flight.batch_limit is not None:
-                self._learn(batches, now - min([job.taken for job in jobs]))
+            if (
+                self.in_flight.batch_limit is not None
+                and len(waits) == len(jobs)
+                and not any([job.streams for job in jobs])
+            ):
+                self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
         if len(waits) != len(jobs):
             waits = [0.0] * len(jobs)  # of a batch with streams: an idle worker has begun it at once
         if any([job.settled for job in jobs]):
@@ -259,9 +282,9 @@ class Worker(asyncio.Protocol):
             if outcome.error:
                 metrics.errors[outcome.error] += 1
 
-    def _learn(self, batches: list[wire.BatchTimes], seconds: float) -> None:
-        """Let the batch size follow the latency objective."""
-        if self._queue.learn(self.in_flight, max([batch.jobs for batch in batches]), seconds):
+    def _learn(self, largest: int, seconds: float) -> None:
+        """Let the batch size follow the latency objective, which for a stream is that of its first chunk."""
+        if self._queue.learn(self.in_flight, largest, seconds):
             self._owner.objective_missed(self, seconds)
 
     def _process_ended(self) -> None:
@@ -283,6 +306,8 @@ class Worker(asyncio.Protocol):
         if self._gone:
             return
         self._gone = True
+        if self._patience is not None:  # it would keep this worker, and with it its model, until it rings
+            self._patience.cancel()
         self.cause = self.cause or self._exit or "unknown"
         if self.output is not None:
             self.output.finish()
@@ -312,6 +337,7 @@ def describe_worker(worker: Worker, memory: int, private: int | None, gpu_memory
         "memoryUsage": memory,
         **({"privateMemory": private} if private is not None else {}),
         **({"gpuMemoryUsage": gpu_memory} if gpu_memory is not None else {}),
+        **({"borrowedWeights": worker.borrowed} if worker.borrowed else {}),
         "pid": worker.pid,
         **({"batchLimit": limit.limit} if (limit := worker.in_flight.batch_limit) is not None else {}),
     }

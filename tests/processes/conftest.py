@@ -21,6 +21,7 @@ import pytest
 from mms import wire
 from mms.archive import ModelArchive
 from mms.backend import loop
+from mms.workers.process import WorkerProcess
 from tests.conftest import MakeArchive
 
 HEADERS: list[bytes] = [b"X-Asked", b"this"]
@@ -60,11 +61,14 @@ class Backend:
         assert isinstance(head, wire.Ready)
         return head
 
-    def send(self, *bodies: bytes, batch_size: int = 8, content_type: str = "", encoding: str = "") -> list[int]:
+    def send(
+        self, *bodies: bytes, batch_size: int = 8, content_type: str = "", encoding: str = "", level: int | None = None
+    ) -> list[int]:
         first, self._ids = self._ids + 1, self._ids + len(bodies)
         ids, sizes = list(range(first, self._ids + 1)), list(map(len, bodies))
         facts = wire.RequestFacts(content_type, encoding, b"", False, HEADERS)
         frame = wire.Predict(batch_size, ids, sizes, [b"id-%d" % number for number in ids], [facts], [])
+        frame.levels = [] if level is None else [level] * len(ids)
         self._sock.sendall(wire.pack(wire.PREDICT, frame, sum(sizes)) + b"".join(bodies))
         return ids
 
@@ -86,6 +90,9 @@ class Backend:
         ids = self.send(*bodies, **how)
         results = self.results(len(ids))
         return [results[number] for number in ids]
+
+    def cancel(self, id: int) -> None:
+        WorkerProcess(0, 0, self._sock, self.progress, 0, Path()).cancel(id)
 
     def raw(self, data: bytes) -> None:
         self._sock.sendall(data)

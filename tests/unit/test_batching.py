@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -285,6 +287,13 @@ def test_a_job_that_would_wait_longer_than_the_timeout_is_refused() -> None:
         queue.submit(make_job(20_000))
     queue.forget_rate()
     assert queue.room == queue.capacity
+
+
+def test_a_refused_job_is_freed_without_the_collector() -> None:
+    queue, job = make_queue(capacity=0), make_job(1)
+    with contextlib.suppress(QueueFullError):
+        queue.submit(job)
+    assert sys.getrefcount(job) == 2  # this function's and its own argument
 
 
 def test_retry_after_is_the_time_until_the_queue_is_empty_and_some_chance() -> None:

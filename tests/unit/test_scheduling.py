@@ -19,6 +19,7 @@ from mms.errors import (
 )
 from mms.http.response import error_response
 from mms.workers.batching import BatchQueue
+from mms.workers.inflight import InFlight
 from mms.workers.job import Job, Terms
 from mms.workers.scheduling import PLAIN, Scheduling, largest_batch
 from mms.workers.waiting import FAIR_TURN
@@ -115,6 +116,16 @@ def test_in_a_queue_full_of_low_priority_a_high_one_finds_room_and_is_next() -> 
     assert job is low[-1] and isinstance(error, QueueFullError) and error.retry_after
     finish(worker, 1, 2)
     assert take(queue, worker) == [7, 3], "after the batch in hand"
+
+
+def test_a_worker_with_enough_to_prepare_takes_higher_priorities_still() -> None:
+    queue, worker = make_queue(levels=2), InFlight(preprocess_threads=1)
+    submit(queue, *range(1, 9), terms=LOW)
+    assert take(queue, worker) + take(queue, worker) == [1, 2, 3]
+    assert take(queue, worker) == []
+    submit(queue, *range(11, 19), terms=HIGH)
+    assert take(queue, worker) == [11, 12, 13], "as many as if it had nothing else"
+    assert take(queue, worker) == []
 
 
 def test_nobody_gives_way_to_the_same_or_a_lower_priority() -> None:
