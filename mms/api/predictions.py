@@ -71,35 +71,37 @@ class InferenceApi:
         by_version: dict[ModelVersion, list[Job]] = {}
         version: ModelVersion | None = None
         jobs: list[Job] = []
-        for exchange in exchanges:
-            meaning: Meaning | None = exchange.head.meaning
-            if meaning is None or meaning.generation != generation:
-                meaning = self._understand(exchange)
-                if meaning is None:
+        try:
+            for exchange in exchanges:
+                meaning: Meaning | None = exchange.head.meaning
+                if meaning is None or meaning.generation != generation:
+                    meaning = self._understand(exchange)
+                    if meaning is None:
+                        continue
+                job = Job(
+                    next_id(),
+                    meaning.facts,
+                    exchange.request_id,
+                    exchange.parts,
+                    exchange.size,
+                    exchange,
+                    exchange.arrived,
+                    meaning.terms,
+                )
+                if meaning.together:
+                    exchange.work = job
+                    if meaning.version is not version:
+                        version = meaning.version
+                        jobs = by_version.setdefault(version, [])
+                    jobs.append(job)
                     continue
-            job = Job(
-                next_id(),
-                meaning.facts,
-                exchange.request_id,
-                exchange.parts,
-                exchange.size,
-                exchange,
-                exchange.arrived,
-                meaning.terms,
-            )
-            if meaning.together:
-                exchange.work = job
-                if meaning.version is not version:
-                    version = meaning.version
-                    jobs = by_version.setdefault(version, [])
-                jobs.append(job)
-                continue
-            try:
-                exchange.work = meaning.version.submit(job)
-            except MMSError as error:
-                exchange.fail(error)
-        for version, jobs in by_version.items():
-            version.submit_all(jobs)
+                try:
+                    exchange.work = meaning.version.submit(job)
+                except MMSError as error:
+                    exchange.fail(error)
+        finally:  # a fault in one must not cost those before it their answers
+            for version, jobs in by_version.items():
+                version.submit_all(jobs)
 
     def objection(self, head: Head, size: int) -> MMSError | None:
         meaning: Meaning | None = head.meaning

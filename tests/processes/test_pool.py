@@ -564,8 +564,7 @@ def test_f20_scaling_to_0_sends_nothing_to_a_worker_that_has_closed_its_channel(
             for _ in range(20):  # quick ones, so that it would be sent work ahead
                 await served.submit(b"good")
             outcomes = [served.submit(b"close")]
-            while served.pool.ready:
-                await asyncio.sleep(0)
+            await until(lambda: not served.pool.ready)
             outcomes.append(served.submit(b"good"))
             served.pool.set_target(0)
             for outcome in outcomes:
