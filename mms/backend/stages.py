@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from mms.backend.answers import PLAIN_BYTES, Answer, Streamed, answer, failure, is_error_status
 from mms.backend.streams import Steps, Stream
 from mms.errors import HandlerError, MMSError
-from mms.handler import Context, Handler, PredictionError, Request, Response
+from mms.handler import Context, Handler, PredictionError, Request, Response, rows_of
 from mms.handler_metrics import Metrics
 
 _now = time.perf_counter
@@ -78,10 +78,10 @@ class BatchStages:
 
     def run(self, requests: list[Request]) -> list[Answer]:
         try:
-            rows = [request.row() for request in requests]
+            data = rows_of(requests)
         except MMSError:
             return self._run_sound(requests)
-        return self._call(requests, rows)
+        return self._call(requests, data)
 
     def _run_sound(self, requests: list[Request]) -> list[Answer]:
         """As run, when a request cannot be decoded: it fails alone, the others make up the batch."""

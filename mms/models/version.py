@@ -314,7 +314,7 @@ class ModelVersion:
     def _unavailable(self) -> ServiceUnavailableError:
         state = self.state
         if state is VersionState.FAILED and self.pool is not None and self.pool.failure is not None:
-            return failed_to_load(self.label)
+            return failed_to_load(self.label, self.pool.losses.next_start)
         if state is VersionState.LOADING:
             return LoadingError(f"model {self.label} is still loading; try again soon")
         if state is VersionState.READY:

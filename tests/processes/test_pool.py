@@ -105,7 +105,8 @@ class Served:
             max_rss=how.get("max_rss", 0),
             share_weights=how.get("share_weights", False),
         )
-        self.pool = WorkerPool(settings, self.queue, self.metrics, forkservers, asyncio.Semaphore(4), Restarts())
+        self.loads = asyncio.Semaphore(how.get("parallel_loads", 4))
+        self.pool = WorkerPool(settings, self.queue, self.metrics, forkservers, self.loads, Restarts())
         self._ids = 0
 
     async def scale(self, count: int) -> None:

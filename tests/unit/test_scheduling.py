@@ -201,6 +201,15 @@ def test_a_retry_keeps_its_deadline() -> None:
     assert numbers(queue.expire(NOW + 0.5)) == [1] and queue.depth == 0
 
 
+def test_a_retry_goes_before_higher_priorities_and_what_was_only_sent_ahead_does_not() -> None:
+    queue, worker = make_queue(levels=2, batch_size=2), make_worker(QUICK)
+    submit(queue, 1, 2, 3, 4, terms=LOW)
+    assert take(queue, worker) == [1, 2, 3, 4]
+    submit(queue, 5, 6, terms=HIGH)
+    assert queue.lose(worker, 1, "signal 6 (SIGABRT)", NOW) == []
+    assert [take(queue, make_worker(SLOW)) for _ in range(4)] == [[1], [5, 6], [2, 3], [4]]
+
+
 def test_requests_without_a_deadline_cost_no_timer() -> None:
     queue = make_queue()
     submit(queue, 1)
