@@ -403,6 +403,7 @@ class Connection(asyncio.Protocol):
         for exchange in self._pending:
             if exchange.work is not None:
                 exchange.work.cancel()
+                exchange.work = exchange.stream = None  # as in Exchange.answer
         if self._arrived:
             self._arrivals.forget(self)
         self._pending.clear()
