@@ -559,6 +559,22 @@ def test_f20_f33_a_worker_that_breaks_its_channel_is_killed(serve: Serve, body: 
     uvloop.run(scenario())
 
 
+def test_f20_scaling_to_0_sends_nothing_to_a_worker_that_has_closed_its_channel(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("closes_descriptors") as served:
+            for _ in range(20):  # quick ones, so that it would be sent work ahead
+                await served.submit(b"good")
+            outcomes = [served.submit(b"close")]
+            await until(lambda: not served.pool.ready)
+            outcomes.append(served.submit(b"good"))
+            served.pool.set_target(0)
+            for outcome in outcomes:
+                with pytest.raises(ServiceUnavailableError, match="has no workers"):
+                    await asyncio.wait_for(outcome, 5)
+
+    uvloop.run(scenario())
+
+
 def test_f36_workers_outlive_their_fork_server_and_a_new_one_is_started(serve: Serve) -> None:
     async def scenario() -> None:
         async with serve("poison", workers=2) as served:
