@@ -36,6 +36,8 @@ HANDLERS = Path(__file__).parent / "archives"
 POLL = 0.01
 CLIENT_TIMEOUT = 20.0
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of servers are started: they compile mms once, not each
+
 needs_nginx = pytest.mark.skipif(find_nginx("nginx") is None, reason="nginx is not installed")
 
 T = TypeVar("T")
