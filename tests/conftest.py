@@ -273,6 +273,12 @@ class Server:
                     found.append(process)
         return found
 
+    def kill_named(self, name: str) -> None:
+        """SIGKILL the server's processes of that name; one may have ended or taken another name meanwhile."""
+        for process in self.named(name):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
     def signal(self, number: int) -> None:
         self._stopping = self._stopping or number in (signal.SIGTERM, signal.SIGINT)
         self.process.send_signal(number)

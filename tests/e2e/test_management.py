@@ -157,8 +157,8 @@ def test_a_lower_delay_counts_for_those_who_wait_already(bare: Server) -> None:
 
 def test_a_models_log_is_closed_when_its_last_version_is_gone(bare: Server) -> None:
     def is_open() -> bool:
-        folder = Path(f"/proc/{bare.pid}/fd")
-        return str(bare.run_dir / "logs" / "dies_on_load.log") in {os.readlink(path) for path in folder.iterdir()}
+        opened = psutil.Process(bare.pid).open_files()
+        return str(bare.run_dir / "logs" / "dies_on_load.log") in {file.path for file in opened}
 
     bare.manage("POST", "/models?url=dies_on_load-1.0.mar")
     assert is_open()

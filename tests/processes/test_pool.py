@@ -135,12 +135,19 @@ def subreaper() -> Iterator[None]:
     known = set(psutil.Process().children())
     prepare_process()
     yield
+    eventually(lambda: not others(known))
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    left = [child for child in psutil.Process().children() if child not in known]
-    for zombie in (child for child in left if child.status() == psutil.STATUS_ZOMBIE):
-        os.waitpid(zombie.pid, 0)
-    assert not [child for child in left if child.is_running()]
+
+
+def others(known: set[psutil.Process]) -> list[psutil.Process]:
+    """Children that have come since; the dead ones are buried."""
+    found = [child for child in psutil.Process().children() if child not in known]
+    for child in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, 0)
+    return found
 
 
 Serve = Callable[..., contextlib.AbstractAsyncContextManager[Served]]
