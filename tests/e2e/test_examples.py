@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +18,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from tests.conftest import free_ports
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NETWORK = "efficientnet_lite0"
@@ -98,6 +99,7 @@ def examples(store: Path, run_dir: str, tmp_path_factory: pytest.TempPathFactory
     command = [
         *(f"{sysconfig.get_path('scripts')}/mms", "start"),
         *("--model-store", str(store), "--models", "ALL", "--run-dir", run_dir, "--cache-dir", f"{run_dir}/cache"),
+        *("--workers", "1"),
         *("--inference-address", inference, "--management-address", management, "--metrics-address", metrics),
     ]
     with log.open("wb") as output:
@@ -120,14 +122,6 @@ def stop(process: subprocess.Popen[bytes], log: Path) -> None:
     finally:
         process.kill()
         process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
