@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 from pathlib import Path
 
 import torch
@@ -43,10 +45,14 @@ class Double(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
 NETWORKS = {network.__name__: network for network in (Colours, Sums, Double)}
 
 
-def export(path: Path, name: str, shape: tuple[int, ...], dynamic: bool) -> None:
+@functools.cache
+def exported(name: str, shape: tuple[int, ...], dynamic: bool) -> bytes:
+    """A .pt2 file."""
     shapes = ({0: BATCH},) if dynamic else None
+    file = io.BytesIO()
     network = NETWORKS[name]().eval()
-    torch.export.save(torch.export.export(network, (torch.zeros(shape),), dynamic_shapes=shapes), path / "model.pt2")
+    torch.export.save(torch.export.export(network, (torch.zeros(shape),), dynamic_shapes=shapes), file)
+    return file.getvalue()
 
 
 def save_weights(path: Path, file: str) -> None:

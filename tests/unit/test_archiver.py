@@ -408,7 +408,7 @@ def test_the_command_works_in_a_process_of_its_own(folder: Path) -> None:
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_packing_leaves_nothing_behind(folder: Path, signal_: signal.Signals) -> None:
-    (folder / "big").write_bytes(os.urandom(1 << 20) * 300)
+    (folder / "big").write_bytes(os.urandom(1 << 20) * 60)
     with run(
         "--model-name", "cat", "--handler", "handler.py", "--extra-files", "big", "--export-path", "store"
     ) as process:

@@ -54,7 +54,7 @@ def make_context(tmp_path: Path) -> MakeContext:
 def export(path: Path, name: str, *shape: int, dynamic: bool = True) -> None:
     from tests.unit import networks
 
-    networks.export(path, name, shape, dynamic)
+    (path / "model.pt2").write_bytes(networks.exported(name, shape, dynamic))
 
 
 def save_weights(path: Path, file: str) -> None:
