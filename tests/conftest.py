@@ -142,7 +142,7 @@ def fetch(address: str, method: str, path: str, body: Any = None, headers: Mappi
         connection.close()
 
 
-# Below the ports that the kernel gives to outgoing connections; each process of a test run has its own, in its own order.
+# Below the ports that the kernel gives to outgoing connections; each process of a test run has its own, in any order.
 _PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _own = range(10_000 + _PROCESS, 32_000, _PROCESSES)

@@ -16,9 +16,10 @@ from urllib.parse import unquote
 
 import pytest
 
-from mms.config import Config, ModelSettings
+from mms.config import Config
 from mms.errors import MMSError
 from mms.metrics import Collector, FrontEndFacts
+from mms.model_settings import ModelSettings
 from mms.setting import show_setting
 from tests.conftest import environment, eventually, free_ports, is_free, processes_in, scratch
 
