@@ -42,9 +42,15 @@ class Bench:
         self.body.write_bytes(os.urandom(1024))
 
     def load(self, server: Server, connections: int, *, model: str = "", body: Path | None = None) -> Load:
+        self.at_once(server, connections, WARM_UP, model=model, body=body)
+        return self.at_once(server, connections, self.seconds, model=model, body=body)
+
+    def at_once(
+        self, server: Server, connections: int, seconds: float, *, model: str = "", body: Path | None = None
+    ) -> Load:
+        """Without a warm-up."""
         url = server.url.rpartition("/")[0] + f"/{model}" if model else server.url
-        put_load(url, body or self.body, connections=connections, seconds=WARM_UP)
-        return put_load(url, body or self.body, connections=connections, seconds=self.seconds)
+        return put_load(url, body or self.body, connections=connections, seconds=seconds)
 
     def rates(self, server: Server, other: Server, connections: int) -> tuple[float, float, float]:
         """Requests per second of both, and the median of the ratio of each round."""

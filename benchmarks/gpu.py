@@ -3,7 +3,8 @@
 Each row is one network, way of launching (eager, compile, graphs), number of processes and of threads with a stream of
 their own, and batch size: requests per second, latency of a batch, memory that the last of the processes has added,
 and what goes through the stages of a worker (with one process and one thread) as a share of the bare loop. torch only,
-nothing is downloaded. `--device cpu --quick` shows in seconds that it runs.
+nothing is downloaded. `--device cpu --quick` shows in seconds that it runs. `--shared` measures the memory of 1 and 4
+processes instead, with a copy of the weights each, and with those of one more process, as share_weights has it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import msgspec
 
 from benchmarks.openloop import percentile
 
@@ -49,12 +52,15 @@ def child() -> None:
 class Child:
     """One loaded network."""
 
-    def load(self, *, network: str, variant: str, device: str, quick: bool, batches: list[int]) -> Any:
-        """Load it as a worker would, warm; the bytes that this has added."""
+    def load(
+        self, *, network: str, variant: str, device: str, quick: bool, batches: list[int], weights: Any = None
+    ) -> Any:
+        """Load it as a worker would, warm, or use `weights` that another has lent; the bytes that this has added."""
         import benchmarks.gpu_networks  # noqa: F401  # torch itself is no network's memory
         from mms import wire
         from mms.backend.loader import load_handler
         from mms.backend.prepare import prepare
+        from mms.backend.weights import Borrowed
         from mms.samples import WarmupSample
 
         self.stages: Any = None
@@ -70,11 +76,22 @@ class Child:
                 compile=variant == "compile",
                 cuda_graphs=tuple(batches) if variant == "graphs" else (),
             ),
+            weights=None if weights is None else msgspec.convert(weights, wire.Weights),
         )  # fmt: skip
         self.limit = load.max_request_size
-        self.stages = load_handler(load)
+        borrowed = Borrowed(load.weights)
+        self.stages = load_handler(load, borrowed.are_lent)
+        borrowed.put(self.stages.handler)
+        if borrowed.fault:
+            raise SystemExit(f"gpu: {borrowed.fault}")
         prepare(self.stages, load)
         return self._memory(device) - before
+
+    def lend(self) -> Any:
+        """The weights, for `load` in another process."""
+        from mms.backend.weights import offer
+
+        return msgspec.to_builtins(offer(self.stages.handler))
 
     def bare(self, *, threads: int, batch: int, seconds: float) -> Any:
         """A loop of nothing but the network, in each of `threads`."""
@@ -235,6 +252,29 @@ def row(
                percentile(times, 0.99), memory, share)  # fmt: skip
 
 
+SHARED_HEAD = """| Network | share_weights | MiB with 1 process | MiB with 4 | MiB that the last has added |
+|---|---|---|---|---|"""
+
+
+def shared_row(options: argparse.Namespace, network: str, *, shares: bool) -> str:
+    """What 1 and 4 processes hold, with the owner of their weights if they share them; without CUDA's contexts."""
+    processes = [Process() for _ in range(4 + shares)]
+    how = {"network": network, "variant": "eager", "device": options.device, "quick": options.quick, "batches": [1]}
+    try:
+        held, weights = [], None
+        for number, process in enumerate(processes):
+            process.ask("load", **how, weights=weights)
+            held.append(process.answer() / (1 << 20))
+            if shares and not number:
+                process.ask("lend")
+                weights = process.answer()
+    finally:
+        for process in reversed(processes):  # the owner is the last
+            process.close()
+    sums = f"{sum(held[: 1 + shares]):,.0f} | {sum(held):,.0f} | {held[-1]:,.0f}"
+    return f"| {network} | {str(shares).lower()} | {sums} |"
+
+
 def words(text: str) -> list[str]:
     return text.split(",")
 
@@ -248,6 +288,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny networks, eager, one process")
+    parser.add_argument("--shared", action="store_true", help="memory with and without share_weights")
     parser.add_argument("--networks", type=words, default=list(NETWORKS))
     parser.add_argument("--variants", type=words, help="of eager, compile, graphs")
     parser.add_argument("--processes", type=numbers)
@@ -263,8 +304,15 @@ def main() -> None:
     options.processes = options.processes or ([1] if quick else [1, 2, 4])
     options.batches = options.batches or ([1, 2] if quick else [1, 8, 32])
     options.seconds = options.seconds or (0.02 if quick else 0.5)
-    print(f"{platform.node()}, {options.device}, Python {platform.python_version()}\n\n{HEAD}")
+    print(f"{platform.node()}, {options.device}, Python {platform.python_version()}\n")
     until = time.monotonic() + BUDGET
+    if options.shared:
+        print(SHARED_HEAD)
+        for network in options.networks:
+            for shares in (False, True):
+                print(shared_row(options, network, shares=shares), flush=True)
+        return
+    print(HEAD)
     for count in options.processes:
         for variant in options.variants:
             for found in rows(options, count, variant):

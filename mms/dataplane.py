@@ -15,7 +15,7 @@ class DataPlane:
 
     def __init__(self, registry: ModelRegistry) -> None:
         self.registry = registry
-        self._next_id = itertools.count(1).__next__
+        self.next_id = itertools.count(1).__next__  # of a job
 
     def resolve(self, name: str, version: str = "") -> ModelVersion:
         """Raises ModelNotFoundError or ModelVersionNotFoundError."""
@@ -37,4 +37,4 @@ class DataPlane:
         `parts` are the pieces of its body, `size` their bytes in all, `arrived` is monotonic seconds. `terms`: with
         a deadline or a priority.
         """
-        return version.submit(Job(self._next_id(), facts, request_id, parts, size, caller, arrived, terms))
+        return version.submit(Job(self.next_id(), facts, request_id, parts, size, caller, arrived, terms))

@@ -8,6 +8,7 @@ the result a list of the same length. Request style: a subclass of Handler with 
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -148,10 +149,21 @@ class Request(msgspec.Struct, eq=False):
         return self.query | row if facts.query_is_input else row
 
 
+def rows_of(requests: Sequence[Request]) -> list[dict[str, Any]]:
+    """`row` of each of at least one; how to decode is found out once for all that say the same."""
+    facts = requests[0]._facts
+    content_type = facts.content_type
+    if facts.encoding or facts.query_is_input or (content_type and payload.is_form(content_type)):
+        return [request.row() for request in requests]
+    decode = payload.decoder(content_type)
+    return [{"body": decode(one._body)} if one._facts is facts else one.row() for one in requests]
+
+
 class Context:
     """The worker's facts and, during a batch, its requests; the members are those that MMS handlers know."""
 
-    def __init__(self, load: wire.Load, device: str) -> None:
+    def __init__(self, load: wire.Load, device: str, are_lent: Callable[[], bool] = lambda: False) -> None:
+        self._are_lent = are_lent
         self.model_name = load.model_name
         self.model_version = load.version
         self.manifest = load.manifest
@@ -174,6 +186,15 @@ class Context:
         """The archive's model-config.yaml (TorchServe's name for `config`)."""
         return self.config
 
+    @property
+    def weights_are_lent(self) -> bool:
+        """Whether the parameters and buffers of the handler's networks are replaced when `initialize` has returned.
+
+        With share_weights on a GPU, by those of another process that has loaded the same. Then a network may stay on
+        the CPU or on torch's device meta, and its weights need not be read.
+        """
+        return self._are_lent()
+
     def path(self, name: str) -> Path:
         """A file of the archive. Raises FileNotFoundError that names the archive's files when it is not there."""
         path = self.model_dir / name
@@ -183,8 +204,16 @@ class Context:
         return path
 
     def for_thread(self) -> Context:
-        """The same facts for another thread, with requests and answers of its own."""
+        """The same facts for another thread, with requests and answers of its own.
+
+        This one, which the handler may have kept, then shows each thread what that thread's own does.
+        """
+        if type(self) is Context:
+            self.__class__ = _KeptContext
+            del self.requests, self.responses
+            vars(self)["_of_thread"] = threading.local()
         other = copy(self)
+        other.__class__ = _ThreadContext
         other.requests, other.responses = (), {}
         return other
 
@@ -234,6 +263,30 @@ class Context:
         return self.responses.setdefault(idx, ResponseHead())
 
 
+class _ThreadContext(Context):
+    """One thread's own."""
+
+    _of_thread: threading.local
+
+    def begin_batch(self, requests: Sequence[Request]) -> None:
+        super().begin_batch(requests)
+        self._of_thread.context = self
+
+
+class _KeptContext(Context):
+    """What `initialize` was given, where several threads serve."""
+
+    _of_thread: threading.local
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("requests", "responses"):
+            own = getattr(self._of_thread, "context", None)
+            if own is not None:
+                return getattr(own, name)
+            return () if name == "requests" else {}
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+
 @dataclass(slots=True)
 class ResponseHead:
     """What a batch-style handler has set for one answer."""
@@ -250,7 +303,7 @@ class Handler:
         """Once per worker, before it takes requests: load the model onto `context.device`."""
 
     def after_fork(self, context: Context) -> None:
-        """With share_weights, once per worker after it was forked from the process that ran `initialize`.
+        """With share_weights on the CPU, once per worker after it was forked from the process that ran `initialize`.
 
         Open here what workers cannot share (connections, files), start threads, seed random generators of your own.
         """

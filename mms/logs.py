@@ -11,6 +11,7 @@ from pathlib import Path
 MAX_BYTES = 100 << 20
 RUN_DIR_BYTES = 10 << 20  # of a log in the run directory, which is often in memory
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+_MODELS = logging.getLogger("mms.model")  # made here: without it, logging would remember each child of that name
 _ESCAPED = {code: f"\\x{code:02x}" for code in (*range(9), *range(10, 32), *range(127, 160), 0x2028, 0x2029)}
 
 
@@ -55,7 +56,7 @@ def show_models_only() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.getLogger("mms").handlers[:] = [handler]
-    logging.getLogger("mms.model").setLevel(logging.INFO)
+    _MODELS.setLevel(logging.INFO)
     logging.getLogger("mms.pool").setLevel(logging.CRITICAL)
 
 
@@ -78,8 +79,12 @@ def open_model_log(folder: Path, name: str) -> None:
 
 
 def close_model_log(name: str) -> None:
-    """Write the model's log no more; what its workers still say goes to the server's log alone."""
+    """Write the model's log no more, and forget its logger, as others may come under ever new names.
+
+    What its workers still say goes to the server's log alone.
+    """
     logger = model_logger(name)
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
+    logging.Logger.manager.loggerDict.pop(logger.name, None)

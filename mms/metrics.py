@@ -62,6 +62,8 @@ class WorkerFacts:
     resident_bytes: int
     private_bytes: int | None  # None if it was not there when this was read
     batch_limit: int | None = None
+    gpu_bytes: int | None = None  # as private_bytes
+    borrowed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +302,16 @@ class Collector:
             "Memory of a worker process that it shares with no other: what one more costs.",
             labels=labels,
         )
+        gpu = GaugeMetricFamily(
+            "mms_worker_gpu_memory_bytes",
+            "GPU memory that a worker process holds, where NVML tells: what one more costs.",
+            labels=labels,
+        )
+        borrowed = GaugeMetricFamily(
+            "mms_worker_borrowed_weights_bytes",
+            "Weights that a worker on a GPU uses and another process holds, with share_weights.",
+            labels=labels,
+        )
         for facts in versions:
             for state in WORKER_STATES:
                 count = facts.failed_workers if state == "FAILED" else 0
@@ -310,9 +322,13 @@ class Collector:
                 memory.add_metric([facts.model, facts.version, str(worker.slot)], worker.resident_bytes)
                 if worker.private_bytes is not None:
                     private.add_metric([facts.model, facts.version, str(worker.slot)], worker.private_bytes)
+                if worker.gpu_bytes is not None:
+                    gpu.add_metric([facts.model, facts.version, str(worker.slot)], worker.gpu_bytes)
+                if worker.borrowed_bytes:
+                    borrowed.add_metric([facts.model, facts.version, str(worker.slot)], worker.borrowed_bytes)
                 if worker.batch_limit is not None:
                     limits.add_metric([facts.model, facts.version, str(worker.slot)], worker.batch_limit)
-        yield from (states, cpu, memory, private, limits)
+        yield from (states, cpu, memory, private, gpu, borrowed, limits)
 
     def _restart_families(self) -> Iterator[Metric]:
         nginx = CounterMetricFamily("mms_nginx_restarts", "Deaths of nginx, by cause.", labels=["reason"])

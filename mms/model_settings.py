@@ -178,7 +178,9 @@ class ModelSettings:
         (), parse_batch_sizes, "batch sizes whose CUDA graphs the warmup captures (request style, on GPUs)"
     )
     share_weights: bool = setting(
-        False, parse_boolean, "on the CPU, load once and fork the workers from that: one copy of the weights in memory"
+        False,
+        parse_boolean,
+        "load once, one copy of the weights: workers on the CPU are forked from it, those on one GPU borrow it",
     )
     worker_fs: str = setting(
         "open",

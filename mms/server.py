@@ -90,6 +90,7 @@ class ModelServer:
         self._check_same_edge()
         self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
         self._http = HttpServer(self._inference, self._limits(), edge=self._edge.wanted)
+        self._registry.forget = self._forget_versions
         self._runners: list[web.AppRunner] = []
         self._listen: dict[str, Callable[[socket.socket], Coroutine[Any, Any, None]]] = {"inference": self._http.listen}
         self._listening: set[asyncio.Task[None]] = set()
@@ -162,6 +163,7 @@ class ModelServer:
         self._say(line)
         if self._old is not None:
             self._old.served(line)
+        self._control.tidy()
 
     async def run_until_stopped(self) -> int:
         """Wait for SIGTERM, SIGINT or the loss of the edge; returns the exit code."""
@@ -173,7 +175,7 @@ class ModelServer:
             return Addresses(self._config, passed_sockets(os.environ, LISTENERS))
         told = self._old.handover
         sockets = {} if told.edge else self._old.sockets
-        return Addresses.inherited(self._config, told.addresses, told.activated, sockets)
+        return Addresses.inherited(self._config, told.addresses, told.activated, sockets, told.files)
 
     def _check_same_edge(self) -> None:
         if self._old is not None and self._old.handover.edge != self._edge.wanted:
@@ -192,6 +194,10 @@ class ModelServer:
                 "here; set management_token_file, or keep it on 127.0.0.1 or a Unix socket"
             )
         return token
+
+    def _forget_versions(self) -> None:
+        self._inference.forget_routes()
+        self._http.forget_heads()
 
     def _limits(self) -> Limits:
         config = self._config
@@ -290,7 +296,7 @@ class ModelServer:
     def _tick(self) -> None:
         # first: whatever fails below, the clock goes on
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
-        self._edge.renew_certificate()
+        self._edge.tick()
         self._inference.renew_token()
         self._control.reap_orphans(self._edge.pids | self._upgrades.pids)
         if not self._runners:  # another server serves these sockets

@@ -2,11 +2,13 @@
 
 A frame is a fixed header (magic, version, kind, length of the head, length of the payloads), a msgpack head, and the
 payloads of all jobs back to back. The head of a frame holds whatever is known of *all* its jobs, so that a frame costs
-one system call, one encode and one decode however many requests it carries.
+one system call, one encode and one decode however many requests it carries. That includes their bodies if these are
+small: then the frame has `bodies`, and neither `sizes` nor payloads.
 """
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
@@ -19,9 +21,10 @@ from mms.samples import WarmupSample
 
 HEADER = struct.Struct("<2sBBIQ")
 MAGIC = b"MM"
-VERSION = 1
+VERSION = 2
 MAX_HEAD = 64 << 20
 MAX_PAYLOAD = 16 << 30
+INLINE_BELOW = 64 << 10  # bytes: bodies that are fewer in all are a column of their frame's head, cut and joined in C
 
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
 READY, FAILED, RESULT, MEASURED, STREAM = 16, 17, 18, 19, 20  # worker -> server
@@ -38,18 +41,20 @@ _SLOT = struct.Struct("<dI")
 MAX_PLACES = (PAGE - _SLOT.size) // 8
 _write_time = struct.Struct("<d").pack_into
 
-# Further on in its first page, what the server tells the worker while it is at work: how many streams were cancelled so
-# far, and the jobs of the last CANCELLED_KEPT of them.
+# Further on in its first page, what the server tells the worker while it is at work: how many jobs were cancelled so
+# far (streams, and those that wait in a worker of several threads), and the last CANCELLED_KEPT of them.
 CANCELLED_AT = 64
 CANCELLED_KEPT = 256
 CANCELLED_COUNT = struct.Struct("<Q")
 CANCELLED_JOBS_AT = CANCELLED_AT + CANCELLED_COUNT.size
+_CANCELLED_JOBS = struct.Struct(f"<{CANCELLED_KEPT}Q")
 
 
 class Preparation(msgspec.Struct, array_like=True, frozen=True):
     """What a worker does between loading its handler and READY.
 
     Each sample of `warmup` runs in each of `batch_sizes`. A `template` does none of it: it forks the workers that do.
+    Nor does an `owner`, which lends its weights to them.
     """
 
     warmup: tuple[WarmupSample, ...] = ()
@@ -57,6 +62,44 @@ class Preparation(msgspec.Struct, array_like=True, frozen=True):
     compile: bool = False
     cuda_graphs: tuple[int, ...] = ()
     template: bool = False
+    owner: bool = False
+
+
+class SharedStorage(msgspec.Struct, array_like=True, frozen=True):
+    """Memory that another process has: `size` bytes, `offset` bytes behind where `handle` leads.
+
+    On `device` cuda that is a handle of CUDA IPC with torch's counter of its users, on the cpu a file's path.
+    """
+
+    device: str
+    handle: bytes
+    size: int
+    offset: int
+    counter: bytes = b""
+    counter_offset: int = 0
+
+
+class SharedTensor(msgspec.Struct, array_like=True, frozen=True):
+    """A parameter or buffer in one of the storages, with all names by which the handler has it."""
+
+    names: list[str]
+    storage: int
+    dtype: str
+    shape: list[int]
+    stride: list[int]
+    offset: int
+
+
+class Weights(msgspec.Struct, array_like=True, frozen=True):
+    """What the networks of an owner's handler hold; `fault` says why it cannot be lent."""
+
+    storages: list[SharedStorage]
+    tensors: list[SharedTensor]
+    fault: str = ""
+
+    @property
+    def size(self) -> int:
+        return sum(storage.size for storage in self.storages)
 
 
 class Load(msgspec.Struct, array_like=True):
@@ -77,6 +120,7 @@ class Load(msgspec.Struct, array_like=True):
     threads: int = 1
     preprocess_threads: int = 0
     preparation: Preparation = Preparation()
+    weights: Weights | None = None  # lent by an owner on the same GPU
 
 
 class RequestFacts(msgspec.Struct, array_like=True, eq=False, gc=False):
@@ -97,6 +141,7 @@ class Predict(msgspec.Struct, array_like=True):
     """Jobs in the order in which they are to run, in batches of up to `batch_size`: one column per fact.
 
     `facts` holds each RequestFacts once, `facts_of` the index of each job's; it is empty while all share the first.
+    `levels` are the jobs' priorities, 0 the highest, for workers that have an order of their own.
     """
 
     batch_size: int
@@ -105,6 +150,8 @@ class Predict(msgspec.Struct, array_like=True):
     request_ids: list[bytes]
     facts: list[RequestFacts]
     facts_of: list[int]
+    bodies: list[bytes] = []
+    levels: list[int] = []
 
 
 class RequestFactsView(msgspec.Struct, array_like=True, gc=False):
@@ -126,6 +173,8 @@ class PredictView(msgspec.Struct, array_like=True):
     request_ids: list[bytes]
     facts: list[RequestFactsView]
     facts_of: list[int]
+    bodies: list[bytearray] = []
+    levels: list[int] = []
 
 
 class Outcome(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -163,6 +212,7 @@ class Result(msgspec.Struct, array_like=True):
     outcomes: list[Outcome]
     outcome_of: list[int]
     batches: list[BatchTimes]
+    bodies: list[bytes] = []
 
 
 class Chunks(msgspec.Struct, array_like=True):
@@ -198,13 +248,16 @@ class Measured(msgspec.Struct, array_like=True):
 class Ready(msgspec.Struct, array_like=True):
     """The handler is loaded; `style` is 'batch' or 'request'.
 
-    `threads` batches run at a time; with `preprocess_threads`, requests are prepared while they do.
+    `threads` batches run at a time; with `preprocess_threads`, requests are prepared while they do. `borrowed` is how
+    many bytes of weights are another process's, `unshared` why they are not, though they were lent.
     """
 
     style: str
     load_seconds: float
     threads: int = 1
     preprocess_threads: int = 0
+    borrowed: int = 0
+    unshared: str = ""
 
 
 class Failed(msgspec.Struct, array_like=True):
@@ -251,11 +304,12 @@ class Preloaded(msgspec.Struct, array_like=True):
     """The first message of a fork server; `errors` names the modules that could not be imported, and why.
 
     A template says it as well, when it has loaded. With more than one thread neither must fork: a lock held by another
-    thread would stay locked in the worker.
+    thread would stay locked in the worker. An owner says it with its weights.
     """
 
     errors: list[str]
     threads: int
+    weights: Weights | None = None
 
 
 class ForkReply(msgspec.Struct, array_like=True):
@@ -275,6 +329,7 @@ decode_headers = msgspec.msgpack.Decoder(list[bytes]).decode
 
 
 T = TypeVar("T")
+Payload = TypeVar("Payload", bytes, bytearray, memoryview)
 
 
 def share(values: list[T]) -> tuple[list[T], list[int]]:
@@ -297,6 +352,12 @@ def spread(distinct: list[T], places: list[int], count: int) -> list[T]:
     if len(values) != count:
         raise FrameError(f"a frame with {count} jobs but {len(places)} references to {len(distinct)} values")
     return values
+
+
+def cut(sizes: list[int], payload: Payload, at: int = 0) -> list[Payload]:
+    """The bodies of these sizes, which lie back to back in `payload`, from `at` on."""
+    ends = itertools.accumulate(sizes, initial=at)
+    return [payload[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def page_size(threads: int, preprocess_threads: int) -> int:
@@ -327,6 +388,23 @@ def read_slots(page: mmap.mmap) -> Iterator[tuple[float, tuple[int, ...]]]:
             places = struct.unpack_from(f"<{min(count, MAX_PLACES)}Q", page, at + _SLOT.size)
             if _SLOT.unpack_from(page, at)[0] == begun_at:  # else the thread has just gone on to other work
                 yield begun_at, places
+
+
+class Cancelled:
+    """The jobs of which the page says that nobody waits for them, as far as it remembers; in the worker."""
+
+    def __init__(self, page: mmap.mmap) -> None:
+        self._page = page
+        self._seen = 0
+        self._jobs: frozenset[int] = frozenset()
+
+    def look(self) -> frozenset[int]:
+        """They, by id."""
+        count: int = CANCELLED_COUNT.unpack_from(self._page, CANCELLED_AT)[0]
+        if count != self._seen:
+            self._seen = count
+            self._jobs = frozenset(_CANCELLED_JOBS.unpack_from(self._page, CANCELLED_JOBS_AT)[:count])
+        return self._jobs
 
 
 def pack(kind: int, head: Any, payload_size: int = 0) -> bytes:

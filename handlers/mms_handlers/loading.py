@@ -57,7 +57,13 @@ def options(context: Context, section: str, known: Mapping[str, Any]) -> dict[st
 def _load_exported(path: Path, context: Context) -> torch.nn.Module:
     program = torch.export.load(path)
     _check_batch_dimension(program, path.name, int(context.system_properties.get("batch_size") or 1))
-    return move_to_device_pass(program, context.device).module()
+    if not context.weights_are_lent:
+        return move_to_device_pass(program, context.device).module()
+    for name, weight in program.state_dict.items():
+        kept = weight.to("meta")  # not to be moved: it is replaced
+        is_parameter = isinstance(weight, torch.nn.Parameter)
+        program.state_dict[name] = torch.nn.Parameter(kept, weight.requires_grad) if is_parameter else kept
+    return move_to_device_pass(program, dict.fromkeys(("cpu", "cuda", "cuda:0"), context.device)).module()
 
 
 def _check_batch_dimension(program: torch.export.ExportedProgram, name: str, batch_size: int) -> None:
@@ -82,6 +88,8 @@ def _load_torchscript(path: Path, device: str) -> torch.nn.Module:
 
 def _load_weights(path: Path, model_file: Path, context: Context) -> torch.nn.Module:
     model = _model_class(_import_file(model_file), str(context.config.get("model_class", "")))()
+    if context.weights_are_lent:
+        return model.eval()
     model.load_state_dict(_read_weights(path))
     return model.to(context.device).eval()
 

@@ -22,7 +22,6 @@ from mms.errors import (
     NotFoundError,
     RequestTooLargeError,
     UnauthorizedError,
-    UpgradingError,
 )
 from mms.http.response import json_body
 from mms.model_settings import MAX_WORKERS, ModelSettings
@@ -92,7 +91,7 @@ def _failure(error: MMSError) -> web.Response:
         response.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowedError):
         response.headers["Allow"] = error.allow
-    if isinstance(error, UpgradingError):
+    if error.retry_after:
         response.headers["Retry-After"] = str(error.retry_after)
     return response
 

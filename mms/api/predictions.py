@@ -16,13 +16,13 @@ from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, NotFoun
 from mms.http.exchange import Exchange
 from mms.http.request import Head
 from mms.http.response import JSON, json_body
-from mms.http.shedding import NO_REQUESTS
+from mms.http.shedding import NO_REQUESTS, Shedding
 from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion, VersionState
 from mms.payload import parse_query
 from mms.token import Token
 from mms.wire import RequestFacts
-from mms.workers.job import Terms
+from mms.workers.job import Job, Terms
 
 MAX_ROUTES = 4096
 _NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
@@ -45,6 +45,7 @@ class Meaning(msgspec.Struct, eq=False):
     version: ModelVersion
     facts: RequestFacts
     terms: Terms | None
+    together: bool  # its requests are handed on with others of their turn, none is looked at for itself
 
 
 class InferenceApi:
@@ -54,7 +55,6 @@ class InferenceApi:
         self.failures: Counter[tuple[int, str]] = Counter()  # of requests that reached no model, by status and cause
         self._dataplane = dataplane
         self._registry = dataplane.registry
-        self._predict = dataplane.predict
         self._own: dict[str, Callable[[], tuple[int, object]]] = {
             "/ping": lambda: (200, {"status": self._health()}),
             "/livez": lambda: (200, {"status": "alive"}),
@@ -66,22 +66,37 @@ class InferenceApi:
         self._token = token
         self._token_changes = 0
 
-    def handle(self, exchange: Exchange) -> None:
-        meaning: Meaning | None = exchange.head.meaning
-        if meaning is None or meaning.generation != self._registry.generation:
-            meaning = self._understand(exchange)
-            if meaning is None:
-                return
-        exchange.work = self._predict(
-            meaning.version,
-            meaning.facts,
-            exchange.request_id,
-            exchange.parts,
-            exchange.size,
-            exchange,
-            exchange.arrived,
-            meaning.terms,
-        )
+    def handle(self, exchanges: list[Exchange]) -> None:
+        generation, next_id = self._registry.generation, self._dataplane.next_id
+        by_version: dict[ModelVersion, list[Job]] = {}
+        last: Head | None = None  # clients that say the same share one
+        for exchange in exchanges:
+            if exchange.head is not last:
+                last = exchange.head
+                meaning: Meaning | None = last.meaning
+                if meaning is None or meaning.generation != generation:
+                    meaning = self._understand(exchange)
+                    if meaning is None:
+                        last = None
+                        continue
+                version, facts, terms = meaning.version, meaning.facts, meaning.terms
+                jobs = by_version.setdefault(version, []) if meaning.together else None
+            job = Job(
+                next_id(), facts, exchange.request_id, exchange.parts, exchange.size, exchange, exchange.arrived, terms
+            )
+            if jobs is not None:
+                exchange.work = job
+                jobs.append(job)
+            else:
+                self._submit(version, job, exchange)
+        for version, jobs in by_version.items():
+            version.submit_all(jobs)
+
+    def _submit(self, version: ModelVersion, job: Job, exchange: Exchange) -> None:
+        try:
+            exchange.work = version.submit(job)
+        except MMSError as error:
+            exchange.fail(error)
 
     def objection(self, head: Head, size: int) -> MMSError | None:
         meaning: Meaning | None = head.meaning
@@ -117,11 +132,23 @@ class InferenceApi:
                 self._token_changes = self._token.changes
                 self._registry.generation += 1
 
+    def forget_routes(self) -> None:
+        """They hold versions that may have been taken out."""
+        self._routes.clear()
+
     def held(self) -> int:
         return sum([version.held for version in self._registry.versions()])
 
     def _understand(self, exchange: Exchange) -> Meaning | None:
         """What a head means that was not met since the registry changed; None when the request is answered here."""
+        try:
+            return self._meaning(exchange)
+        except MMSError as error:
+            exchange.fail(error)
+            return None
+
+    def _meaning(self, exchange: Exchange) -> Meaning | None:
+        """As _understand; raises MMSError."""
         head, generation = exchange.head, self._registry.generation
         if self._generation != generation:
             self._routes.clear()
@@ -133,9 +160,7 @@ class InferenceApi:
                 return None
         shedding = exchange.connection.shedding
         if shedding.step >= NO_REQUESTS:
-            busy = shedding.busy()
-            self.refused(busy)
-            raise busy
+            raise self._busy(shedding)
         try:
             terms = route.version.scheduling.terms(head.timeout, head.priority)
         except MMSError as error:
@@ -143,8 +168,14 @@ class InferenceApi:
             raise
         headers = head.headers if self._token is None else _without_token(head.headers)
         facts = RequestFacts(head.content_type, head.encoding, route.query, route.query_is_input, headers)
-        head.meaning = Meaning(generation, route.version, facts, terms)
+        head.meaning = Meaning(generation, route.version, facts, terms, terms is None and route.version.alike)
         return cast(Meaning, head.meaning)
+
+    def _busy(self, shedding: Shedding) -> MMSError:
+        """Not a variable of the frame that raises it: that cycle would keep the request, and memory may be short."""
+        busy = shedding.busy()
+        self.refused(busy)
+        return busy
 
     def _find(self, exchange: Exchange) -> Route | None:
         """The route of a target that is not known yet, or None when the request is answered here."""

@@ -106,12 +106,17 @@ class Channel:
     def reply(self, ids: Sequence[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
         """A RESULT frame with finished jobs and the times of their batches."""
         self.send_metrics()  # before the answers: who has one finds its numbers in /metrics
-        payloads = [body for _, body in answers]
-        sizes = list(map(len, payloads))
-        outcomes = wire.share([outcome for outcome, _ in answers])
-        self.write(wire.RESULT, wire.Result(list(ids), sizes, *outcomes, batches), payloads, sum(sizes))
+        bodies = [body for _, body in answers]
+        sizes = list(map(len, bodies))
+        size = sum(sizes)
+        result = wire.Result(list(ids), sizes, *wire.share([outcome for outcome, _ in answers]), batches)
+        if size < wire.INLINE_BELOW:
+            result.sizes, result.bodies = [], bodies
+            self.write(wire.RESULT, result, (), 0)
+        else:
+            self.write(wire.RESULT, result, bodies, size)
 
-    def write(self, kind: int, head: object, payloads: list[Body], size: int) -> None:
+    def write(self, kind: int, head: object, payloads: Sequence[Body], size: int) -> None:
         frame = wire.pack(kind, head, size)
         if size < JOIN_BELOW:
             self._sock.sendall(frame + b"".join(payloads))
@@ -128,9 +133,8 @@ class Channel:
 def requests_of(frame: wire.PredictView, payload: bytearray, at: int, limit: int) -> list[Request]:
     """The requests of a frame, whose bodies lie back to back in `payload`, from `at` on; unpacked to `limit` bytes."""
     facts = wire.spread(frame.facts, frame.facts_of, len(frame.ids))
-    if len(facts) == 1 and len(payload) == frame.sizes[0]:
-        bodies = [payload]
-    else:
-        ends = list(itertools.accumulate(frame.sizes, initial=at))
-        bodies = [payload[start:end] for start, end in itertools.pairwise(ends)]
+    bodies = frame.bodies
+    if not bodies:
+        whole = len(facts) == 1 and len(payload) == frame.sizes[0]
+        bodies = [payload] if whole else wire.cut(frame.sizes, payload, at)
     return list(map(Request, facts, frame.request_ids, bodies, itertools.repeat(limit)))

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,12 +20,15 @@ from mms.wire import Load
 _HINT = "a function handler is called once at load with data=None, as in MMS: return at once when data is None"
 
 
-def load_handler(load: Load) -> Stages:
-    """Import the archive's handler and initialize it. Whatever the handler raises passes through."""
+def load_handler(load: Load, are_lent: Callable[[], bool] = lambda: False) -> Stages:
+    """Import the archive's handler and initialize it. Whatever the handler raises passes through.
+
+    `are_lent` tells it whether its weights are replaced afterwards.
+    """
     sys.path.insert(0, load.directory)
     limit_threads(load.cpu_threads)
     oldnames.provide()
-    context = Context(load, device_of(load))
+    context = Context(load, device_of(load), are_lent)
     entry = find_entry(load.handler, Path(load.directory))
     isolate = load.isolate_errors
     if inspect.isclass(entry):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from mms import wire
-from mms.backend import template
+from mms.backend import template, weights
 from mms.backend.answers import Answer
 from mms.backend.channel import Channel, requests_of
 from mms.backend.loader import device_of, load_handler
@@ -125,13 +125,15 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
         return 0
     load = wire.decode(wire.Load, first[1])
     begun = _perf_counter()
+    borrowed = weights.Borrowed(load.weights)
     try:
         if loaded is None:
-            stages = load_handler(load)
+            stages = load_handler(load, borrowed.are_lent)
+            borrowed.put(stages.handler)
         else:
             stages = loaded
             template.inherit(stages, load)
-        if not load.preparation.template:
+        if not (load.preparation.template or load.preparation.owner):
             channel.metrics = stages.metrics
             channel.send_metrics()  # what `initialize` has counted; nothing of a warm-up is
             prepare(stages, load)
@@ -141,11 +143,14 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
         sys.stderr.write(text)
         return 1
     if load.preparation.template:
-        return template.serve(sock, partial(main, loaded=stages))
+        # what `initialize` has counted is told by the first worker alone: it has run once
+        return template.serve(sock, partial(main, loaded=stages), stages.metrics.take)
+    if load.preparation.owner:
+        return weights.serve(sock, stages)
     gc.collect()
     gc.freeze()
     prepares = load.preprocess_threads if isinstance(stages, RequestStages) else 0
-    ready = wire.Ready(stages.style, _perf_counter() - begun, load.threads, prepares)
+    ready = wire.Ready(stages.style, _perf_counter() - begun, load.threads, prepares, borrowed.size, borrowed.fault)
     channel.write(wire.READY, ready, [], 0)
     if load.threads > 1 or prepares:
         Pipeline(channel, stages, page, load, preprocess_threads=prepares, device=device_of(load)).run()

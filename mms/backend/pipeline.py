@@ -8,6 +8,7 @@ with streams is driven to its end by an execution thread.
 
 from __future__ import annotations
 
+import bisect
 import mmap
 import os
 import struct
@@ -19,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from queue import SimpleQueue
 
 from mms import wire
@@ -29,17 +31,22 @@ from mms.backend.stages import Prepared, RequestStages, Stages
 from mms.backend.streams import Stream, Streams
 from mms.handler import Request
 
+FAIR_TURN = 10  # times what a worker runs and prepares at a time: so many of a higher priority may overtake a request
+
 _monotonic = time.monotonic
 _write_counts = struct.Struct("<QQ").pack_into  # the first two fields of wire.PROGRESS
 
+_RANK = attrgetter("rank")
+_GONE: Answer = wire.Outcome(499, b"", "Cancelled"), b""  # for the server's account: nobody reads it
+
 
 class Ticket:
-    """A request in the worker; `place` counts all that the worker was ever sent."""
+    """A request in the worker; `place` counts all that the worker was ever sent, `rank` is its place in the order."""
 
-    __slots__ = ("id", "place", "prepared", "preprocess", "received", "request")
+    __slots__ = ("id", "place", "prepared", "preprocess", "rank", "received", "request")
 
     def __init__(self, place: int, id: int, request: Request, received: float) -> None:
-        self.place = place
+        self.place = self.rank = place
         self.id = id
         self.request = request
         self.received = received
@@ -75,11 +82,13 @@ class Account:
         self._done = 0  # all places below are done
         self._done_beyond: set[int] = set()
 
-    def begin(self, thread: int, tickets: list[Ticket]) -> float:
-        """They are taken for the first time, or again at the next stage. Returns the time."""
+    def begin(self, thread: int, tickets: list[Ticket], spent: float = 0.0) -> float:
+        """They are taken for the first time, or again at the next stage after `spent` seconds in others: the server's
+        time limit is for all of them together, without the waiting in between. Returns the time.
+        """
         now = _monotonic()
         places = [ticket.place for ticket in tickets]
-        wire.write_slot(self._page, thread, now, places)
+        wire.write_slot(self._page, thread, now - spent, places)
         if places[-1] >= self._started:
             with self._lock:
                 self._started = max(self._started, places[-1] + 1)
@@ -130,6 +139,7 @@ class Pipeline:
         self._ended: SimpleQueue[Ended | None] = SimpleQueue()
         self._streaming: deque[Streaming] = deque()
         self._page = page
+        self._cancelled = wire.Cancelled(page)
         self._replying = threading.Lock()
 
     def run(self) -> None:
@@ -144,9 +154,12 @@ class Pipeline:
                 numbered = enumerate(zip(frame.ids, requests, strict=True), place)
                 tickets = [Ticket(number, id, request, now) for number, (id, request) in numbered]
                 place += len(tickets)
+                if frame.levels:
+                    self._rank(tickets, frame)
                 with ready:
                     self._batch_size = frame.batch_size
-                    waiting.extend(tickets)
+                    for ticket in tickets:
+                        _line_up(waiting, ticket)
                     ready.notify(len(tickets))
         finally:
             with ready:
@@ -155,14 +168,21 @@ class Pipeline:
                 self._prepared.notify_all()
             self._ended.put(None)
 
+    def _rank(self, tickets: list[Ticket], frame: wire.PredictView) -> None:
+        """By priority. How many may overtake a request is bounded, so none starves."""
+        most = FAIR_TURN * (frame.batch_size * self._threads + self._preprocess_threads)
+        for ticket, level in zip(tickets, frame.levels, strict=True):
+            ticket.rank += level * most
+
     def _start_threads(self) -> None:
         stages, threads = self._stages, self._threads
         work: list[tuple[str, Callable[[], None]]] = []
         if isinstance(stages, RequestStages) and self._preprocess_threads:
-            work += [(f"execute-{number}", partial(self._infer, number, stages)) for number in range(threads)]
+            own = stages.for_thread
+            work += [(f"execute-{number}", partial(self._infer, number, own())) for number in range(threads)]
             preparing = range(threads, threads + self._preprocess_threads)
-            work += [(f"preprocess-{number}", partial(self._prepare, number, stages)) for number in preparing]
-            work.append(("reply", partial(self._reply, preparing.stop, stages)))
+            work += [(f"preprocess-{number}", partial(self._prepare, number, own())) for number in preparing]
+            work.append(("reply", partial(self._reply, preparing.stop, own())))
         else:
             work += [
                 (f"execute-{number}", partial(self._execute, number, stages.for_thread())) for number in range(threads)
@@ -201,6 +221,7 @@ class Pipeline:
     def _prepare(self, thread: int, stages: RequestStages) -> None:
         """preprocess, one request at a time."""
         account, arrived, waiting = self._account, self._arrived, self._waiting
+        begin_batch = stages.context.begin_batch
         while True:
             with arrived:
                 while not waiting:
@@ -208,7 +229,12 @@ class Pipeline:
                         return
                     arrived.wait()
                 ticket = waiting.popleft()
+                gone = ticket.id in self._cancelled.look()
+            if gone:
+                self._send([ticket], [_GONE], [])
+                continue
             begun = account.begin(thread, [ticket])
+            begin_batch([ticket.request])
             prepared = ticket.prepared = stages.prepare(ticket.request)
             ticket.preprocess = _monotonic() - begun
             account.idle(thread)
@@ -216,18 +242,21 @@ class Pipeline:
                 self._ended.put(Ended([ticket], _monotonic(), 0.0))
                 continue
             with self._prepared:
-                self._ready.append(ticket)
+                _line_up(self._ready, ticket)
                 self._prepared.notify()
 
     def _infer(self, thread: int, stages: RequestStages) -> None:
         """inference, on batches of what is prepared."""
         account = self._account
+        begin_batch = stages.context.begin_batch
         with own_lane(self._device) as lane:
             while batch := self._next_batch():
-                begun = account.begin(thread, batch)
+                begin_batch([ticket.request for ticket in batch])
                 if isinstance(batch, Streaming):
+                    begun = account.begin(thread, batch)
                     self._stream(thread, batch, batch.answers, partial(_times_with, batch.batch, begun))
                     continue
+                begun = account.begin(thread, batch, _preparation(batch))
                 prepared = [ticket.prepared for ticket in batch if ticket.prepared is not None]
                 stages.infer(prepared, lane.move)
                 lane.wait()
@@ -252,7 +281,8 @@ class Pipeline:
             answers: list[Answer] = []
             times: list[wire.BatchTimes] = []
             for batch in batches:
-                begun = account.begin(thread, batch.tickets)
+                begun = account.begin(thread, batch.tickets, _preparation(batch.tickets) + batch.inference)
+                stages.context.begin_batch([ticket.request for ticket in batch.tickets])
                 answers += [stages.finish(ticket.prepared) for ticket in batch.tickets if ticket.prepared is not None]
                 tickets += batch.tickets
                 times.append(_times(batch, _monotonic() - begun))
@@ -291,26 +321,39 @@ class Pipeline:
         account.done(batch)
 
     def _next_batch(self) -> list[Ticket]:
-        """The oldest ready request and those behind it that share its bucket; empty when the channel has ended."""
+        """The first ready request and those behind it that share its bucket; empty when the channel has ended."""
         prepared, ready = self._prepared, self._ready
-        with prepared:
-            while not ready or self._streaming:
-                if self._streaming:
-                    return self._streaming.popleft()
-                if self._closed:
-                    return []
-                prepared.wait()
-            size = self._batch_size
-            if not self._preprocess_threads:
-                return [ready.popleft() for _ in range(min(size, len(ready)))]
-            bucket = {_bucket(ready[0])}  # a set, as what has a hash may compare in ways of its own: nan, tensors
-            batch: list[Ticket] = []
-            others: list[Ticket] = []
-            while ready and len(batch) < size:
-                ticket = ready.popleft()
-                (batch if _bucket(ticket) in bucket else others).append(ticket)
-            ready.extendleft(reversed(others))
-            return batch
+        batch: list[Ticket] = []
+        while not batch:
+            with prepared:
+                while not ready or self._streaming:
+                    if self._streaming:
+                        return self._streaming.popleft()
+                    if self._closed:
+                        return []
+                    prepared.wait()
+                batch, gone = self._take_ready()
+            if gone:
+                self._send(gone, [_GONE] * len(gone), [])
+        return batch
+
+    def _take_ready(self) -> tuple[list[Ticket], list[Ticket]]:
+        """A batch, and those for which nobody waits any more."""
+        ready, size, cancelled = self._ready, self._batch_size, self._cancelled.look()
+        bucket: set[object] = set()  # a set, as what has a hash may compare in ways of its own: nan, tensors
+        batch: list[Ticket] = []
+        gone: list[Ticket] = []
+        others: list[Ticket] = []
+        while ready and len(batch) < size:
+            ticket = ready.popleft()
+            if ticket.id in cancelled:
+                gone.append(ticket)
+                continue
+            if not batch:
+                bucket.add(_bucket(ticket))
+            (batch if _bucket(ticket) in bucket else others).append(ticket)
+        ready.extendleft(reversed(others))
+        return batch, gone
 
     def _send(self, tickets: list[Ticket], answers: list[Answer], times: list[wire.BatchTimes]) -> None:
         self._account.done(tickets)
@@ -327,8 +370,21 @@ class Pipeline:
             self._channel.write(kind, head, payloads, size)
 
 
+def _line_up(line: deque[Ticket], ticket: Ticket) -> None:
+    """By rank; mostly it is the last."""
+    if line and ticket.rank < line[-1].rank:
+        bisect.insort(line, ticket, key=_RANK)
+    else:
+        line.append(ticket)
+
+
 def _bucket(ticket: Ticket) -> object:
     return ticket.prepared.bucket if ticket.prepared is not None else None
+
+
+def _preparation(batch: list[Ticket]) -> float:
+    """Seconds that the slowest of them took in preprocess, which they have passed side by side."""
+    return max([ticket.preprocess for ticket in batch])
 
 
 def _times_of(batch: list[Ticket], begun: float, stages: Stages) -> wire.BatchTimes:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from mms.backend.answers import PLAIN_BYTES, Answer, Streamed, answer, failure, is_error_status
 from mms.backend.streams import Steps, Stream
 from mms.errors import HandlerError, MMSError
-from mms.handler import Context, Handler, PredictionError, Request, Response
+from mms.handler import Context, Handler, PredictionError, Request, Response, rows_of
 from mms.handler_metrics import Metrics
 
 _now = time.perf_counter
@@ -78,10 +78,10 @@ class BatchStages:
 
     def run(self, requests: list[Request]) -> list[Answer]:
         try:
-            rows = [request.row() for request in requests]
+            data = rows_of(requests)
         except MMSError:
             return self._run_sound(requests)
-        return self._call(requests, rows)
+        return self._call(requests, data)
 
     def _run_sound(self, requests: list[Request]) -> list[Answer]:
         """As run, when a request cannot be decoded: it fails alone, the others make up the batch."""
@@ -282,7 +282,8 @@ def miscount(results: Any, wanted: int, function: str) -> str:
     """What is wrong with the shape of a batch's results, or nothing."""
     sized = isinstance(results, list) if function == "handle" else _is_sequence(results)
     if not sized:
-        return f"{function} returned {type(results).__name__}; a list with one result per request ({wanted}) is needed"
+        kind = type(results).__name__ if getattr(results, "shape", None) != () else f"a 0-d {type(results).__name__}"
+        return f"{function} returned {kind}; a list with one result per request ({wanted}) is needed"
     if len(results) != wanted:
         return f"{function} returned {len(results)} results for {wanted} requests; one per request is needed"
     return ""
@@ -297,7 +298,13 @@ def miscount_of(collated: Any, outputs: Any, wanted: int) -> str:
 
 
 def _is_sequence(value: Any) -> bool:
-    return hasattr(value, "__len__") and not isinstance(value, str | bytes | bytearray | dict | set)
+    if isinstance(value, str | bytes | bytearray | dict | set):
+        return False
+    try:
+        len(value)
+    except TypeError:  # arrays and tensors without dimensions have the method, but no length
+        return False
+    return True
 
 
 def client_error(error: BaseException, requests: Sequence[Request]) -> MMSError | PredictionError:

@@ -206,9 +206,8 @@ class Streams:
 
     def __init__(self, channel: Replies, page: Any, beat: Callable[[], object]) -> None:
         self._channel = channel
-        self._page = page
+        self._cancelled = wire.Cancelled(page)
         self._beat = beat
-        self._seen = self._cancelled_count()
 
     def run(self, ids: Sequence[int], answers: Sequence[Answer], times: Callable[[], wire.BatchTimes]) -> None:
         """Send all answers of a batch: those that are whole at once, the streams as they come.
@@ -255,20 +254,8 @@ class Streams:
             self._channel.reply([id for id, _ in ended], [one for _, one in ended], batches)
 
     def _close_cancelled(self, live: dict[int, Stream]) -> list[tuple[int, Answer]]:
-        """Take out the streams whose clients have left since the last look; their ends."""
-        count = self._cancelled_count()
-        if count == self._seen:
-            return []
-        number = wire.CANCELLED_COUNT
-        places = range(max(self._seen, count - wire.CANCELLED_KEPT), count)
-        self._seen = count
-        at = [wire.CANCELLED_JOBS_AT + place % wire.CANCELLED_KEPT * number.size for place in places]
-        cancelled = {number.unpack_from(self._page, offset)[0] for offset in at}
-        return [(id, live.pop(id).end()) for id in live.keys() & cancelled]
-
-    def _cancelled_count(self) -> int:
-        count: int = wire.CANCELLED_COUNT.unpack_from(self._page, wire.CANCELLED_AT)[0]
-        return count
+        """Take out the streams whose clients have left; their ends."""
+        return [(id, live.pop(id).end()) for id in live.keys() & self._cancelled.look()]
 
 
 def _accepts_events(request: Request) -> bool:

@@ -23,8 +23,11 @@ READ_SIZE = 256 << 10
 _Live = Callable[[socket.socket, int], None]
 
 
-def serve(channel: socket.socket, live: _Live) -> int:
-    """Fork a worker per FORK frame until the server closes the channel; each worker's life is `live`."""
+def serve(channel: socket.socket, live: _Live, forked: Callable[[], object]) -> int:
+    """Fork a worker per FORK frame until the server closes the channel; each worker's life is `live`.
+
+    `forked` is called after each fork: what only one worker is to inherit is let go of here.
+    """
     gc.collect()
     gc.freeze()  # pages that the collector never writes stay shared
     threads = len(os.listdir("/proc/self/task"))
@@ -34,6 +37,7 @@ def serve(channel: socket.socket, live: _Live) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         fork_worker(partial(_send, channel), descriptors, partial(_become, channel, request, descriptors, live))
+        forked()
     return 0
 
 

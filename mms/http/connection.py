@@ -16,6 +16,7 @@ from time import monotonic
 from typing import cast
 
 from mms.errors import BadRequestError, DeadlineError, MMSError
+from mms.http.arrivals import Arrivals
 from mms.http.exchange import Application, Buffer, Exchange
 from mms.http.limits import (
     LEAST_READ,
@@ -36,12 +37,9 @@ _HEAD_END = b"\r\n\r\n"
 _RESET = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER: on, for no time at all
 IDLE_WHILE_SHEDDING = 1.0
 
-_id_prefix = os.urandom(6).hex().encode()
-_numbers = itertools.count(1)
-
-
-def _next_id() -> bytes:
-    return b"%b-%x" % (_id_prefix, next(_numbers))
+_BYTES = [b"%02x" % number for number in range(256)]
+# request ids: random for the process, then a number that counts up; made in C
+_next_id = map(b"".join, itertools.product([os.urandom(6).hex().encode() + b"-"], *[_BYTES] * 6)).__next__
 
 
 def new_shedding(application: Application, limits: Limits) -> Shedding:
@@ -60,10 +58,11 @@ class Connection(asyncio.Protocol):
         peers: set[Connection],
         *,
         edge: bool,
-        shedding: Shedding | None = None,
+        shedding: Shedding,
+        arrivals: Arrivals,
     ) -> None:
         self.heads = heads
-        self.shedding = shedding or new_shedding(application, limits)
+        self.shedding = shedding
         self.last_activity = 0.0
         self._application = application
         self._limits = limits
@@ -76,6 +75,8 @@ class Connection(asyncio.Protocol):
         self._last_raw = b"\0"  # a known head, as this connection sent it last
         self._last_head: Head | None = None
         self._refused: tuple[Exchange, MMSError] | None = None  # to be answered behind the backlog
+        self._arrivals = arrivals
+        self._arrived = arrivals.exchanges
         self._pending: deque[Exchange] = deque()
         self._backlog: deque[Exchange] = deque()
         self._drained: asyncio.Future[None] | None = None
@@ -87,7 +88,6 @@ class Connection(asyncio.Protocol):
         self._untaken = 0  # bytes of answers that were unsent when the client last took LEAST_READ of them
         self._taken_at = 0.0
         self._kept = 0  # bytes of streamed answers whose turn it is not yet
-        self._admitting = False
         self._write_paused = False
         self._read_paused = False
 
@@ -150,10 +150,9 @@ class Connection(asyncio.Protocol):
             if known is not None and len(data) - end == known.length and not self._pending:
                 exchange = Exchange(self, known, True, _next_id(), [data[end:]], known.length, now)
                 self._pending.append(exchange)
-                try:
-                    self._application.handle(exchange)
-                except MMSError as error:
-                    exchange.fail(error)
+                if not self._arrived:
+                    self._loop.call_soon(self._arrivals.hand_over)
+                self._arrived.append(exchange)
                 return
         head = reader.head
         reader.feed(data, now)
@@ -315,9 +314,16 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         self._transport.abort()
 
+    def give_up(self, exchange: Exchange) -> None:
+        """There will be no answer to this one, if there was none."""
+        if exchange in self._pending and exchange.response is None:
+            self.abort()
+
     def forget_heads(self) -> None:
         """The next request is looked at as a whole, whatever was known."""
         self._last_raw, self._last_head = b"\0", None
+        if not self._reader.in_body:
+            self._receiving = None
 
     @property
     def unsent(self) -> int:
@@ -352,25 +358,17 @@ class Connection(asyncio.Protocol):
 
     def _admit(self) -> None:
         """Hand requests to the application, a bounded number at a time."""
-        if self._admitting:
-            return  # an answer given at once comes back here: the loop below goes on with the next
-        self._admitting = True
         backlog, pending = self._backlog, self._pending
         while backlog and len(pending) < MAX_PIPELINED:
-            self._serve(backlog.popleft())
-        self._admitting = False
+            if not self._arrived:
+                self._loop.call_soon(self._arrivals.hand_over)
+            pending.append(backlog[0])
+            self._arrived.append(backlog.popleft())
         if self._refused is not None and not backlog:
             (exchange, error), self._refused = self._refused, None
             pending.append(exchange)
             exchange.fail(error)
         self._steer_reading()
-
-    def _serve(self, exchange: Exchange) -> None:
-        self._pending.append(exchange)
-        try:
-            self._application.handle(exchange)
-        except MMSError as error:
-            exchange.fail(error)
 
     def _refuse(self, error: MMSError) -> None:
         self._application.refused(error)
@@ -406,6 +404,8 @@ class Connection(asyncio.Protocol):
         for exchange in self._pending:
             if exchange.work is not None:
                 exchange.work.cancel()
+        if self._arrived:
+            self._arrivals.forget(self)
         self._pending.clear()
         self._backlog.clear()
         self._refused = None

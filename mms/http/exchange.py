@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -14,15 +16,19 @@ from mms.http.streaming import Streaming
 if TYPE_CHECKING:
     from mms.http.connection import Connection
 
+log = logging.getLogger("mms.http")
+
 _ID = b"x-request-id: "
 
 Buffer = bytes | bytearray | memoryview
 
 
 class Application(Protocol):
-    """What the requests are handed to. `handle` must not block and must not raise anything but MMSError."""
+    """What the requests are handed to. Nothing here may block or raise."""
 
-    def handle(self, exchange: Exchange) -> None: ...
+    def handle(self, exchanges: list[Exchange]) -> None:
+        """Each of the requests that have arrived together is to be answered, now or later."""
+        ...
 
     def objection(self, head: Head, size: int) -> MMSError | None:
         """What speaks against a request whose body, of `size` bytes as far as is known, is still to come; counted."""
@@ -70,6 +76,23 @@ class Exchange(msgspec.Struct, eq=False):
         else:
             block = self._unusual(begin + head, status, len(body))
             connection.send(self, block, b"" if self.head.method == b"HEAD" else body)
+
+    @staticmethod
+    def answer_all(exchanges: Sequence[Exchange], status: int, head: bytes, bodies: Sequence[Buffer]) -> None:
+        """As `answer` for each of at least one; never raises."""
+        begin = exchanges[0].connection.heads[status] + head + _ID
+        for exchange, body in zip(exchanges, bodies, strict=True):
+            size = len(body)
+            try:
+                if exchange.keep_alive and size < JOIN_BELOW and exchange.head.plain and status != 204:
+                    exchange.work = None
+                    answer = b"".join((begin, exchange.request_id, length_lines(size), body))
+                    exchange.connection.send(exchange, answer, b"")
+                else:
+                    exchange.answer(status, head, body)
+            except Exception:  # must not cost the others their answer
+                log.exception("an answer could not be delivered")
+                exchange.connection.abort()
 
     def _unusual(self, begin: bytes, status: int, size: int) -> bytes:
         """The head of an answer that ends the connection, has no body (RFC 9110, 15.3.5) or goes to an old client."""

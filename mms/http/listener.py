@@ -9,18 +9,18 @@ import time
 from pathlib import Path
 
 from mms.errors import StartError
+from mms.http.arrivals import Arrivals
 from mms.http.connection import Connection, new_shedding
 from mms.http.exchange import Application
 from mms.http.limits import Limits
 from mms.http.request import KnownHeads
 from mms.http.response import ResponseHeads
-from mms.ports import cannot_listen
+from mms.ports import cannot_listen, check_unused
 
 BACKLOG = 4096
 TICK = 0.25
 TICKS_A_SWEEP = 4
 BACKLOG_TIME = 1.0  # seconds in which a listening socket that is given up is emptied of connections
-MAX_UNIX_PATH = 107  # unix(7): sun_path without its final zero
 
 
 def bind(address: str, *, group: int | None = None) -> socket.socket:
@@ -45,8 +45,7 @@ def bind(address: str, *, group: int | None = None) -> socket.socket:
 
 
 def _bind_unix(path: Path, group: int | None) -> socket.socket:
-    if len(os.fsencode(path)) > MAX_UNIX_PATH:
-        raise StartError(f"the socket path {path} is longer than {MAX_UNIX_PATH} bytes; choose a shorter run_dir")
+    check_unused(str(path))
     temporary = path.with_name(path.name[:8] + ".new")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -74,6 +73,7 @@ class HttpServer:
         self._known = KnownHeads()
         self.connections: set[Connection] = set()
         self.shedding = new_shedding(application, limits)
+        self._arrivals = Arrivals(application)
         self._retired = False
         self._ticks = 0
         self._servers: list[asyncio.Server] = []
@@ -132,6 +132,7 @@ class HttpServer:
             self.connections,
             edge=self._edge,
             shedding=self.shedding,
+            arrivals=self._arrivals,
         )
 
     def _tick(self) -> None:
@@ -150,6 +151,10 @@ class HttpServer:
     def _step_changed(self) -> None:
         """While something is shed or connections end, no request takes the short way of known heads."""
         self._known.shut = self._retired or self.shedding.step > 0
+        self.forget_heads()
+
+    def forget_heads(self) -> None:
+        """Every next request is looked at as a whole, and what the application has noted on heads is let go of."""
         self._known.clear()
         for connection in self.connections:
             connection.forget_heads()

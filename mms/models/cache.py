@@ -163,12 +163,12 @@ class AnswerCache:
 class Waiting:
     """One caller's share in a flight."""
 
-    __slots__ = ("_flight", "caller", "until")
+    __slots__ = ("_flight", "arrived", "caller")
 
     def __init__(self, flight: Flight, job: Job) -> None:
         self._flight = flight
+        self.arrived = job.arrived
         self.caller = job.caller
-        self.until = job.arrived + job.terms.timeout if job.terms is not None else 0.0  # its own deadline, if any
 
     def cancel(self) -> None:
         self._flight.leave(self)
@@ -194,12 +194,16 @@ class Flight:
         waiting = Waiting(self, job)
         self._waiting[waiting] = None
         run = self._job
-        if job.terms is not None and job.terms.timeout and run is not None and run.queue is not None:
-            run.queue.deadlines.add(waiting.until, run, False)
+        if job.terms is not None and run is not None and run.queue is not None:
+            run.queue.deadlines.watch(run, job.arrived)
         return waiting
 
-    def late(self, now: float, error: MMSError) -> bool:
-        late = [one for one in self._waiting if one.until <= now]
+    @property
+    def since(self) -> float:
+        return next(iter(self._waiting)).arrived
+
+    def late(self, now: float, longest: float, error: MMSError) -> bool:
+        late = [one for one in self._waiting if one.arrived + longest <= now]
         if len(late) == len(self._waiting):
             return True
         for one in late:

@@ -17,6 +17,8 @@ from mms.workers.job import Job, Work
 class CachedVersion(ModelVersion):
     """A class of its own, so that versions without a cache do nothing for it."""
 
+    alike = False
+
     def __init__(
         self, name: str, version: str, archive: ModelArchive, settings: ModelSettings, cache: CacheSettings
     ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mms.errors import (
     ConflictError,
@@ -31,10 +31,14 @@ class Model:
 
 
 class ModelRegistry:
-    """All models. `generation` changes whenever a name or a default may mean something else."""
+    """All models. `generation` changes whenever a name or a default may mean something else.
+
+    `forget` is called when a version was taken out: whoever keeps notes about versions lets go of them.
+    """
 
     def __init__(self) -> None:
         self.generation = 0
+        self.forget: Callable[[], None] = lambda: None
         # (name, version) of what is about to be registered, or why it could not be
         self.announced: dict[tuple[str, str], str] = {}
         self._models: dict[str, Model] = {}
@@ -99,6 +103,7 @@ class ModelRegistry:
         elif model.default == version.version:
             model.default = next(reversed(model.versions))
         self.generation += 1
+        self.forget()
 
 
 def _unavailable(label: str, failed: bool) -> ServiceUnavailableError:

@@ -35,6 +35,8 @@ class VersionState(enum.StrEnum):
 class ModelVersion:
     """What a request is answered by."""
 
+    alike = True  # requests without terms need not be looked at one by one
+
     def __init__(self, name: str, version: str, archive: ModelArchive, settings: ModelSettings) -> None:
         self.name = name
         self.version = version
@@ -98,10 +100,19 @@ class ModelVersion:
                 pool.rouse()
             pool.submit(job)
         except MMSError as error:
-            outcome = self.scheduling.outcome(error)
-            self.count(outcome)
-            raise outcome from None
+            raise self._refused(error) from None
         return job
+
+    def submit_all(self, jobs: list[Job]) -> None:
+        """Queue jobs without terms; one that is refused fails with what `submit` raises."""
+        pool = self.pool
+        if pool is not None and pool.ready_workers and pool.submit_all(jobs):
+            return
+        for job in jobs:
+            try:
+                self.submit(job)
+            except MMSError as error:
+                job.fail(error)
 
     def refusal(self, size: int, terms: Terms | None) -> MMSError | None:
         """Why a request with a body of `size` bytes would be refused now, before the body is read."""
@@ -110,6 +121,12 @@ class ModelVersion:
             return self._unavailable()
         refusal = self.queue.refusal(size, terms)
         return refusal if refusal is None else self.scheduling.outcome(refusal)
+
+    def _refused(self, error: MMSError) -> MMSError:
+        """What its caller is told. Not a variable of the frame that raises it: that cycle would keep the request."""
+        outcome = self.scheduling.outcome(error)
+        self.count(outcome)
+        return outcome
 
     def count(self, error: MMSError) -> None:
         """A request to this version was refused."""
@@ -187,6 +204,7 @@ class ModelVersion:
             "loadedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.loaded_at)),
             **({"instances": pool.placement.describe()} if pool is not None else {}),
             **({"template": _describe_template(pool.template.pid)} if pool and pool.template else {}),
+            **({"weightOwners": self._owners_described()} if pool and pool.owners and pool.placement.gpus else {}),
             "workers": [
                 describe_worker(
                     worker,
@@ -203,6 +221,15 @@ class ModelVersion:
             **self._troubles(),
             **({"failure": {"message": failure.message, "traceback": failure.traceback}} if failure else {}),
         }
+
+    def _owners_described(self) -> list[dict[str, Any]]:
+        """The processes that lend their weights to workers on GPUs."""
+        owners = self.pool.owners.describe() if self.pool is not None and self.pool.owners is not None else []
+        for owner in owners:
+            owner["memoryUsage"] = _memory(owner["pid"])
+            if owner["pid"] in self.gpu_memory:
+                owner["gpuMemoryUsage"] = self.gpu_memory[owner["pid"]]
+        return owners
 
     def _scheduling_described(self) -> dict[str, Any]:
         """The settings of scheduling that differ from the plain queue's."""
@@ -270,6 +297,8 @@ class ModelVersion:
                     _memory(worker.pid),
                     self.private_memory.get(worker.pid or 0),
                     limit.limit if (limit := worker.in_flight.batch_limit) is not None else None,
+                    self.gpu_memory.get(worker.pid or 0),
+                    worker.borrowed,
                 )
                 for worker in (pool.workers if pool else ())
             ],
@@ -285,7 +314,7 @@ class ModelVersion:
     def _unavailable(self) -> ServiceUnavailableError:
         state = self.state
         if state is VersionState.FAILED and self.pool is not None and self.pool.failure is not None:
-            return failed_to_load(self.label)
+            return failed_to_load(self.label, self.pool.losses.next_start)
         if state is VersionState.LOADING:
             return LoadingError(f"model {self.label} is still loading; try again soon")
         if state is VersionState.READY:

@@ -27,10 +27,12 @@ class Alarm:
         self._at = at
         self._timer = self._loop.call_later(max(math.ceil((at - now) * TICKS), 0) / TICKS, self._due)
 
-    def cancel(self) -> None:
+    def close(self) -> None:
+        """It is never set again; lets go of what it calls."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._ring = lambda: None
 
     def _due(self) -> None:
         self._timer = None

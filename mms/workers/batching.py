@@ -52,7 +52,7 @@ class BatchQueue:
         self.submitted = 0
         self.retries = 0
         self.cancelled = 0
-        self.deadlines = Deadlines()
+        self.deadlines = Deadlines(scheduling.objective)
         self._longest_wait = timeout
         self._waiting: Waiting = (
             Levels(scheduling.levels, scheduling.default_level) if scheduling.levels > 1 else Line()
@@ -107,7 +107,10 @@ class BatchQueue:
         if self.depth >= self.room or held > self.max_bytes or job.terms is not None:
             refusal = self.refusal(job.size, job.terms)
             if refusal is not None:
-                raise refusal
+                try:
+                    raise refusal
+                finally:
+                    del refusal  # its traceback knows this frame: the cycle would keep the request
             if job.terms is not None:
                 self._accept_terms(job, job.terms)
                 held = self.bytes + job.size
@@ -116,6 +119,20 @@ class BatchQueue:
         self.bytes = held
         job.queue = self
         self._waiting.append(job)
+
+    def submit_all(self, jobs: list[Job]) -> bool:
+        """Take in as many jobs without terms as there are, or none if any of them might be refused."""
+        held = self.bytes + sum([job.size for job in jobs])
+        depth = self.depth + len(jobs)
+        if depth > self.room or held > self.max_bytes or self._known_poisons:
+            return False
+        self.submitted += len(jobs)
+        self.depth = depth
+        self.bytes = held
+        for job in jobs:
+            job.queue = self
+        self._waiting.extend(jobs)
+        return True
 
     def refusal(self, size: int, terms: Terms | None = None) -> MMSError | None:
         """What speaks against a job with a body of `size` bytes now. An empty queue takes a body of any size, and jobs
@@ -272,16 +289,13 @@ class BatchQueue:
             expired = [(job, error) for job, error in self._gave_way if not job.settled]
             self._gave_way.clear()
         alone = self._alone
+        late: list[Job] = []
         while alone and (alone[0].settled or alone[0].arrived + self.timeout <= now):
-            job = alone.popleft()
-            if not job.settled:
-                self._left(job)
-                job.queue = None
-                expired.append((job, refusals.too_late(self.timeout, None)))
-        for job in self._waiting.late(now, self._longest_wait):
-            self._left(job)
-            job.queue = None
-            expired.append((job, self._too_late()))
+            late.append(alone.popleft())
+        if late:
+            expired += self._give_up(late, now, self.timeout, refusals.too_late(self.timeout, None))
+        if late := self._waiting.late(now, self._longest_wait):
+            expired += self._give_up(late, now, self._longest_wait, self._too_late())
         if self.deadlines.heap:
             expired += self._due(now)
         return expired
@@ -320,10 +334,7 @@ class BatchQueue:
             self._give_way(next(self._waiting.below(terms.level)))
         while self.depth and self.bytes + job.size > self.max_bytes:
             self._give_way(next(self._waiting.below(terms.level)))
-        if terms.timeout:
-            self.deadlines.add(job.arrived + terms.timeout, job, False)
-        if self.objective is not None:
-            self.deadlines.add(job.arrived + self.objective.seconds, job, True)
+        self.deadlines.watch(job, job.arrived)
 
     def _give_way(self, job: Job) -> None:
         self.drop(job)
@@ -341,14 +352,39 @@ class BatchQueue:
             if job.taken and objective and (self.scheduling.default_output is None or job.streams):
                 continue
             error = self._too_late() if objective else refusals.own_deadline(job)
-            if not objective and job.shared is not None and not job.shared.late(now, error):
+            longest = self.scheduling.objective if objective else job.timeout
+            if job.shared is not None and not job.shared.late(now, longest, self.scheduling.outcome(error)):
                 continue
             if not job.taken:
                 self.drop(job)
                 job.parts.clear()
+            job.recall()
             job.queue = None
             late.append((job, error))
         return late
+
+    def _give_up(self, late: list[Job], now: float, longest: float, error: MMSError) -> list[tuple[Job, MMSError]]:
+        """Of jobs just taken out, those that fail with `error`; where others wait who came later, they go back."""
+        failed: list[tuple[Job, MMSError]] = []
+        back: list[Job] = []
+        for job in late:
+            shared = job.shared
+            if job.settled:
+                continue
+            if shared is not None and not shared.late(now, longest, self.scheduling.outcome(error)):
+                job.arrived = shared.since
+                back.append(job)
+                continue
+            self._left(job)
+            job.queue = None
+            failed.append((job, error))
+        self._put_back(back)
+        return failed
+
+    def _put_back(self, jobs: list[Job]) -> None:
+        if jobs:
+            self._waiting.put_back([job for job in jobs if not job.attempts])
+            self._alone = _by_arrival([*self._alone, *(job for job in jobs if job.attempts)])
 
     def _part(self, worker: InFlight, started: int, done: int | None) -> list[Job]:
         """Take everything from a worker; returns the batch in hand, all else goes back to the queue's front.
@@ -363,9 +399,7 @@ class BatchQueue:
                 (begun if finished <= place < started or job.streams else back).append(job)
         for job in back:
             job.taken = 0.0
-        if back:
-            self._waiting.put_back([job for job in back if not job.attempts])
-            self._alone = _by_arrival([*self._alone, *(job for job in back if job.attempts)])
+        self._put_back(back)
         self.depth += len(back)
         self.bytes += sum([job.size for job in back])
         return begun
@@ -382,7 +416,10 @@ class BatchQueue:
         elif worker.preprocess_threads and not worker.streams:
             # a batch more for the preprocess threads, and what they have in hand
             window = max(batch_size * (worker.threads + 1) + worker.preprocess_threads, ahead * batch_size)
-            return max(0, min(window - len(worker.jobs), MAX_FRAME_JOBS))
+            room = window - len(worker.jobs)
+            if room <= 0 and self.scheduling.levels > 1:
+                room = self.scheduling.room_above(self._waiting, worker.jobs.values(), window)
+            return max(0, min(room, MAX_FRAME_JOBS))
         elif len(worker.frames) > worker.threads or self.depth < batch_size:
             return 0
         else:

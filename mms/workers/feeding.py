@@ -35,6 +35,15 @@ class Feeder:
         if self._wake is None:
             self._wake_soon()
 
+    def submit_all(self, jobs: list[Job]) -> bool:
+        """Queue all that have arrived together, none with terms, and hand them out at once; False, and none is taken,
+        when they must be looked at one by one.
+        """
+        if not self._queue.submit_all(jobs):
+            return False
+        self._dispatch()
+        return True
+
     def fail(self, job: Job, error: MMSError) -> None:
         """The job's outcome is `error`; counted."""
         if not job.settled:
@@ -114,6 +123,12 @@ class Feeder:
         self._overlaps = any(worker.in_flight.overlaps for worker in self.ready_workers)
 
     def _stop_feeding(self) -> None:
-        for handle in (self._wake, self._delay, self._alarm):
-            if handle is not None:
-                handle.cancel()
+        """Nothing is handed out any more.
+
+        Without the cycles between itself and its alarms it is freed at once, and all that it knows with it: the
+        collector would come many registrations later, and what lives that long is scattered among what stays.
+        """
+        if self._wake is not None:
+            self._wake.cancel()
+        self._delay.close()
+        self._alarm.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from mms.workers.job import Job
 from mms.workers.objective import BatchLimit
@@ -13,13 +13,17 @@ MAX_FRAME_JOBS = 256
 
 
 class Frame:
-    """The jobs of one frame; `first` is the place of its first job among all that the worker was ever sent."""
+    """The jobs of one frame; `first` is the place of its first job among all that the worker was ever sent.
 
-    __slots__ = ("first", "jobs", "left")
+    `cancel` tells the worker that nobody waits for a job any more, where jobs wait in workers.
+    """
 
-    def __init__(self, first: int, jobs: list[Job]) -> None:
+    __slots__ = ("cancel", "first", "jobs", "left")
+
+    def __init__(self, first: int, jobs: list[Job], cancel: Callable[[int], None] | None) -> None:
         self.first = first
         self.jobs = jobs
+        self.cancel = cancel
         self.left = len(jobs)  # not yet answered
 
 
@@ -29,6 +33,7 @@ class InFlight:
     __slots__ = (
         "batch_limit",
         "batch_seconds",
+        "cancel",
         "exclusive",
         "finished",
         "frames",
@@ -44,6 +49,7 @@ class InFlight:
         self.threads = threads  # batches that the worker runs at a time
         self.preprocess_threads = preprocess_threads  # with some, it prepares requests while batches run
         self.overlaps = threads > 1 or preprocess_threads > 0
+        self.cancel: Callable[[int], None] | None = None  # of its frames
         self.jobs: dict[int, Job] = {}
         self.sent = 0
         self.finished = 0  # results received since the worker started
@@ -55,7 +61,7 @@ class InFlight:
 
     def add(self, jobs: list[Job]) -> None:
         """They are sent in one frame."""
-        frame = Frame(self.sent, jobs)
+        frame = Frame(self.sent, jobs, self.cancel)
         held = self.jobs
         for job in jobs:
             job.frame = frame

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class Caller(Protocol):
-    """Who waits for a job: told its outcome exactly once, by `answer` or `fail`."""
+    """Who waits for a job: told its outcome exactly once, by `answer` or `fail`.
+
+    If a kind of callers has `answer_all(callers, status, head, bodies)`, which never raises, those of one frame that
+    get the same answer but for the body are told together.
+    """
 
     def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None: ...
 
@@ -40,8 +44,13 @@ class StreamCaller(Protocol):
 class Shared(Protocol):
     """The callers of a job that several wait for, each with a deadline of its own."""
 
-    def late(self, now: float, error: MMSError) -> bool:
-        """A deadline has come: tell those concerned `error`, unless that are all; whether it is all."""
+    @property
+    def since(self) -> float:
+        """When the first of those who wait came."""
+        ...
+
+    def late(self, now: float, longest: float, error: MMSError) -> bool:
+        """Tell those who have waited for `longest` seconds `error`, unless that are all; whether it is all."""
         ...
 
 
@@ -87,6 +96,11 @@ class Job(msgspec.Struct, eq=False):
     abandon: Callable[[int], None] | None = None  # tells the worker, which has begun to stream the answer, to stop
 
     @property
+    def timeout(self) -> float:
+        """Seconds within which its own deadline lies; 0 when it has none."""
+        return self.terms.timeout if self.terms is not None else 0.0
+
+    @property
     def streams(self) -> bool:
         """Whether part of the answer may have left: then it cannot be had again from another worker."""
         return self.abandon is not None
@@ -101,8 +115,15 @@ class Job(msgspec.Struct, eq=False):
                 if not self.taken:
                     queue.drop(self)
                     self.parts.clear()
-            if self.abandon is not None:
-                self.abandon(self.id)
+            self.recall()
+
+    def recall(self) -> None:
+        """Nobody waits for it any more: its worker need not begin it, or go on to stream its answer."""
+        frame = self.frame
+        if self.abandon is not None:
+            self.abandon(self.id)
+        elif self.taken and frame is not None and frame.cancel is not None:
+            frame.cancel(self.id)
 
     def fail(self, error: MMSError) -> None:
         if not self.settled:

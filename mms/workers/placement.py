@@ -82,6 +82,14 @@ class Placement:
         running = Counter(taken)
         return max(running, key=lambda place: self._turn(place, running[place] - 1))
 
+    def crowded(self, workers: int) -> set[Gpu]:
+        """The GPUs on which several of so many `workers` run."""
+        running: Counter[Place] = Counter()
+        for _ in range(workers):
+            running[min(self._planned, key=lambda place: self._turn(place, running[place]))] += 1
+        on = Counter(place.gpu for place in running.elements() if place.gpu is not None)
+        return {gpu for gpu, count in on.items() if count > 1}
+
     def describe(self) -> list[dict[str, Any]]:
         return [
             {

@@ -23,6 +23,7 @@ from mms.workers.feeding import Feeder
 from mms.workers.forkserver import ForkServers
 from mms.workers.lateness import Lateness
 from mms.workers.losses import Losses
+from mms.workers.owners import Owners
 from mms.workers.recycling import Recycling
 from mms.workers.restarts import Restarts, no_workers
 from mms.workers.scaling import Scaling
@@ -54,6 +55,7 @@ class WorkerPool(Feeder):
         self.workers: list[Worker] = []
         self.losses = Losses(settings, metrics, restarts, self._reconcile, self._abandon)
         self.was_ready = False  # requests may wait while a worker is replaced
+        self._has_served = False  # since it last had no workers: those that start are replacements, or more of them
         self.placement = settings.placement
         self._settings = settings
         self._forkservers = forkservers
@@ -128,6 +130,16 @@ class WorkerPool(Feeder):
         return self._starter.template
 
     @property
+    def owners(self) -> Owners | None:
+        """What lends their weights to its workers on GPUs, with share_weights."""
+        return self._starter.owners
+
+    @property
+    def helpers(self) -> set[int]:
+        """The pids of its processes that are no workers."""
+        return self._starter.helpers
+
+    @property
     def forkserver_back_in(self) -> float:
         """Seconds for which its workers start as fresh interpreters, because it has died too often; mostly 0."""
         return self._forkservers.spent_for(self._settings.launch.preload)
@@ -185,9 +197,10 @@ class WorkerPool(Feeder):
                 task.cancel()
             await self._change(TICK)
         await self._starter.close()
-        self._stop_feeding()
         if self._timer is not None:
             self._timer.cancel()
+        self._stop_feeding()
+        self.losses.close()
 
     def _unfinished(self) -> bool:
         """Whether somebody waits for a job that a worker has or can still take, if only one that replaces another."""
@@ -219,10 +232,11 @@ class WorkerPool(Feeder):
             active.remove(worker)
             self._stop_worker(worker)
         if not self.target:
-            if self.template is not None:
-                self.template.release()
-            if self._queue.depth and not self.workers and not self._draining:
-                self._left_waiting()
+            self._has_served = False
+        if not self.missing:
+            self._starter.release(self.workers, target=self.target)
+        if not self.target and self._queue.depth and not self.workers and not self._draining:
+            self._left_waiting()
         if self._timer is None and (self.workers or self.target):
             self._last_tick = time.monotonic()
             self._timer = self._loop.call_later(TICK, self._tick)
@@ -277,12 +291,13 @@ class WorkerPool(Feeder):
     async def _boot(self, worker: Worker) -> None:
         """Launch the process and hold one of the server's load places until it is ready or dead.
 
-        A replacement in a pool that has served does not wait behind other models that load.
+        A replacement in a pool that has served does not wait behind other models that load; one that wakes does.
         """
-        async with nullcontext() if self.was_ready else self._loads:
+        async with nullcontext() if self._has_served else self._loads:
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
-                await self._starter.start(worker, self._cpu_threads(worker.place.threads))
+                threads = self._cpu_threads(worker.place.threads)
+                await self._starter.start(worker, threads, self.scaling.most)
                 while worker.process is not None and worker.state is WorkerState.STARTING and worker in self.workers:
                     await self._change(TICK)
         if worker.process is None:
@@ -311,13 +326,12 @@ class WorkerPool(Feeder):
             self._expire(now)
             self._feed(worker, now)
         if not worker.in_flight.jobs:
-            worker.stop()
-            self._loop.call_later(self._settings.stop_grace, worker.kill, "did not stop in time")
+            worker.stop(self._settings.stop_grace)
 
     # Owner
 
     def worker_ready(self, worker: Worker, ready: wire.Ready) -> None:
-        self.was_ready = True
+        self.was_ready = self._has_served = True
         self._serves(worker)
         self._queue.forget_rate()
         self.scaling.had(self.ready)
@@ -326,6 +340,8 @@ class WorkerPool(Feeder):
         seconds = time.monotonic() - worker.launched
         log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
         self._let_go()
+        if self.owners is not None and self.owners.ready(worker, ready):
+            self._starter.release(self.workers, target=self.target)
         self._changed.set()
         self._dispatch()
 

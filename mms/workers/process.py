@@ -68,7 +68,7 @@ class WorkerProcess:
         return done, started, begun_at
 
     def cancel(self, job: int) -> None:
-        """Nobody waits for the rest of this job's stream: the worker sees it when the next chunks are made."""
+        """Nobody waits for this job, or the rest of its stream: the worker sees it before it goes on with it."""
         if not self._page.closed:
             count = self._cancelled
             self._cancelled += 1

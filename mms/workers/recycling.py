@@ -1,14 +1,19 @@
-"""Which worker of a pool has had its share (max_requests, max_rss) and is to be replaced. Front end's process."""
+"""Which worker of a pool is to be replaced: it has had its share (max_requests, max_rss), or what lent it its weights
+has died. Front end's process.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 
+from mms.workers.owners import orphaned
 from mms.workers.settings import PoolSettings
 from mms.workers.worker import Worker
 
 log = logging.getLogger("mms.pool")
+
+OWNER_DIED = "owner_died"
 
 
 class Recycling:
@@ -17,7 +22,7 @@ class Recycling:
     def __init__(self, settings: PoolSettings) -> None:
         self.leaving: Worker | None = None
         self.reason = ""  # why it leaves
-        self.wanted = bool(settings.max_requests or settings.max_rss)
+        self.wanted = bool(settings.max_requests or settings.max_rss or settings.share_weights)
         self._settings = settings
         self._too_big = False  # said that max_rss is less than what a worker needs
 
@@ -27,8 +32,8 @@ class Recycling:
             reason = self._outworn(worker)
             if reason:
                 self.leaving, self.reason = worker, reason
-                log.info("%s: worker %d (pid %s) has reached %s; replacing it", self._settings.label, worker.slot,
-                         worker.pid, reason)  # fmt: skip
+                why = "has lost the owner of its weights" if reason == OWNER_DIED else f"has reached {reason}"
+                log.info("%s: worker %d (pid %s) %s; replacing it", self._settings.label, worker.slot, worker.pid, why)
                 return True
         return False
 
@@ -39,6 +44,8 @@ class Recycling:
 
     def _outworn(self, worker: Worker) -> str:
         settings, answered = self._settings, worker.in_flight.finished
+        if orphaned(worker):
+            return OWNER_DIED
         if settings.max_requests and answered >= settings.max_requests:
             return "max_requests"
         if not settings.max_rss or worker.process.resident_bytes() <= settings.max_rss:

@@ -45,8 +45,7 @@ def too_late(timeout: float, objective: Objective | None) -> DeadlineError:
 
 
 def own_deadline(job: Job) -> DeadlineError:
-    seconds = job.terms.timeout if job.terms is not None else 0.0
-    return DeadlineError(f"no answer within the request's timeout of {seconds * 1000:g} ms")
+    return DeadlineError(f"no answer within the request's timeout of {job.timeout * 1000:g} ms")
 
 
 def death(job: Job, cause: str, *, closed: str, retry: int) -> WorkerDiedError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ import msgspec
 from mms.errors import BadRequestError, MMSError, ObjectiveError, OverloadError, SubstituteError
 from mms.model_settings import MAX_TIMEOUT, ModelSettings
 from mms.workers.inflight import MAX_FRAME_JOBS
-from mms.workers.job import Terms
+from mms.workers.job import Job, Terms
+from mms.workers.waiting import Waiting
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 PRIORITY_HEADER = "x-request-priority"
@@ -70,6 +72,18 @@ class Scheduling:
         if self.levels == 1 and not seconds and not self.objective:
             return None
         return Terms(level, seconds)
+
+    def level_of(self, job: Job) -> int:
+        return job.terms.level if job.terms is not None else self.default_level
+
+    def room_above(self, waiting: Waiting, held: Iterable[Job], window: int) -> int:
+        """A worker that has enough to prepare takes jobs of higher priority still, which it runs first."""
+        first = next(iter(waiting), None)
+        if first is None:
+            return 0
+        level = self.level_of(first)
+        rivals = [job for job in held if not job.settled and self.level_of(job) <= level]
+        return min(window - len(rivals), waiting.waiting_at(level))
 
     def outcome(self, error: MMSError) -> MMSError:
         """What a request gets that fails so: the default output, if load is the reason and the model has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from mms.logs import model_logger
 from mms.workers import environment
 from mms.workers.forkserver import ForkServerDied, ForkServers
 from mms.workers.output import OutputReader
+from mms.workers.owners import Owners
 from mms.workers.placement import Place
 from mms.workers.process import Launch, WorkerProcess, launch
 from mms.workers.settings import PoolSettings
@@ -31,11 +33,18 @@ class Starter:
         self._interpreter = ""  # that settings.interpreter has made
         self._log = model_logger(settings.load.model_name)
         self.template = Template(settings, forkservers) if settings.share_weights else None
+        self.owners = Owners(settings, forkservers) if settings.share_weights else None
 
     @property
     def lacks_interpreter(self) -> bool:
         """Whether `install` comes before the first worker."""
         return self._settings.interpreter is not None and not self._interpreter
+
+    @property
+    def helpers(self) -> set[int]:
+        """The pids of what is kept beside the workers."""
+        kept = self.template, self.owners
+        return {pid for one in kept if one is not None for pid in one.pids}
 
     async def install(self) -> None:
         """Make the interpreter; `installing` is set by the caller, before this runs. Raises ModelLoadError."""
@@ -59,8 +68,11 @@ class Starter:
             key=lambda worker: (worker.state is WorkerState.READY, -len(worker.in_flight.jobs)),
         )
 
-    async def start(self, worker: Worker, threads: int) -> None:
-        """Launch its process and tell it what to load; if that fails, it has no process, but a cause."""
+    async def start(self, worker: Worker, threads: int, most: int) -> None:
+        """Launch its process and tell it what to load; if that fails, it has no process, but a cause.
+
+        It gets `threads` CPU threads per batch, in a pool of up to `most` workers.
+        """
         place = worker.place
         load = msgspec.structs.replace(
             self._settings.load,
@@ -71,7 +83,11 @@ class Starter:
         if load.preprocess_threads < 0:
             load.preprocess_threads = PREPROCESS_THREADS if place.gpu is not None else 0
         try:
-            process = await self._launch(worker, self._launch_of(worker, load))
+            how = self._launch_of(worker, load)
+            if self.owners is not None and worker.gpu is not None:
+                load.weights = await self.owners.lend(worker, most, how)
+                worker.launched = time.monotonic()  # its owner had the same time to load
+            process = await self._launch(worker, how)
         except TemplateFailed as error:
             worker.cause, worker.failure, worker.output = str(error), error.failure, error.output
             return
@@ -87,6 +103,15 @@ class Starter:
         """After the last worker has ended."""
         if self.template is not None:
             await self.template.close()
+        if self.owners is not None:
+            await self.owners.close()
+
+    def release(self, workers: Iterable[Worker], *, target: int) -> None:
+        """Give back what is kept for the start of workers, if none of it is needed beside `workers`."""
+        if self.template is not None and not target:
+            self.template.release()
+        if self.owners is not None:
+            self.owners.release(workers)
 
     async def _launch(self, worker: Worker, how: Launch) -> WorkerProcess:
         process = None

@@ -1,6 +1,6 @@
-"""The server's side of a pool's template: the process that has loaded the handler and forks its workers.
+"""The server's side of processes that have loaded a handler and serve nothing: templates, which fork their workers.
 
-It is started when a worker is needed, and again when it has died and another is needed. It serves nothing.
+Such a process is started when a worker is needed, and again when it has died and another is needed.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class TemplateFailed(Exception):
         self.output = output
 
 
-class TemplateProcess:
-    """One template process and the conversation with it: one request at a time."""
+class LoadedProcess:
+    """One such process and the conversation with it: one request at a time."""
 
     def __init__(
-        self, process: WorkerProcess, output: OutputReader, when_gone: Callable[[TemplateProcess], None]
+        self, process: WorkerProcess, output: OutputReader, when_gone: Callable[[LoadedProcess], None]
     ) -> None:
         self.process = process
         self.output = output
@@ -58,8 +58,8 @@ class TemplateProcess:
         self._loop.add_reader(process.pidfd, self._ended)
         output.start(process.output)
 
-    async def load(self, load: wire.Load, limit: float) -> int:
-        """Load the handler; how many threads it has then. Raises TemplateFailed."""
+    async def load(self, load: wire.Load, limit: float) -> wire.Preloaded:
+        """Load the handler; what it says then. Raises TemplateFailed."""
         failure = None
         try:
             async with asyncio.timeout(limit):
@@ -67,7 +67,7 @@ class TemplateProcess:
                 kind, head, _ = await self._receive()
                 if kind == wire.LOADED:
                     loaded: wire.Preloaded = wire.decode(wire.Preloaded, head)
-                    return loaded.threads
+                    return loaded
                 failure = wire.decode(wire.Failed, head)
                 await self.gone.wait()
         except TimeoutError:
@@ -148,17 +148,19 @@ class TemplateProcess:
         self._when_gone(self)
 
 
-class Template:
-    """The template of a pool, while there is one."""
+class Kept:
+    """The process that has loaded, while there is one."""
+
+    role = ""  # in one word
 
     def __init__(self, settings: PoolSettings, forkservers: ForkServers) -> None:
         self._settings = settings
         self._forkservers = forkservers
-        self._current: TemplateProcess | None = None
-        self._processes: set[TemplateProcess] = set()  # the current one, and those that are about to end
+        self._current: LoadedProcess | None = None
+        self._processes: set[LoadedProcess] = set()  # the current one, and those that are about to end
         self._scratches: list[Path] = []  # workers that live on may have theirs in those of dead templates
-        self._loading: asyncio.Task[TemplateProcess] | None = None
-        self._threads = 1
+        self._loading: asyncio.Task[LoadedProcess] | None = None
+        self._unfit = False  # it cannot do what it is for, and no other could
         self._deaths: deque[float] = deque()
 
     @property
@@ -167,32 +169,18 @@ class Template:
 
     @property
     def pid(self) -> int | None:
-        """That of the process from which the next worker is forked."""
+        """That of the current one."""
         return self._current.process.pid if self._current is not None else None
 
     @property
     def usable(self) -> bool:
-        """Whether workers can be forked from it; else they start as if there were none."""
+        """Whether workers can be started with it; else they start as if there were none."""
         while self._deaths and self._deaths[0] < time.monotonic() - DEATH_WINDOW:
             self._deaths.popleft()
-        return self._threads == 1 and len(self._deaths) < DEATHS
-
-    async def launch(self, how: Launch) -> WorkerProcess | None:
-        """A worker that was forked from the template; None if that cannot be. Raises TemplateFailed or OSError."""
-        while self.usable:
-            template = await self._loaded(how)
-            if self._threads > 1:
-                break
-            try:
-                forked = replace(how, interpreter=None, scratch=template.process.scratch)
-                return await launch(forked, template)
-            except ForkServerDied as error:
-                log.warning("%s: %s; starting another", self._settings.label, error)
-                await template.gone.wait()
-        return None
+        return not self._unfit and len(self._deaths) < DEATHS
 
     def release(self) -> None:
-        """Nothing is to be forked for now: give its memory back."""
+        """Nothing is to be started with it for now: give its memory back."""
         if self._current is not None:
             self._current.kill("stopped")
             self._current = None
@@ -209,7 +197,7 @@ class Template:
         for scratch in self._scratches:
             await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
 
-    async def _loaded(self, how: Launch) -> TemplateProcess:
+    async def _loaded(self, how: Launch) -> LoadedProcess:
         """The one there is, or a new one; all who ask meanwhile wait for the same."""
         if self._current is not None:
             return self._current
@@ -218,39 +206,74 @@ class Template:
             self._loading.add_done_callback(self._has_loaded)
         return await asyncio.shield(self._loading)
 
-    def _has_loaded(self, task: asyncio.Task[TemplateProcess]) -> None:
+    def _has_loaded(self, task: asyncio.Task[LoadedProcess]) -> None:
         self._loading = None
         if not task.cancelled():
             task.exception()  # whoever waits gets it, too; nobody may be waiting any more
 
-    async def _load(self, how: Launch) -> TemplateProcess:
-        settings = self._settings
+    async def _load(self, how: Launch) -> LoadedProcess:
+        settings, role = self._settings, self.role
         environ = {**how.environ, **environment.thread_counts(1)}
-        process = await launch(replace(how, name="mms-template", environ=environ), self._forkservers)
+        process = await launch(replace(how, name=f"mms-{role}", environ=environ), self._forkservers)
         self._scratches.append(process.scratch)
-        label = f"{settings.label} template pid {process.pid}"
-        template = TemplateProcess(process, OutputReader(model_logger(settings.load.model_name), label), self._gone)
-        self._processes.add(template)
-        wanted = msgspec.structs.replace(settings.load.preparation, template=True)
-        load = msgspec.structs.replace(settings.load, cpu_threads=1, preparation=wanted)
-        self._threads = await template.load(load, settings.startup_timeout)
-        if self._threads > 1:
-            log.warning("%s: share_weights cannot be: its handler has started threads (%d); workers load by themselves",
-                        settings.label, self._threads)  # fmt: skip
-            template.kill("stopped")
+        label = f"{settings.label} {role} pid {process.pid}"
+        kept = LoadedProcess(process, OutputReader(model_logger(settings.load.model_name), label), self._gone)
+        self._processes.add(kept)
+        loaded = await kept.load(self._load_of(settings.load), settings.startup_timeout)
+        fault = self._fault_of(loaded)
+        if fault:
+            self._unfit = True
+            log.warning("%s: share_weights cannot be: %s; workers load by themselves", settings.label, fault)
+            kept.kill("stopped")
         else:
-            log.info("%s: template (pid %d) has loaded", settings.label, process.pid)
-            self._current = template
-        return template
+            log.info("%s: %s (pid %d) has loaded", settings.label, role, process.pid)
+            self._current = kept
+        return kept
 
-    def _gone(self, template: TemplateProcess) -> None:
-        self._processes.discard(template)
-        if self._current is not template:  # it was not wanted any more, or never loaded
+    def _load_of(self, load: wire.Load) -> wire.Load:
+        """What it is told to load."""
+        raise NotImplementedError
+
+    def _fault_of(self, loaded: wire.Preloaded) -> str:
+        """Why it cannot be used, or nothing."""
+        raise NotImplementedError
+
+    def _gone(self, kept: LoadedProcess) -> None:
+        self._processes.discard(kept)
+        if self._current is not kept:  # it was not wanted any more, or never loaded
             return
         self._current = None
         self._deaths.append(time.monotonic())
-        label, pid, cause = self._settings.label, template.process.pid, template.cause
-        log.warning("%s: template (pid %d) died: %s; another is started for the next worker", label, pid, cause)
+        label, role = self._settings.label, self.role
+        log.warning("%s: %s (pid %d) died: %s; another is started for the next worker", label, role, kept.process.pid,
+                    kept.cause)  # fmt: skip
         if not self.usable:
-            log.error("%s: its template died %d times within %g s; until one of these is longer ago, workers load by "
-                      "themselves", label, DEATHS, DEATH_WINDOW)  # fmt: skip
+            log.error("%s: its %s died %d times within %g s; until one of these is longer ago, workers load by "
+                      "themselves", label, role, DEATHS, DEATH_WINDOW)  # fmt: skip
+
+
+class Template(Kept):
+    """The process that the workers of a pool on CPUs are forked from."""
+
+    role = "template"
+
+    async def launch(self, how: Launch) -> WorkerProcess | None:
+        """A worker that was forked from the template; None if that cannot be. Raises TemplateFailed or OSError."""
+        while self.usable:
+            template = await self._loaded(how)
+            if self._unfit:
+                break
+            try:
+                forked = replace(how, interpreter=None, scratch=template.process.scratch)
+                return await launch(forked, template)
+            except ForkServerDied as error:
+                log.warning("%s: %s; starting another", self._settings.label, error)
+                await template.gone.wait()
+        return None
+
+    def _load_of(self, load: wire.Load) -> wire.Load:
+        wanted = msgspec.structs.replace(load.preparation, template=True)
+        return msgspec.structs.replace(load, cpu_threads=1, preparation=wanted)
+
+    def _fault_of(self, loaded: wire.Preloaded) -> str:
+        return f"its handler has started threads ({loaded.threads})" if loaded.threads > 1 else ""

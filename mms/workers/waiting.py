@@ -26,6 +26,8 @@ class Waiting(Protocol):
 
     def append(self, job: Job, /) -> None: ...
 
+    def extend(self, jobs: Iterable[Job], /) -> None: ...
+
     def clear(self) -> None: ...
 
     def oldest(self) -> Job | None:
@@ -130,6 +132,10 @@ class Levels:
 
     def append(self, job: Job, /) -> None:
         self._line(job)[job.id] = job
+
+    def extend(self, jobs: Iterable[Job], /) -> None:
+        for job in jobs:
+            self.append(job)
 
     def clear(self) -> None:
         self._passed = 0

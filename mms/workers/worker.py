@@ -6,6 +6,7 @@ import asyncio
 import enum
 import logging
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
@@ -49,6 +50,12 @@ class Owner(Protocol):
     def worker_gone(self, worker: Worker) -> None: ...
 
 
+class Lender(Protocol):
+    """The owner of weights that workers use."""
+
+    gone: asyncio.Event
+
+
 class Worker(asyncio.Protocol):
     """Speaks with one worker process from LOAD to the end of its channel."""
 
@@ -62,14 +69,17 @@ class Worker(asyncio.Protocol):
         self.failure: wire.Failed | None = None
         self.cause = ""  # how it ended, or why it is being killed
         self.output: OutputReader | None = None
+        self.lender: Lender | None = None  # whose weights it has
+        self.borrowed = 0  # bytes of them
         self.process: WorkerProcess = cast(WorkerProcess, None)
         self._owner = owner
         self._queue = queue
         self._metrics = metrics
         self._reader = wire.FrameReader()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self._early = 0  # jobs of batches with streams that were answered before their batch was reported
+        self._early = 0  # jobs that were answered before their batch was reported (streams), or without any (cancelled)
         self._exit: str | None = None
+        self._patience: asyncio.TimerHandle | None = None  # with a worker that was told to leave
         self._channel_ended = False
         self._gone = False
 
@@ -99,20 +109,31 @@ class Worker(asyncio.Protocol):
 
     def send(self, batch_size: int, jobs: list[Job]) -> None:
         """One PREDICT frame with all of `jobs`."""
+        ids, request_ids = [job.id for job in jobs], [job.request_id for job in jobs]
         sizes = [job.size for job in jobs]
         facts = wire.share([job.facts for job in jobs])
-        frame = wire.Predict(batch_size, [job.id for job in jobs], sizes, [job.request_id for job in jobs], *facts)
-        parts = [wire.pack(wire.PREDICT, frame, sum(sizes))]
+        size = sum(sizes)
+        frame = wire.Predict(batch_size, ids, sizes, request_ids, *facts)
+        if self.in_flight.preprocess_threads and self._queue.scheduling.levels > 1:
+            frame.levels = list(map(self._queue.scheduling.level_of, jobs))
+        if size < wire.INLINE_BELOW:
+            frame.sizes, frame.bodies = [], [b"".join(job.parts) for job in jobs]
+            self._transport.write(wire.pack(wire.PREDICT, frame))
+            return
+        parts = [wire.pack(wire.PREDICT, frame, size)]
         for job in jobs:
             parts += job.parts
         self._transport.writelines(parts)
 
-    def stop(self) -> None:
-        """Take no more jobs, leave when those in hand are answered."""
+    def stop(self, grace: float) -> None:
+        """Take no more jobs, leave when those in hand are answered; killed when that takes over `grace` seconds."""
         if self.state in (WorkerState.STARTING, WorkerState.READY):
             self.state = WorkerState.STOPPING
         if not self.in_flight.jobs and self._transport is not None and not self._transport.is_closing():
             self._transport.write(wire.pack(wire.STOP, None))
+        if self._patience is None and not self._gone:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(grace, self.kill, "did not stop in time")
 
     def kill(self, cause: str) -> None:
         """End the process now; `cause` is what is reported."""
@@ -156,7 +177,10 @@ class Worker(asyncio.Protocol):
     def _ready(self, ready: wire.Ready) -> None:
         if self.state is WorkerState.STARTING:
             self.state = WorkerState.READY
+            self.borrowed = ready.borrowed
             self.in_flight = self._queue.new_worker(ready.threads, ready.preprocess_threads)
+            if self.in_flight.overlaps:
+                self.in_flight.cancel = self.process.cancel
             self._owner.worker_ready(self, ready)
 
     def _measured(self, measured: wire.Measured) -> None:
@@ -170,28 +194,44 @@ class Worker(asyncio.Protocol):
         reported = sum([batch.jobs for batch in result.batches])
         if reported != count:
             self._early += count - reported
-        if not count or len(result.sizes) != count or self._early < 0:
+        bodies: Sequence[bytes | memoryview] = result.bodies
+        if result.sizes:
+            small = payload.nbytes < COPY_BELOW
+            bodies = wire.cut(result.sizes, bytes(payload)) if small else wire.cut(result.sizes, payload)
+        if not count or len(bodies) != count or self._early < 0:
             raise FrameError(f"a RESULT frame with {count} jobs whose sizes or batches do not fit")
         jobs = self.in_flight.finish(result.ids)
         if jobs is None:
             raise FrameError(f"answers to jobs {result.ids}, which this worker does not have")
-        self._count(result.batches, jobs, outcomes, now)
-        body = payload if payload.nbytes > COPY_BELOW else bytes(payload)
-        at = 0
-        for job, outcome, size in zip(jobs, outcomes, result.sizes, strict=True):
-            end = at + size
-            if not job.settled:
-                job.settled = True
-                try:
-                    if outcome.error:
-                        self._metrics.streams_cut += job.streams
-                        job.caller.fail(_remote_error(outcome, bytes(body[at:end])))
-                    else:
-                        job.caller.answer(outcome.status, outcome.head, body[at:end])
-                except Exception:  # one caller's fault must not cost the other jobs their worker
-                    log.exception("the answer to job %d could not be delivered", job.id)
-            at = end
+        waits = self._observe(result.batches, jobs, now)
+        if any([job.settled for job in jobs]):
+            places = [place for place, job in enumerate(jobs) if not job.settled]
+            jobs, outcomes = [jobs[place] for place in places], [outcomes[place] for place in places]
+            bodies, waits = [bodies[place] for place in places], [waits[place] for place in places]
+        if jobs:
+            self._count(jobs, outcomes, waits, now)
+            self._deliver(jobs, outcomes, bodies)
         self._owner.worker_free(self)
+
+    def _deliver(self, jobs: list[Job], outcomes: list[wire.Outcome], bodies: Sequence[bytes | memoryview]) -> None:
+        """Tell each caller its job's outcome."""
+        for job in jobs:
+            job.settled = True
+        callers, first = [job.caller for job in jobs], outcomes[0]
+        if not first.error and outcomes.count(first) == len(outcomes) and len(set(map(type, callers))) == 1:
+            answer_all = getattr(callers[0], "answer_all", None)
+            if answer_all is not None:
+                answer_all(callers, first.status, first.head, bodies)
+                return
+        for job, outcome, body in zip(jobs, outcomes, bodies, strict=True):
+            try:
+                if outcome.error:
+                    self._metrics.streams_cut += job.streams
+                    job.caller.fail(_remote_error(outcome, bytes(body)))
+                else:
+                    job.caller.answer(outcome.status, outcome.head, body)
+            except Exception:  # one caller's fault must not cost the other jobs their worker
+                log.exception("the answer to job %d could not be delivered", job.id)
 
     def _chunks(self, chunks: wire.Chunks, payload: memoryview) -> None:
         """Pieces of answers; a job whose answer has begun stays in hand until its RESULT, and is not run again."""
@@ -221,9 +261,11 @@ class Worker(asyncio.Protocol):
                     job.stream.chunk(data)
             except Exception:  # one caller's fault must not cost the other jobs their worker
                 log.exception("a part of the answer to job %d could not be delivered", id)
+        if chunks.first and self.in_flight.batch_limit is not None:
+            self._learn(len(chunks.first), now - min([held[id].taken for id in chunks.first]))
 
-    def _count(self, batches: list[wire.BatchTimes], jobs: list[Job], outcomes: list[wire.Outcome], now: float) -> None:
-        """Count batches, and of the jobs those that somebody still waits for."""
+    def _observe(self, batches: list[wire.BatchTimes], jobs: list[Job], now: float) -> list[float]:
+        """Count batches; how long each of the jobs has waited in the worker."""
         metrics = self._metrics
         seconds = 0.0
         waits: list[float] = []
@@ -238,16 +280,19 @@ class Worker(asyncio.Protocol):
                 metrics.postprocess.observe(batch.postprocess)
         if batches:
             self.in_flight.observe(len(batches), seconds)
-            if self.in_flight.batch_limit is not None:
-                self._learn(batches, now - min([job.taken for job in jobs]))
+            if (
+                self.in_flight.batch_limit is not None
+                and len(waits) == len(jobs)
+                and not any([job.streams for job in jobs])
+            ):
+                self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
         if len(waits) != len(jobs):
-            waits = [0.0] * len(jobs)  # of a batch with streams: an idle worker has begun it at once
-        if any([job.settled for job in jobs]):
-            kept = [place for place, job in enumerate(jobs) if not job.settled]
-            jobs, outcomes = [jobs[place] for place in kept], [outcomes[place] for place in kept]
-            waits = [waits[place] for place in kept]
-            if not jobs:
-                return
+            return [0.0] * len(jobs)  # of a batch with streams: an idle worker has begun it at once
+        return waits
+
+    def _count(self, jobs: list[Job], outcomes: list[wire.Outcome], waits: list[float], now: float) -> None:
+        """Count jobs that somebody still waits for."""
+        metrics = self._metrics
         metrics.duration.observe_all([now - job.arrived for job in jobs])
         metrics.queued.observe_all([wait + job.taken - job.arrived for job, wait in zip(jobs, waits, strict=True)])
         first = outcomes[0]
@@ -259,9 +304,9 @@ class Worker(asyncio.Protocol):
             if outcome.error:
                 metrics.errors[outcome.error] += 1
 
-    def _learn(self, batches: list[wire.BatchTimes], seconds: float) -> None:
-        """Let the batch size follow the latency objective."""
-        if self._queue.learn(self.in_flight, max([batch.jobs for batch in batches]), seconds):
+    def _learn(self, largest: int, seconds: float) -> None:
+        """Let the batch size follow the latency objective, which for a stream is that of its first chunk."""
+        if self._queue.learn(self.in_flight, largest, seconds):
             self._owner.objective_missed(self, seconds)
 
     def _process_ended(self) -> None:
@@ -283,6 +328,8 @@ class Worker(asyncio.Protocol):
         if self._gone:
             return
         self._gone = True
+        if self._patience is not None:  # it would keep this worker, and with it its model, until it rings
+            self._patience.cancel()
         self.cause = self.cause or self._exit or "unknown"
         if self.output is not None:
             self.output.finish()
@@ -312,6 +359,7 @@ def describe_worker(worker: Worker, memory: int, private: int | None, gpu_memory
         "memoryUsage": memory,
         **({"privateMemory": private} if private is not None else {}),
         **({"gpuMemoryUsage": gpu_memory} if gpu_memory is not None else {}),
+        **({"borrowedWeights": worker.borrowed} if worker.borrowed else {}),
         "pid": worker.pid,
         **({"batchLimit": limit.limit} if (limit := worker.in_flight.batch_limit) is not None else {}),
     }

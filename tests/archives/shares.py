@@ -16,6 +16,7 @@ class Shares(Handler):
         if context.config.get("threads"):
             threading.Thread(target=threading.Event().wait, daemon=True).start()
         print("loading the weights")
+        context.metrics.add_counter("loaded", 1)
         self.loaded_by = os.getpid()
         self.forked = 0
         self.weights = os.urandom(16 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from tests.chaos.clients import Clients, Outcome
 from tests.chaos.rig import STEADY, Rig, rig
-from tests.conftest import digest
+from tests.conftest import digest, processes_in
 
 CYCLES = 2000
 CLIENTS = 4
@@ -30,7 +31,7 @@ def run(seconds: float, seed: int, console: Console) -> int:
         clients = Clients([under.port], STEADY, under.timeline, _nothing, clients=CLIENTS, pause=PAUSE, seed=seed)
         with clients:
             _cycles(under, round(cycles * WARM_UP), begun + seconds * WARM_UP)
-            before = under.state()
+            before, lasting = under.state(), _memory(under)
             samples = [before.memory]
             over = threading.Event()
             sampler = threading.Thread(target=_sample, args=(under, samples, over))
@@ -44,12 +45,17 @@ def run(seconds: float, seed: int, console: Console) -> int:
         allowed = max(GROWTH, round(before.memory * SHARE))
         if after.memory - before.memory > allowed:
             problems.append(f"memory grew by {(after.memory - before.memory) / 2**20:.1f} MiB")
+        now = _memory(under)
+        most, which = max((now[each] - then, each.name()) for each, then in lasting.items() if each in now)
+        if most > GROWTH:
+            problems.append(f"memory of {which} grew by {most / 2**20:.1f} MiB")
     console.print(
         f"soak: {time.monotonic() - begun:.0f} s, {cycles:,} cycles after the warm-up, {account.sent:,} requests "
         f"beside them, lost {account.lost}; memory {before.memory / 2**20:.1f} → {after.memory / 2**20:.1f} MiB (peak "
-        f"{max(samples) / 2**20:.1f}, allowed +{allowed / 2**20:.1f}); descriptors {before.descriptors} → "
-        f"{after.descriptors}, files {before.files.total()} → {after.files.total()}, "
-        f"processes {before.processes.total()} → {after.processes.total()}",
+        f"{max(samples) / 2**20:.1f}, allowed +{allowed / 2**20:.1f}), of its other processes at most "
+        f"+{most / 2**20:.1f} ({which}); descriptors {before.descriptors} → {after.descriptors}, files "
+        f"{before.files.total()} → {after.files.total()}, processes {before.processes.total()} → "
+        f"{after.processes.total()}",
         highlight=False,
     )
     for problem in problems:
@@ -70,6 +76,16 @@ def _cycles(under: Rig, count: int, end: float) -> None:
         if [reply.status for reply in steps] != [200] * 3 or steps[1].json()["sha256"] != digest(name.encode()):
             under.problems.append(f"cycle {number}: {[(reply.status, reply.body[:200]) for reply in steps]}")
         threading.Event().wait(begun + (end - begun) * (number + 1) / count - time.monotonic())
+
+
+def _memory(under: Rig) -> dict[psutil.Process, int]:
+    """Of the workers that stay and of the fork server."""
+    found = {}
+    for process in processes_in(under.running.folder):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.pid != under.running.pid:
+                found[process] = process.memory_info().rss
+    return found
 
 
 def _sample(under: Rig, samples: list[int], over: threading.Event) -> None:

@@ -18,10 +18,11 @@ GET = b"GET /%b HTTP/1.1\r\nHost: a\r\n%b\r\n"
 class Faulty:
     """An application with a bug: some requests raise what no application may."""
 
-    def handle(self, exchange: Exchange) -> None:
-        if exchange.head.target == b"/bug":
-            raise RuntimeError("a bug")
-        exchange.answer(200, b"content-type: text/plain\r\n", b"fine")
+    def handle(self, exchanges: list[Exchange]) -> None:
+        for exchange in exchanges:
+            if exchange.head.target == b"/bug":
+                raise RuntimeError("a bug")
+            exchange.answer(200, b"content-type: text/plain\r\n", b"fine")
 
     def objection(self, head: Head, size: int) -> MMSError | None:
         return None

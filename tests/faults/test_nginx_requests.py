@@ -99,10 +99,11 @@ class Seen:
     refusals: list[MMSError] = field(default_factory=list)
     raw: bytes = b""
 
-    def handle(self, exchange: Exchange) -> None:
-        head = exchange.head
-        self.requests.append(Request(head.method, head.target, b"".join(exchange.parts)))
-        exchange.answer(200, b"content-type: text/plain\r\n", b"fine\n")
+    def handle(self, exchanges: list[Exchange]) -> None:
+        for exchange in exchanges:
+            head = exchange.head
+            self.requests.append(Request(head.method, head.target, b"".join(exchange.parts)))
+            exchange.answer(200, b"content-type: text/plain\r\n", b"fine\n")
 
     def objection(self, head: Head, size: int) -> MMSError | None:
         return None

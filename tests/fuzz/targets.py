@@ -7,8 +7,6 @@ differently.
 
 from __future__ import annotations
 
-import asyncio
-import atexit
 import contextlib
 import functools
 import io
@@ -36,9 +34,6 @@ READ_KINDS = (wire.Load, wire.PredictView, wire.Result, wire.Chunks, wire.Measur
               wire.Preloaded, wire.ForkRequest, wire.ForkReply)  # fmt: skip
 FORM = "multipart/form-data; boundary=XX"
 
-_LOOP = asyncio.new_event_loop()
-atexit.register(_LOOP.close)
-
 Requests = list[tuple[bytes, bytes, bytes]]  # method, target, body
 
 
@@ -55,7 +50,7 @@ def http(data: bytes) -> None:
 
 def _served(data: bytes, step: int) -> Requests:
     application, transport = fake.Application(), fake.Transport()
-    connection = _LOOP.run_until_complete(_connect(application))
+    connection = fake.LOOP.run_until_complete(_connect(application))
     connection.connection_made(transport)
     if data:
         fake.Client(application, connection, transport).send(data, step=step)

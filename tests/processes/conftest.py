@@ -21,6 +21,7 @@ import pytest
 from mms import wire
 from mms.archive import ModelArchive
 from mms.backend import loop
+from mms.workers.process import WorkerProcess
 from tests.conftest import MakeArchive
 
 HEADERS: list[bytes] = [b"X-Asked", b"this"]
@@ -60,12 +61,17 @@ class Backend:
         assert isinstance(head, wire.Ready)
         return head
 
-    def send(self, *bodies: bytes, batch_size: int = 8, content_type: str = "", encoding: str = "") -> list[int]:
+    def send(
+        self, *bodies: bytes, batch_size: int = 8, content_type: str = "", encoding: str = "", level: int | None = None
+    ) -> list[int]:
         first, self._ids = self._ids + 1, self._ids + len(bodies)
         ids, sizes = list(range(first, self._ids + 1)), list(map(len, bodies))
         facts = wire.RequestFacts(content_type, encoding, b"", False, HEADERS)
         frame = wire.Predict(batch_size, ids, sizes, [b"id-%d" % number for number in ids], [facts], [])
-        self._sock.sendall(wire.pack(wire.PREDICT, frame, sum(sizes)) + b"".join(bodies))
+        frame.levels = [] if level is None else [level] * len(ids)
+        if sum(sizes) < wire.INLINE_BELOW:
+            frame.sizes, frame.bodies, bodies = [], list(bodies), ()
+        self._sock.sendall(wire.pack(wire.PREDICT, frame, sum(frame.sizes)) + b"".join(bodies))
         return ids
 
     def results(self, count: int) -> dict[int, tuple[wire.Outcome, bytes]]:
@@ -76,16 +82,18 @@ class Backend:
             assert kind == wire.RESULT
             assert sum(head.sizes) == len(payload)
             outcomes = wire.spread(head.outcomes, head.outcome_of, len(head.ids))
-            at = 0
-            for number, outcome, size in zip(head.ids, outcomes, head.sizes, strict=True):
-                found[number] = (outcome, payload[at : at + size])
-                at += size
+            bodies = head.bodies or wire.cut(head.sizes, payload)
+            for number, outcome, body in zip(head.ids, outcomes, bodies, strict=True):
+                found[number] = (outcome, body)
         return found
 
     def predict(self, *bodies: bytes, **how: Any) -> list[tuple[wire.Outcome, bytes]]:
         ids = self.send(*bodies, **how)
         results = self.results(len(ids))
         return [results[number] for number in ids]
+
+    def cancel(self, id: int) -> None:
+        WorkerProcess(0, 0, self._sock, self.progress, 0, Path()).cancel(id)
 
     def raw(self, data: bytes) -> None:
         self._sock.sendall(data)

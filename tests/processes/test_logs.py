@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+
+from mms.logs import close_model_log, model_logger, open_model_log
 
 DAEMON = """
 import logging, sys
@@ -25,3 +28,10 @@ def test_what_a_daemon_prints_follows_its_log_when_that_is_rotated(tmp_path: Pat
     assert log.read_text().endswith("printed\n")
     assert {path.name for path in tmp_path.iterdir()} == {"mms.log", "mms.log.1"}
     assert max(path.stat().st_size for path in tmp_path.iterdir()) <= 1010
+
+
+def test_f105_the_logger_of_a_model_that_is_gone_is_forgotten(tmp_path: Path) -> None:
+    open_model_log(tmp_path, "a.model")
+    logger = weakref.ref(model_logger("a.model"))
+    close_model_log("a.model")
+    assert logger() is None

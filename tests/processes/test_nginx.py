@@ -381,7 +381,7 @@ def test_port_in_use_is_named_in_one_line(directory: Path, upstream: Upstream) -
 
 def test_unix_address_in_use(directory: Path, upstream: Upstream) -> None:
     public = Listener("inference", f"unix:{upstream.path}", (upstream.path,))
-    with pytest.raises(StartError, match="another process listens there"):
+    with pytest.raises(StartError, match=r"\(pid \d+\) listens there; stop it, or choose"):
         Nginx(PROGRAM, directory / "nginx", configuration(directory, public)).start()
     eventually(lambda: upstream.connections)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,10 @@ def begin(start: Start, name: str = "held", **load: Any) -> Backend:
 
 def reaches(held: Held, stage: str) -> None:
     eventually(lambda: held.reached(stage))
+
+
+def passes(at: float) -> None:
+    eventually(lambda: time.monotonic() > at)
 
 
 @pytest.mark.parametrize("preprocess_threads", [0, 2])
@@ -186,6 +191,20 @@ def test_each_threads_work_is_told_to_the_server(start: Start, request_: Request
     assert wire.PROGRESS.unpack_from(backend.progress)[:2] == (2, 2)
 
 
+def test_the_time_limit_of_a_batch_counts_all_its_stages(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    held = request_().hold("preprocess", "inference", "postprocess")
+    backend.send(held.body)
+    for spent, stage in enumerate(("preprocess", "inference", "postprocess")):
+        reaches(held, stage)
+        at = time.monotonic()
+        ((begun_at, _),) = wire.read_slots(backend.progress)
+        assert at - begun_at >= spent * 0.02
+        passes(at + 0.02)
+        Path(f"{held.path}.{stage}.held").unlink()
+    backend.results(1)
+
+
 def test_times_of_the_stages_are_told_for_each_batch(start: Start, request_: Requests) -> None:
     backend = begin(start, preprocess_threads=2)
     backend.send(*[request_().body for _ in range(3)])
@@ -202,6 +221,61 @@ def test_batch_style_handlers_run_in_threads_with_answers_of_their_own(start: St
     for _ in range(5):
         ids = backend.send(b"a", b"b", batch_size=1)
         assert set(backend.results(2)) == set(ids)
+
+
+@pytest.mark.parametrize("preprocess_threads", [0, 1])
+def test_who_was_cancelled_while_it_waited_is_not_run(
+    start: Start, request_: Requests, preprocess_threads: int
+) -> None:
+    backend = begin(start, threads=2, preprocess_threads=preprocess_threads)
+    held = [request_().hold("inference") for _ in range(2)]
+    for one in held:
+        backend.send(one.body, batch_size=1)
+        reaches(one, "inference")
+    cancelled, last = request_(), request_()
+    ids = backend.send(cancelled.body, last.body, batch_size=1)
+    if preprocess_threads:
+        reaches(last, "preprocess")
+    backend.cancel(ids[0])
+    for one in held:
+        one.let_go()
+    results = backend.results(4)
+    assert [results[id][0].status for id in ids] == [499, 200]
+    assert not cancelled.reached("inference")
+    eventually(lambda: wire.PROGRESS.unpack_from(backend.progress)[:2] == (4, 4))
+
+
+def test_who_was_cancelled_before_its_preprocess_is_not_run(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    held, cancelled = request_().hold("preprocess"), request_()
+    backend.send(held.body)
+    reaches(held, "preprocess")
+    (id,) = backend.send(cancelled.body)
+    backend.cancel(id)
+    held.let_go()
+    assert backend.results(2)[id][0].error and not cancelled.reached("preprocess")
+
+
+def test_a_higher_priority_overtakes_what_is_prepared_but_not_for_ever(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    held = request_().hold("inference")
+    backend.send(held.body, batch_size=1)
+    reaches(held, "inference")
+    low = backend.send(request_().body, request_().body, batch_size=1, level=1)
+    high = backend.send(*[request_().body for _ in range(30)], batch_size=1, level=0)
+    reaches(request_.made[-1], "preprocess")
+    held.let_go()
+    order = list(backend.results(33))
+    assert order[0] == 1 and order[1] == high[0] and order[-1] == high[-1]
+    assert 10 < order.index(low[0]) < order.index(low[1]) < 30
+
+
+@pytest.mark.parametrize("preprocess_threads", [0, 1])
+def test_the_context_of_initialize_shows_each_thread_its_requests(start: Start, preprocess_threads: int) -> None:
+    backend = begin(start, "keeps_context", threads=2, preprocess_threads=preprocess_threads)
+    for number in range(1, 6):
+        ((_, body),) = backend.predict(b"a")
+        assert json.loads(body) == [[f"id-{number}"], [f"id-{number}"], "this", [f"id-{number}"]]
 
 
 def test_a_worker_of_many_threads_ends_when_it_is_told_to(start: Start, request_: Requests) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import itertools
 import logging
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,12 +100,13 @@ class Served:
             placement=how.get("placement", Placement([(InstanceGroup("cpu"), [Place(None, how.get("threads", 1))])])),
             response_timeout=how.get("response_timeout", 20.0),
             startup_timeout=how.get("startup_timeout", 20.0),
-            stop_grace=0.5,
+            stop_grace=how.get("stop_grace", 0.5),
             max_requests=how.get("max_requests", 0),
             max_rss=how.get("max_rss", 0),
             share_weights=how.get("share_weights", False),
         )
-        self.pool = WorkerPool(settings, self.queue, self.metrics, forkservers, asyncio.Semaphore(4), Restarts())
+        self.loads = asyncio.Semaphore(how.get("parallel_loads", 4))
+        self.pool = WorkerPool(settings, self.queue, self.metrics, forkservers, self.loads, Restarts())
         self._ids = 0
 
     async def scale(self, count: int) -> None:
@@ -258,6 +261,27 @@ def test_those_who_wait_for_a_worker_that_is_not_wanted_any_more_are_told_at_onc
             assert await asyncio.wait_for(waiting, 5) == b"x", "it counts as one that comes now"
 
     uvloop.run(scenario())
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_f105_a_closed_pool_is_freed_at_once_without_the_collector(serve: Serve, failed: bool) -> None:
+    async def scenario() -> None:
+        async with serve("poison", workers=not failed, stop_grace=60) as served:
+            if failed:
+                served.pool.losses.fail(ModelLoadError("no"))
+                with pytest.raises(ModelLoadError):
+                    await served.pool.settled()
+            else:
+                assert await served.submit(b"x") == b"x"
+        gone = weakref.ref(served.pool)
+        del served.pool
+        await until(lambda: gone() is None)
+
+    gc.disable()
+    try:
+        uvloop.run(scenario())
+    finally:
+        gc.enable()
 
 
 def test_a_pool_that_closes_waits_for_the_worker_that_a_request_has_brought(serve: Serve) -> None:

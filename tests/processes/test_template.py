@@ -56,6 +56,7 @@ def test_workers_share_what_one_process_has_loaded(serve: Serve) -> None:
             assert {fact["forked"] for fact in told} == set(served.pids)
             assert len({fact["random"] for fact in told}) == len({fact["temporary"] for fact in told}) == 3
             assert {(fact["first"], fact["threads"]) for fact in told} == {(True, "2")}
+            assert served.metrics.tallies.values["loaded", "counter", ()] == 1  # initialize has run once
             for pid in served.pids:
                 assert private(pid) < 16 << 20 < psutil.Process(pid).memory_info().rss
                 assert psutil.Process(pid).ppid() == os.getpid() and os.getsid(pid) == pid

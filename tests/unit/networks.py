@@ -42,7 +42,12 @@ class Double(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
         return rows * 2
 
 
-NETWORKS = {network.__name__: network for network in (Colours, Sums, Double)}
+class Normed(torch.nn.Sequential):  # type: ignore[misc]  # torch is not looked into
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Linear(2, 1), torch.nn.BatchNorm1d(1))
+
+
+NETWORKS = {network.__name__: network for network in (Colours, Sums, Double, Normed)}
 
 
 @functools.cache

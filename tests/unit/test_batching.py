@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -240,6 +242,21 @@ def test_the_bytes_that_wait_are_bounded() -> None:
     assert queue.bytes == 100
 
 
+def test_jobs_that_arrive_together_are_taken_together() -> None:
+    queue = make_queue(batch_size=2)
+    assert queue.submit_all([make_job(1, size=3), make_job(2, size=4)])
+    assert (queue.depth, queue.bytes, queue.submitted) == (2, 7, 2)
+    assert take(queue, make_worker()) == [1, 2]
+
+
+@pytest.mark.parametrize("limits", [{"capacity": 2}, {"max_bytes": 11}], ids=["number", "bytes"])
+def test_of_jobs_that_arrive_together_none_is_taken_unless_there_is_room_for_all(limits: dict[str, int]) -> None:
+    queue = make_queue(**limits)
+    assert not queue.submit_all([make_job(number, size=4) for number in (1, 2, 3)])
+    assert (queue.depth, queue.bytes, queue.submitted) == (0, 0, 0)
+    assert queue.submit_all([make_job(number, size=4) for number in (1, 2)])
+
+
 def test_an_empty_queue_takes_a_body_of_any_size() -> None:
     queue = make_queue(max_bytes=100)
     (large,) = fill(queue, 1, size=1000)
@@ -285,6 +302,13 @@ def test_a_job_that_would_wait_longer_than_the_timeout_is_refused() -> None:
         queue.submit(make_job(20_000))
     queue.forget_rate()
     assert queue.room == queue.capacity
+
+
+def test_a_refused_job_is_freed_without_the_collector() -> None:
+    queue, job = make_queue(capacity=0), make_job(1)
+    with contextlib.suppress(QueueFullError):
+        queue.submit(job)
+    assert sys.getrefcount(job) == 2  # this function's and its own argument
 
 
 def test_retry_after_is_the_time_until_the_queue_is_empty_and_some_chance() -> None:

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mms.caching import CacheSettings, parse_cache
-from mms.errors import HandlerError, MMSError, QueueFullError
+from mms.errors import HandlerError, MMSError, QueueFullError, SubstituteError
 from mms.metrics import VersionMetrics
 from mms.models.cache import HIT, JOINED, MAX_BODY, OVERHEAD, AnswerCache
 from mms.wire import RequestFacts
 from mms.workers.batching import BatchQueue
 from mms.workers.job import Job, Terms, Work
+from mms.workers.scheduling import Scheduling
 
 HEAD = b"content-type: text/plain\r\n"
 PLAIN = RequestFacts("text/plain", "", b"", False, [b"Host", b"here", b"X-Tenant", b"a"])
@@ -266,6 +267,36 @@ def test_joined_requests_have_their_own_deadlines(taken: bool, leaves: bool) -> 
     ((job, error),) = queue.expire(1001.5)
     job.fail(error)
     assert follower.outcomes == [error] and queue.depth == 0
+
+
+def test_joined_requests_wait_for_a_worker_as_long_as_others() -> None:
+    rig = Rig()
+    queue = rig.queue = BatchQueue(batch_size=1, max_batch_delay=0.0, capacity=9, timeout=1.0, retry=1)
+    leader, _ = rig.send()
+    rig.now += 0.5
+    follower, _ = rig.send()
+    rig.now += 0.1
+    rig.ask(b"other")
+    assert queue.expire(1001.0) == [] and queue.depth == 2 and not follower.outcomes
+    assert [str(error) for error in leader.outcomes] == ["no worker was free within queue_timeout (1 s)"]
+    assert [job.id for job, _ in queue.expire(1001.5)] == [0] and queue.depth == 1
+    assert [job.id for job, _ in queue.expire(1001.6)] == [1] and queue.depth == 0
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_joined_requests_have_their_own_objectives(taken: bool) -> None:
+    rig, terms = Rig(), Terms()
+    scheduling = Scheduling(objective=1.0, default_output=(b"text/plain", b"none"))
+    how: dict[str, Any] = {"batch_size": 8, "max_batch_delay": 0.0, "capacity": 9, "timeout": 60.0, "retry": 1}
+    queue = rig.queue = BatchQueue(**how, scheduling=scheduling)
+    leader, _ = rig.send(terms=terms)
+    if taken:
+        queue.take(queue.new_worker(), rig.now)
+    rig.now += 0.5
+    follower, _ = rig.send(terms=terms)
+    assert queue.expire(1001.0) == [] and not follower.outcomes
+    assert [type(error) for error in leader.outcomes] == [SubstituteError]
+    assert len(queue.expire(1001.5)) == 1
 
 
 def test_one_callers_fault_is_its_own() -> None:

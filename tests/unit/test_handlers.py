@@ -30,7 +30,12 @@ def make_context(tmp_path: Path) -> MakeContext:
     """Returns a function that makes the context of an archive extracted to `tmp_path`."""
 
     def make(
-        file: str = "model.pt2", *, batch_size: int = 4, config: dict[str, Any] | None = None, model_file: str = ""
+        file: str = "model.pt2",
+        *,
+        batch_size: int = 4,
+        config: dict[str, Any] | None = None,
+        model_file: str = "",
+        lent: bool = False,
     ) -> Context:
         model = {"modelName": "m", "serializedFile": file} | ({"modelFile": model_file} if model_file else {})
         values: dict[str, Any] = {
@@ -43,7 +48,7 @@ def make_context(tmp_path: Path) -> MakeContext:
             "gpu": None,
         }
         empty = {field.name: None for field in msgspec.structs.fields(Load)}
-        return Context(Load(**empty | values), "cpu")
+        return Context(Load(**empty | values), "cpu", lambda: lent)
 
     return make
 
@@ -320,3 +325,22 @@ def test_files_that_cannot_be_loaded(tmp_path: Path, make_context: MakeContext, 
         (tmp_path / "weights.pt").rename(tmp_path / file)
     with pytest.raises(ValueError, match=message):
         tensor(make_context(file))
+
+
+def test_weights_that_are_lent_are_neither_read_nor_moved(tmp_path: Path, make_context: MakeContext) -> None:
+    import torch
+    from mms_handlers.loading import load_model
+
+    from tests.unit.networks import Normed
+
+    (tmp_path / "network.py").write_text("import torch\n\n\nclass Net(torch.nn.Linear):\n    def __init__(self):\n"
+                                         "        super().__init__(2, 1)\n")  # fmt: skip
+    (tmp_path / "model.pt").write_bytes(b"never read")
+    assert load_model(make_context("model.pt", model_file="network.py", lent=True)).weight.shape == (1, 2)
+    export(tmp_path, "Normed", 2, 2)
+    network = Normed().eval()
+    lent = load_model(make_context(lent=True))
+    weights = {**dict(lent.named_parameters()), **dict(lent.named_buffers())}
+    assert weights.keys() == network.state_dict().keys() and {each.device.type for each in weights.values()} == {"meta"}
+    lent.load_state_dict(network.state_dict(), assign=True)
+    assert torch.equal(lent(torch.ones(3, 2)), network(torch.ones(3, 2)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import sys
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ from mms.http.response import error_response
 
 LIMITS = Limits(max_request_size=100_000, max_connections=3, header_timeout=10, body_timeout=60, keepalive_timeout=75)
 GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
+LOOP = asyncio.new_event_loop()
+atexit.register(LOOP.close)
 
 
 class Transport(asyncio.Transport):
@@ -97,16 +100,16 @@ class Application:
     asked: list[tuple[bytes, int]] = field(default_factory=list)
     bytes: int = 0
 
-    def handle(self, exchange: Exchange) -> None:
-        self.exchanges.append(exchange)
-        if exchange.head.target == b"/missing":
-            raise NotFoundError("no such path")
-        if self.at_once:
-            self.answer(exchange)
-        else:
-            work = Work()
-            exchange.work = work
-            self.works.append(work)
+    def handle(self, exchanges: list[Exchange]) -> None:
+        self.exchanges += exchanges
+        for exchange in exchanges:
+            if exchange.head.target == b"/missing":
+                exchange.fail(NotFoundError("no such path"))
+            elif self.at_once:
+                self.answer(exchange)
+            else:
+                exchange.work = Work()
+                self.works.append(exchange.work)
 
     def objection(self, head: Head, size: int) -> MMSError | None:
         self.asked.append((head.target, size))
@@ -135,6 +138,12 @@ class Answer:
         return str(json.loads(self.body)["message"])
 
 
+def turn(connection: Connection) -> None:
+    """What the event loop does when all is read."""
+    while connection._arrivals.exchanges:
+        LOOP.run_until_complete(asyncio.sleep(0))
+
+
 @dataclass
 class Client:
     application: Application
@@ -146,6 +155,11 @@ class Client:
         for at in range(0, len(data), step or len(data)):
             if not self.transport.closed:
                 self.connection.data_received(data[at : at + (step or len(data))])
+                turn(self.connection)
+
+    def answer(self, exchange: Exchange) -> None:
+        self.application.answer(exchange)
+        turn(self.connection)
 
     def answers(self, *, bodies: bool = True) -> list[Answer]:
         """Everything received so far, which must be whole answers."""
@@ -176,7 +190,7 @@ def connect(
     async def make() -> Connection:
         return server._connect()
 
-    connection = asyncio.run(make())
+    connection = LOOP.run_until_complete(make())
     transport = Transport(half_close=half_close)
     connection.connection_made(transport)
     return Client(application, connection, transport)
@@ -392,7 +406,7 @@ def test_a_good_request_before_a_bad_one_is_answered_first(name: str, step: int)
     client.send(GET + request, step=step)
     assert client.statuses() == []
     (exchange,) = client.application.exchanges
-    client.application.answer(exchange)
+    client.answer(exchange)
     assert client.statuses() == [200, status]
     assert client.transport.ended
 
@@ -404,7 +418,7 @@ def test_all_good_requests_before_a_bad_one_are_answered(count: int) -> None:
     while any(exchange.response is None for exchange in client.application.exchanges):
         todo = [exchange for exchange in client.application.exchanges if exchange.response is None]
         answered = len(client.answers())
-        client.application.answer(todo[answered] if answered < len(todo) else todo[-1])
+        client.answer(todo[answered] if answered < len(todo) else todo[-1])
         if len(client.answers()) == answered:
             break
     assert client.statuses() == [200] * count + [400]
@@ -535,7 +549,7 @@ def test_204_has_neither_length_nor_body() -> None:
     client.application.exchanges[0].answer(204, b"", b"")
     assert b"content-length" not in client.transport.sent and client.transport.sent.endswith(b"\r\n\r\n")
     client.send(GET)
-    client.application.answer(client.application.exchanges[1])
+    client.answer(client.application.exchanges[1])
     assert client.statuses() == [204, 200]
 
 
@@ -566,7 +580,7 @@ def test_answers_leave_in_the_order_of_the_requests(order: tuple[int, ...]) -> N
     client = connect(at_once=False)
     client.send(b"".join(GET.replace(b"/a", b"/%d" % number) for number in range(3)))
     for number in order:
-        client.application.answer(client.application.exchanges[number])
+        client.answer(client.application.exchanges[number])
     assert [answer.body for answer in client.answers()] == [b"GET /0 ", b"GET /1 ", b"GET /2 "]
 
 
@@ -574,9 +588,9 @@ def test_a_connection_has_a_bounded_number_of_requests_in_hand() -> None:
     client = connect(at_once=False)
     client.send(GET * (MAX_PIPELINED + 2))
     assert len(client.application.exchanges) == MAX_PIPELINED and not client.transport.reading
-    client.application.answer(client.application.exchanges[0])
+    client.answer(client.application.exchanges[0])
     assert len(client.application.exchanges) == MAX_PIPELINED + 1
-    client.application.answer(client.application.exchanges[1])
+    client.answer(client.application.exchanges[1])
     assert client.transport.reading
 
 
@@ -676,7 +690,7 @@ def test_nobody_is_told_to_continue_before_earlier_answers() -> None:
     client = connect(at_once=False)
     client.send(GET + post(b"abc", b"Expect: 100-continue"))
     for exchange in list(client.application.exchanges):
-        client.application.answer(exchange)
+        client.answer(exchange)
     assert client.statuses() == [200, 200]
 
 
@@ -725,7 +739,7 @@ def test_a_request_is_asked_about_once_behind_those_before_it() -> None:
     client = connect(at_once=False)
     client.send(GET + head_of(b"/full", b"Content-Length: 90000") + b"x")
     assert client.statuses() == [] and client.application.asked == [(b"/full", 90_000)]
-    client.application.answer(client.application.exchanges[0])
+    client.answer(client.application.exchanges[0])
     assert client.statuses() == [200, 429] and client.transport.ended
 
 
@@ -966,13 +980,51 @@ def test_a_client_that_goes_on_sending_does_not_make_its_connection_linger(monke
 # endings
 
 
+def test_requests_that_arrive_in_one_turn_go_to_the_application_together() -> None:
+    application = Application()
+    server = HttpServer(application, LIMITS, edge=False)
+    clients = [connect(server=server) for _ in range(3)]
+    for client in clients:
+        client.connection.data_received(GET)
+    assert not application.exchanges
+    turn(clients[0].connection)
+    assert [exchange.connection for exchange in application.exchanges] == [client.connection for client in clients]
+    assert [client.statuses() for client in clients] == [[200]] * 3
+
+
+def test_a_client_that_leaves_within_the_turn_is_not_worked_for() -> None:
+    application = Application()
+    server = HttpServer(application, LIMITS, edge=False)
+    one, other = connect(server=server), connect(server=server)
+    for client in (one, other):
+        client.connection.data_received(GET)
+    one.connection.connection_lost(None)
+    turn(other.connection)
+    assert [exchange.connection for exchange in application.exchanges] == [other.connection]
+
+
+def test_a_fault_of_the_application_leaves_nobody_waiting() -> None:
+    class Faulty(Application):
+        def handle(self, exchanges: list[Exchange]) -> None:
+            super().handle(exchanges[:1])
+            raise RuntimeError("of ours")
+
+    server = HttpServer(Faulty(), LIMITS, edge=False)
+    one, other = connect(server=server), connect(server=server)
+    for client in (one, other):
+        client.connection.data_received(GET)
+    turn(one.connection)
+    assert one.statuses() == [200] and not one.transport.closed
+    assert other.transport.aborted
+
+
 def test_when_the_client_leaves_its_work_is_cancelled() -> None:
     client = connect(at_once=False)
     client.send(GET * 2)
-    client.application.answer(client.application.exchanges[1])
+    client.answer(client.application.exchanges[1])
     client.connection.connection_lost(None)
     assert client.application.works[0].cancelled and not client.application.works[1].cancelled
-    client.application.answer(client.application.exchanges[0])
+    client.answer(client.application.exchanges[0])
     assert client.transport.sent == b""
 
 
@@ -981,7 +1033,7 @@ def test_a_client_that_closes_its_half_still_gets_its_answers() -> None:
     client.send(GET * 2)
     assert client.connection.eof_received()
     for exchange in list(client.application.exchanges):
-        client.application.answer(exchange)
+        client.answer(exchange)
     assert client.statuses() == [200, 200] and client.transport.ended
 
 
@@ -1006,7 +1058,7 @@ def test_draining_waits_for_the_requests_in_hand_and_says_close() -> None:
     drained = client.connection.drain()
     assert not client.transport.closed
     for exchange in list(client.application.exchanges):
-        client.application.answer(exchange)
+        client.answer(exchange)
     first, second = client.answers()
     assert "connection" not in first.headers and second.headers["connection"] == "close"
     assert client.transport.closed and not drained.done(), "the answers may still be on their way"
@@ -1028,7 +1080,7 @@ def test_draining_twice_changes_nothing() -> None:
     client.send(GET)
     client.connection.drain()
     client.connection.drain()
-    client.application.answer(client.application.exchanges[0])
+    client.answer(client.application.exchanges[0])
     assert client.statuses() == [200]
 
 

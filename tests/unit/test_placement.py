@@ -35,6 +35,12 @@ def filled(placement: Placement, count: int) -> list[Place]:
     return taken
 
 
+def test_gpus_with_several_workers_are_told_from_those_with_one() -> None:
+    placement = planned(instances=[{"kind": "gpu", "gpus": [0, 1]}, {"kind": "gpu", "gpus": [0], "threads": 2}])
+    assert placement.crowded(2) == set() and placement.crowded(3) == {GPUS[0]}
+    assert placement.crowded(6) == {GPUS[0], GPUS[1]}
+
+
 # how it is written
 
 

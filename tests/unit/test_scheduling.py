@@ -19,6 +19,7 @@ from mms.errors import (
 from mms.http.response import error_response
 from mms.model_settings import MAX_TIMEOUT, ModelSettings, merge_settings
 from mms.workers.batching import BatchQueue
+from mms.workers.inflight import InFlight
 from mms.workers.job import Job, Terms
 from mms.workers.scheduling import PLAIN, Scheduling, largest_batch
 from mms.workers.waiting import FAIR_TURN
@@ -117,6 +118,16 @@ def test_in_a_queue_full_of_low_priority_a_high_one_finds_room_and_is_next() -> 
     assert take(queue, worker) == [7, 3], "after the batch in hand"
 
 
+def test_a_worker_with_enough_to_prepare_takes_higher_priorities_still() -> None:
+    queue, worker = make_queue(levels=2), InFlight(preprocess_threads=1)
+    submit(queue, *range(1, 9), terms=LOW)
+    assert take(queue, worker) + take(queue, worker) == [1, 2, 3]
+    assert take(queue, worker) == []
+    submit(queue, *range(11, 19), terms=HIGH)
+    assert take(queue, worker) == [11, 12, 13], "as many as if it had nothing else"
+    assert take(queue, worker) == []
+
+
 def test_nobody_gives_way_to_the_same_or_a_lower_priority() -> None:
     queue = make_queue(levels=2, capacity=2)
     submit(queue, 1, 2, terms=HIGH)
@@ -188,6 +199,15 @@ def test_a_retry_keeps_its_deadline() -> None:
     take(queue, worker)
     assert queue.lose(worker, 1, "signal 6 (SIGABRT)", NOW) == [] and queue.depth == 1
     assert numbers(queue.expire(NOW + 0.5)) == [1] and queue.depth == 0
+
+
+def test_a_retry_goes_before_higher_priorities_and_what_was_only_sent_ahead_does_not() -> None:
+    queue, worker = make_queue(levels=2, batch_size=2), make_worker(QUICK)
+    submit(queue, 1, 2, 3, 4, terms=LOW)
+    assert take(queue, worker) == [1, 2, 3, 4]
+    submit(queue, 5, 6, terms=HIGH)
+    assert queue.lose(worker, 1, "signal 6 (SIGABRT)", NOW) == []
+    assert [take(queue, make_worker(SLOW)) for _ in range(4)] == [[1], [5, 6], [2, 3], [4]]
 
 
 def test_requests_without_a_deadline_cost_no_timer() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 
 from mms import wire
@@ -288,6 +289,8 @@ class Lazy:
         ({"a", "b"}, "inference returned set"),
         (None, "inference returned NoneType"),
         (Lazy(), "inference returned Lazy"),
+        (numpy.array(1.5), "inference returned a 0-d ndarray; a list with one result per request (2) is needed"),
+        (numpy.float32(1.5), "inference returned a 0-d float32; a list"),
     ],
 )
 def test_outputs_of_the_wrong_shape_name_the_fault(outputs: Any, why: str) -> None:

@@ -1,0 +1,110 @@
+"""What a worker's frames tell the front end; no process behind them."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from pathlib import Path
+
+from mms import wire
+from mms.errors import MMSError
+from mms.metrics import VersionMetrics
+from mms.workers.batching import BatchQueue
+from mms.workers.job import Job, Terms
+from mms.workers.placement import Place
+from mms.workers.process import WorkerProcess
+from mms.workers.scheduling import Scheduling
+from mms.workers.worker import Worker
+
+FACTS = wire.RequestFacts("", "", b"", False, [])
+PLAIN_TERMS = Terms()
+OK = wire.Outcome(200, b"content-type: text/plain\r\n", "")
+
+
+class Caller:
+    def begin(self, status: int, head: bytes) -> Caller:
+        return self
+
+    def chunk(self, data: bytes) -> None: ...
+
+    def answer(self, status: int, head: bytes, body: bytes | memoryview) -> None: ...
+
+    def fail(self, error: MMSError) -> None: ...
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.missed: list[float] = []
+
+    def worker_ready(self, worker: Worker, ready: wire.Ready) -> None: ...
+
+    def worker_free(self, worker: Worker) -> None: ...
+
+    def objective_missed(self, worker: Worker, seconds: float) -> None:
+        self.missed.append(seconds)
+
+    def worker_lost(self, worker: Worker) -> None: ...
+
+    def worker_gone(self, worker: Worker) -> None: ...
+
+
+class Rig:
+    """A worker that is ready, and its queue."""
+
+    def __init__(self, ready: wire.Ready, **scheduling: object) -> None:
+        self.owner = Owner()
+        how = Scheduling(**scheduling)  # type: ignore[arg-type]
+        self.queue = BatchQueue(batch_size=8, max_batch_delay=0, capacity=99, timeout=60, retry=1, scheduling=how)
+        self.worker = Worker(0, Place(None), self.owner, self.queue, VersionMetrics())
+        self.page = mmap.mmap(-1, wire.PAGE)
+        self.worker.process = WorkerProcess(0, 0, None, self.page, 0, Path())  # type: ignore[arg-type]
+        self.says(wire.READY, ready)
+
+    def says(self, kind: int, head: object, payload: bytes = b"") -> None:
+        self.worker.data_received(wire.pack(kind, head, len(payload)) + payload)
+
+    def takes(self, *ids: int, since: float = 0.0, terms: Terms = PLAIN_TERMS) -> list[Job]:
+        """Jobs that it was given so many seconds ago."""
+        at = time.monotonic() - since
+        jobs = [Job(id, FACTS, b"", [], 1, Caller(), at, terms) for id in ids]
+        for job in jobs:
+            self.queue.submit(job)
+        assert self.queue.take(self.worker.in_flight, at) is not None
+        return jobs
+
+
+def test_an_objective_is_for_the_first_chunk_of_a_stream_and_not_for_its_end() -> None:
+    rig = Rig(wire.Ready("batch", 0.1), objective=0.05)
+    limit = rig.worker.in_flight.batch_limit
+    assert limit is not None
+    for id in range(1, 9):
+        (job,) = rig.takes(id)
+        rig.says(wire.STREAM, wire.Chunks([id], [1], {id: OK}), b"a")
+        job.taken -= 1.0
+        rig.says(wire.RESULT, wire.Result([id], [0], [OK], [], [wire.BatchTimes(1, 0, 1.0, 0, 0, 0)]))
+    assert limit.limit > 1 and not rig.owner.missed and limit.seconds < 0.05
+    for id in range(11, 14):
+        rig.takes(id, since=0.1)
+        rig.says(wire.STREAM, wire.Chunks([id], [1], {id: OK}), b"a")
+        rig.says(wire.RESULT, wire.Result([id], [0], [OK], [], [wire.BatchTimes(1, 0, 0.1, 0, 0, 0)]))
+    assert len(rig.owner.missed) == 1
+
+
+def test_a_worker_of_several_threads_is_told_who_waits_no_longer() -> None:
+    rig = Rig(wire.Ready("batch", 0.1, 3))
+    left, late, answered = [job for id in (1, 2, 3) for job in rig.takes(id, terms=Terms(timeout=id))]
+    left.cancel()
+    assert [job for job, _ in rig.queue.expire(late.arrived + 2)] == [late]
+    answered.settled = True
+    answered.cancel()
+    assert wire.Cancelled(rig.page).look() == {1, 2}
+    metrics = rig.worker._metrics
+    rig.says(wire.RESULT, wire.Result([1], [0], [wire.Outcome(499, b"", "Cancelled")], [], []))
+    assert list(rig.worker.in_flight.jobs) == [2, 3] and not metrics.requests and not metrics.errors
+
+
+def test_who_leaves_a_worker_of_one_thread_costs_nothing() -> None:
+    rig = Rig(wire.Ready("batch", 0.1))
+    (job,) = rig.takes(1)
+    job.cancel()
+    assert not wire.Cancelled(rig.page).look()
