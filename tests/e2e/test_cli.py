@@ -176,8 +176,8 @@ def test_check_shows_a_refusal_as_the_answer_that_it_is(make_archive: MakeArchiv
     ],
 )
 def test_a_mistake_is_told_in_one_line(tmp_path: Path, words: tuple[str, ...], told: str, code: int) -> None:
-    failed = CliRunner().invoke(main, [word.replace("HERE", str(tmp_path)) for word in words])
-    assert (failed.exit_code, failed.stdout) == (code, "")
+    failed = mms(*(word.replace("HERE", str(tmp_path)) for word in words))
+    assert (failed.returncode, failed.stdout) == (code, "")
     (line,) = failed.stderr.splitlines()
     assert line.startswith("mms: error: ")
     assert told in line
