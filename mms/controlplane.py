@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from mms.archive import HANDLER, MODEL_NAME, ModelArchive
-from mms.config import Config, merge_settings
+from mms.config import Config
 from mms.errors import (
     ArchiveError,
     BadRequestError,
@@ -27,6 +27,7 @@ from mms.errors import (
 )
 from mms.logs import close_model_log, open_model_log
 from mms.metrics import RestartFacts
+from mms.model_settings import merge_settings
 from mms.models.cached import CachedVersion, new_version
 from mms.models.download import Downloads, is_remote, split_pin
 from mms.models.pools import Pools, bounds_of

@@ -13,7 +13,6 @@ from aiohttp import web
 from mms.api.guard import Guard
 from mms.api.openapi import Operation, Parameter, document, health, setting_parameters
 from mms.archive import RUNTIMES
-from mms.config import MAX_WORKERS, ModelSettings
 from mms.controlplane import ControlPlane
 from mms.errors import (
     BadRequestError,
@@ -25,6 +24,7 @@ from mms.errors import (
     UnauthorizedError,
 )
 from mms.http.response import json_body
+from mms.model_settings import MAX_WORKERS, ModelSettings
 from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion
 from mms.setting import nearest, parse_setting

@@ -12,8 +12,9 @@ from typing import Any
 
 from mms import wire
 from mms.archive import ModelArchive
-from mms.config import Config, ModelSettings, merge_settings
+from mms.config import Config
 from mms.logs import model_logger
+from mms.model_settings import ModelSettings, merge_settings
 from mms.models.version import ModelVersion
 from mms.rundir import CacheDirectory
 from mms.workers import environment

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 
 from mms.archive import ModelArchive
-from mms.config import ModelSettings
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
+from mms.model_settings import ModelSettings
 from mms.workers.batching import BatchQueue
 from mms.workers.gpus import Gpu, memory_by_process
 from mms.workers.job import Job, Terms, Work

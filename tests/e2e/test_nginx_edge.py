@@ -162,7 +162,7 @@ def test_nginx_that_cannot_be_kept_running_ends_the_server(make_archive: MakeArc
 def test_f59_posts_after_idle_gaps_never_meet_a_closed_connection(make_archive: MakeArchive) -> None:
     """The front end is never the side that closes an idle connection of nginx, however short its own limit."""
     with server(make_archive("echo"), edge="nginx", keepalive_timeout=0.2) as running:
-        for gap in (0.0, 0.2, 1.0, 1.3):
+        for gap in (0.0, 0.2, 1.3):
             threading.Event().wait(gap)  # the idle time is what is tested
             assert running.predict("echo", b"x").status == 200
 

@@ -24,7 +24,7 @@ from mms.workers.autoscaler import Bounds
 from mms.workers.gpus import Gpu
 from mms.workers.placement import Place, Placement
 from tests.conftest import Gate, MakeArchive, MakeGate
-from tests.processes.test_pool import Serve, Served, serve, subreaper, until
+from tests.processes.pools import Serve, Served, serve, subreaper, until
 
 __all__ = ["serve", "subreaper"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from mms.config import ModelSettings, merge_settings
 from mms.errors import ConfigError
 from mms.instances import InstanceGroup, parse_instances, show_instances
+from mms.model_settings import ModelSettings, merge_settings
 from mms.workers.gpus import Gpu
 from mms.workers.placement import Place, Placement, plan
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from mms.config import MAX_TIMEOUT, ModelSettings, merge_settings
 from mms.errors import (
     BadRequestError,
     ConfigError,
@@ -18,6 +17,7 @@ from mms.errors import (
     SubstituteError,
 )
 from mms.http.response import error_response
+from mms.model_settings import MAX_TIMEOUT, ModelSettings, merge_settings
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import InFlight
 from mms.workers.job import Job, Terms
