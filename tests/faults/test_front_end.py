@@ -7,12 +7,13 @@ import socket
 from pathlib import Path
 
 from mms.archive import ModelArchive
-from mms.config import Config, ModelSettings
+from mms.config import Config
 from mms.errors import MMSError
 from mms.http.exchange import Exchange
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer
 from mms.http.request import Head
+from mms.model_settings import ModelSettings
 from mms.models.version import ModelVersion
 from mms.server import ModelServer
 from tests.conftest import MakeArchive
