@@ -426,4 +426,5 @@ def _shown(version: ModelVersion) -> fronts.Shown:
         settings=fronts.QueueSettings(**told),
         state=str(version.state),
         can_wait=version.can_wait,
+        next_start_at=version.pool.losses.next_start_at if version.pool is not None else 0.0,
     )

@@ -42,7 +42,7 @@ class QueueSettings(msgspec.Struct, frozen=True):
 
 
 class Shown(msgspec.Struct, frozen=True):
-    """A registered version; `state` is its VersionState."""
+    """A registered version; `state` is its VersionState, `next_start_at` on the monotonic clock."""
 
     number: int
     name: str
@@ -50,6 +50,7 @@ class Shown(msgspec.Struct, frozen=True):
     settings: QueueSettings
     state: str
     can_wait: bool
+    next_start_at: float
 
 
 # from the main process

@@ -36,6 +36,8 @@ HANDLERS = Path(__file__).parent / "archives"
 POLL = 0.01
 CLIENT_TIMEOUT = 20.0
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of servers are started: they compile mms once, not each
+
 needs_nginx = pytest.mark.skipif(find_nginx("nginx") is None, reason="nginx is not installed")
 
 T = TypeVar("T")
@@ -140,8 +142,11 @@ def fetch(address: str, method: str, path: str, body: Any = None, headers: Mappi
         connection.close()
 
 
-# Below the ports that the kernel gives to outgoing connections, and in another order in each process.
-_ports = iter(random.sample(range(10_000, 32_000), 22_000))
+# Below the ports that the kernel gives to outgoing connections; each process of a test run has its own, in any order.
+_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_own = range(10_000 + _PROCESS, 32_000, _PROCESSES)
+_ports = iter(random.sample(_own, len(_own)))
 
 
 def free_ports(count: int) -> list[int]:
@@ -270,6 +275,12 @@ class Server:
                 if process.name() == name:
                     found.append(process)
         return found
+
+    def kill_named(self, name: str) -> None:
+        """SIGKILL the server's processes of that name; one may have ended or taken another name meanwhile."""
+        for process in self.named(name):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def signal(self, number: int) -> None:
         self._stopping = self._stopping or number in (signal.SIGTERM, signal.SIGINT)

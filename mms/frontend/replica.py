@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 
 from mms import fronts
-from mms.config import ModelSettings
 from mms.errors import DrainingError
+from mms.model_settings import ModelSettings
 from mms.models.served import ServedVersion, VersionState
 from mms.workers.feeding import Feeder
 from mms.workers.lateness import Lateness
@@ -56,10 +56,6 @@ class LentWorker(Worker):
         self.state = WorkerState.READY
         self.in_flight = version.queue.new_worker()
         self._tell = tell
-
-    @property
-    def connected(self) -> bool:
-        return not self._channel_ended
 
     async def join(self) -> None:
         await asyncio.get_running_loop().create_connection(lambda: self, sock=self.process.channel)
@@ -159,7 +155,7 @@ class ReplicaPool(Feeder):
 
     def _leave_when_idle(self, worker: Worker) -> None:
         """With no worker to stay, those that go take what waits."""
-        if self._queue.depth and not self.ready_workers:
+        if self._queue.depth and not self.ready_workers and worker.connected:
             now = time.monotonic()
             self._expire(now)
             self._feed(worker, now)
@@ -225,6 +221,10 @@ class Replica(ServedVersion):
     @property
     def can_wait(self) -> bool:
         return self._shown.can_wait
+
+    @property
+    def next_start(self) -> float:
+        return max(0.0, self._shown.next_start_at - time.monotonic())
 
     def show(self, shown: fronts.Shown) -> None:
         """What the main process says of it now."""

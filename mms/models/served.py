@@ -8,9 +8,9 @@ from __future__ import annotations
 import enum
 import itertools
 
-from mms.config import ModelSettings
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionMetrics
+from mms.model_settings import ModelSettings
 from mms.workers.batching import BatchQueue
 from mms.workers.feeding import Feeder
 from mms.workers.job import Job, Terms, Work
@@ -64,6 +64,11 @@ class ServedVersion:
     @property
     def can_wait(self) -> bool:
         """No worker is ready at the moment, but one is being replaced, or the request brings one: it may wait."""
+        raise NotImplementedError
+
+    @property
+    def next_start(self) -> float:
+        """Seconds until workers are started again, when they could not be."""
         raise NotImplementedError
 
     def submit(self, job: Job) -> Work:
@@ -136,7 +141,7 @@ class ServedVersion:
         """Why no request is taken."""
         state = self.state
         if state is VersionState.FAILED:
-            return failed_to_load(self.label)
+            return failed_to_load(self.label, self.next_start)
         if state is VersionState.LOADING:
             return LoadingError(f"model {self.label} is still loading; try again soon")
         if state is VersionState.READY:

@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 
 from mms.archive import ModelArchive
-from mms.config import ModelSettings
 from mms.errors import DrainingError
 from mms.metrics import VersionFacts, WorkerFacts
+from mms.model_settings import ModelSettings
 from mms.models.served import ServedVersion, VersionState
 from mms.workers.gpus import Gpu, memory_by_process
 from mms.workers.pool import WorkerPool
@@ -60,6 +60,10 @@ class ModelVersion(ServedVersion):
     def can_wait(self) -> bool:
         pool = self.pool
         return self.state is VersionState.READY and pool is not None and (pool.target > 0 or pool.scaling.asleep)
+
+    @property
+    def next_start(self) -> float:
+        return self.pool.losses.next_start if self.pool is not None else 0.0
 
     async def unload(self, drain: float) -> None:
         """Answer what is in hand, for up to `drain` seconds, then end the workers and remove the extracted files."""

@@ -48,8 +48,12 @@ class Losses:
     @property
     def next_start(self) -> float:
         """Seconds until then."""
-        at = self.back_off.retry_at if self.failure is not None else self.back_off.hold_until
-        return max(0.0, at - time.monotonic())
+        return max(0.0, self.next_start_at - time.monotonic())
+
+    @property
+    def next_start_at(self) -> float:
+        """On the monotonic clock, which all processes share."""
+        return self.back_off.retry_at if self.failure is not None else self.back_off.hold_until
 
     def forgive(self) -> None:
         """Somebody wants it to be tried anew, now."""
@@ -103,7 +107,7 @@ class Losses:
         if self._retrial is not None:  # of a failure before, which somebody did not wait for
             self._retrial.cancel()
         self._retrial = self._loop.call_later(pause, self._retry)
-        self._abandon(failed_to_load(self._settings.label))
+        self._abandon(failed_to_load(self._settings.label, pause))
 
     def close(self) -> None:
         """Nothing is lost any more; lets go of the pool, as `Feeder._stop_feeding` does."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from mms.config import ModelSettings
 from mms.errors import ConfigError
+from mms.model_settings import ModelSettings
 from mms.workers.worker import Worker
 
 

@@ -240,7 +240,6 @@ class Rig:
                 _NUMBERS.sub("N", _RANDOM.sub("-N", str(path.relative_to(running.folder))))
                 for path in inside
                 if not path.is_relative_to(running.run_dir / "logs")
-                and "nginx/body" not in str(path)  # a killed worker of nginx leaves what it was spooling
             ),
             main.num_threads(),
             round(running.metric("mms_queue_depth") + running.metric("mms_requests_in_flight")),

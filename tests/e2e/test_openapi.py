@@ -13,8 +13,8 @@ import pytest
 from mms.api import management
 from mms.api.guard import Guard
 from mms.api.openapi import INFERENCE
-from mms.config import ModelSettings
 from mms.controlplane import ControlPlane
+from mms.model_settings import ModelSettings
 from mms.models.readiness import Readiness
 from tests.conftest import MakeArchive, Reply, Server, fetch, server
 

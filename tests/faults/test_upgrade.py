@@ -172,6 +172,19 @@ def test_f55_what_does_not_start_changes_nothing(running: Server) -> None:
     assert running.manage("PUT", "/models/echo?max_worker=1&min_worker=1").status in (200, 202)
 
 
+def test_f55_what_the_new_server_must_not_say_thaws_the_old_one(running: Server) -> None:
+    module = running.folder / "code" / "sitecustomize.py"
+    module.write_text(
+        "import json, os\n"
+        "if number := os.environ.get('_MMS_HANDOVER'):\n"
+        "    os.write(json.loads(os.pread(int(number), 1 << 20, 0))['channel'], b'\\xff\\n')\n"
+    )
+    running.signal(signal.SIGUSR2)
+    eventually(lambda: "not upgraded, everything stays as it was: UnicodeDecodeError: " in running.output)
+    module.unlink()
+    assert running.manage("PUT", "/models/echo?max_worker=1&min_worker=1").status in (200, 202)
+
+
 @pytest.mark.slow
 def test_f54_what_there_is_work_for_has_as_many_workers_afterwards(running: Server) -> None:
     """Also what was asleep when it was registered; a model that sleeps now is not woken."""
