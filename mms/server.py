@@ -24,13 +24,14 @@ from mms.edge import KEEPALIVE, Edge
 from mms.errors import ConfigError
 from mms.fleet import Fleet
 from mms.http.limits import Limits
-from mms.http.listener import BACKLOG_TIME, HttpServer
+from mms.http.listener import HttpServer
 from mms.http.shedding import NO_CONNECTIONS
 from mms.metrics import Collector, FrontEndFacts, GpuFacts, RestartFacts, registry
 from mms.models.readiness import Phase, Readiness, refusing
 from mms.models.registry import ModelRegistry
 from mms.models.served import part
 from mms.models.store import ModelStore
+from mms.operators import OperatorPorts
 from mms.reload import Reloads
 from mms.rundir import CacheDirectory, RunDirectory, Running, note
 from mms.setting import is_loopback
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("mms.server")
 
 TICK = 1.0
-LAST_ANSWERS = 2.0  # seconds for answers of the management API at the end of a stop
 LAST_REQUESTS = 5.0  # seconds for which idle connections outlive a server that has handed over
 STOP_MARGIN = 10.0  # seconds of a stop beyond drain_timeout and stop_grace
 
@@ -98,7 +98,8 @@ class ModelServer:
         self._fleet = self._front_ends(given)
         self._control.pools.others = self._fleet if config.front_ends > 1 else None
         self._registry.forget = self._forget_versions
-        self._runners: list[web.AppRunner] = []
+        self._operators = OperatorPorts()
+        self._listen |= {name: partial(self._operators.listen, name) for name in LISTENERS[1:]}
         self._listening: set[asyncio.Task[None]] = set()
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -296,22 +297,10 @@ class ModelServer:
         ]
 
     async def _serve(self, sockets: list[socket.socket], applications: list[web.Application]) -> None:
-        from aiohttp import web
-
         await self._http.start(sockets[0])
+        keepalive = KEEPALIVE if self._edge.wanted else self._config.keepalive_timeout
         for name, application, sock in zip(LISTENERS[1:], applications, sockets[1:], strict=True):
-            keepalive = KEEPALIVE if self._edge.wanted else self._config.keepalive_timeout
-            runner = web.AppRunner(
-                application,
-                access_log=None,
-                handle_signals=False,
-                keepalive_timeout=keepalive,
-                shutdown_timeout=LAST_ANSWERS,
-            )
-            await runner.setup()
-            self._runners.append(runner)
-            await web.SockSite(runner, sock).start()
-            self._listen[name] = partial(_listen, runner)
+            await self._operators.serve(name, application, sock, keepalive)
 
     async def _take_over(
         self, old: Predecessor, sockets: list[socket.socket], applications: list[web.Application]
@@ -342,7 +331,7 @@ class ModelServer:
         self._edge.tick()
         self._inference.renew_token()
         self._control.reap_orphans(self._edge.pids | self._upgrades.pids | self._fleet.pids)
-        if not self._runners:  # another server serves these sockets
+        if not self._operators.listening:  # another server serves these sockets
             return
         for name, sock in self._addresses.bind_anew().items():
             listening = asyncio.create_task(self._listen[name](sock))
@@ -427,8 +416,7 @@ class ModelServer:
             await self._edge.stop(0)
             await self._control.close(0)
         await self._fleet.close()
-        for runner in self._runners:
-            await runner.cleanup()
+        await self._operators.close()
         await self._upgrades.ended()
         self._cache.release()
         self._run_dir.release()
@@ -439,8 +427,7 @@ class ModelServer:
 
         await asyncio.sleep(delay)
         if self._upgrades.handed_over and not self._edge.wanted:
-            for site in [site for runner in self._runners for site in runner.sites]:
-                await site.stop()
+            await self._operators.shut()
             await self._http.retire(min(LAST_REQUESTS, left()))
         timeout = self._config.drain_timeout
         if not await self._edge.stop(left()):
@@ -460,17 +447,6 @@ class ModelServer:
         pools = [(version.queue, version.pool) for version in self._registry.versions() if version.pool is not None]
         waiting = sum(queue.depth + pool.in_flight for queue, pool in pools)
         return f"requests in hand ({waiting} at workers and in queues) have {left:.0f} s left"
-
-
-async def _listen(runner: web.AppRunner, sock: socket.socket) -> None:
-    """As HttpServer.listen, for aiohttp."""
-    from aiohttp import web
-
-    before = set(runner.sites)
-    await web.SockSite(runner, sock).start()
-    await asyncio.sleep(BACKLOG_TIME)
-    for site in before & set(runner.sites):
-        await site.stop()
 
 
 async def _first_of(*tasks: asyncio.Task[Any]) -> bool:
