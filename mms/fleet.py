@@ -38,6 +38,7 @@ DEATHS = 5  # with more within DEATH_WINDOW, the server ends
 DEATH_WINDOW = 60.0
 SILENCE = 15.0  # seconds without a word after which a front end is ended and started again
 LOOK_LIMIT = 1.0  # seconds that a scrape waits for what they have counted
+SHUT_LIMIT = 3.0
 END_LIMIT = 1.0
 
 
@@ -70,8 +71,8 @@ class Front:
         self._line.listen(self._heard)
         asyncio.get_running_loop().add_reader(self._pidfd, self._over)
 
-    def tell(self, message: Any, descriptors: Sequence[int] = (), *, own: bool = False) -> None:
-        self._line.tell(message, descriptors, own=own)
+    def tell(self, message: Any, descriptors: Sequence[int] = ()) -> None:
+        self._line.tell(message, descriptors)
 
     def sync(self) -> int:
         """Ask it whether it has done all that it was told."""
@@ -182,9 +183,13 @@ class Fleet:
             sock.close()
         for front in self._fronts.values():
             front.tell(fronts.Shut())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(END_LIMIT):
+        try:
+            async with asyncio.timeout(SHUT_LIMIT):
                 await self.sync()
+        except TimeoutError:
+            for front in self._fronts.values():
+                if front.synced < front.asked:
+                    front.kill("does not answer")
 
     async def drain(self, limit: float) -> int:
         """As HttpServer.drain, in all of them."""
@@ -331,21 +336,16 @@ class Fleet:
     def _lend(self, front: Front, known: int, worker: Worker, number: int) -> None:
         if worker.control is None or worker.state is not WorkerState.READY:
             return
-        ours, theirs = socket.socketpair()
-        page = os.memfd_create("mms-progress")
         turn = self._next_turn()
-        with theirs:
-            for sock in (ours, theirs):
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
-            os.ftruncate(page, wire.PAGE)
-            try:
-                lending.lend(worker.control, turn, theirs, page)
-            except OSError:  # it has ended: that is seen soon
-                ours.close()
-                os.close(page)
-                return
-        worker.elsewhere[front.number] = Loan(turn, mmap.mmap(page, 0))
-        front.tell(fronts.Lent(known, number, worker.pid or 0, turn), [ours.detach(), page], own=True)
+        try:
+            with contextlib.ExitStack() as ours:
+                channel, page = _channel(worker.control, turn, ours)
+                worker.elsewhere[front.number] = Loan(turn, mmap.mmap(page, 0))
+                front.tell(fronts.Lent(known, number, worker.pid or 0, turn), [channel.fileno(), page])
+        except (BrokenPipeError, ConnectionResetError):
+            return  # it has ended: that is seen soon
+        except OSError as error:  # no descriptor is left
+            worker.kill(f"could not be shared with front end {front.number}: {error.strerror}")
 
     def _show_all(self) -> None:
         if self._fronts:
@@ -414,6 +414,20 @@ class Fleet:
 
     def _counts(self) -> list[fronts.Counts]:
         return [front.counts for front in self._fronts.values() if front.counts is not None]
+
+
+def _channel(control: socket.socket, turn: int, ours: contextlib.ExitStack) -> tuple[socket.socket, int]:
+    """A channel to the worker and its page, which `ours` closes. Raises OSError."""
+    near, far = socket.socketpair()
+    ours.enter_context(near)
+    with far:
+        page = os.memfd_create("mms-progress")
+        ours.callback(os.close, page)
+        os.ftruncate(page, wire.PAGE)
+        for sock in (near, far):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
+        lending.lend(control, turn, far, page)
+    return near, page
 
 
 def _shown(version: ModelVersion) -> fronts.Shown:

@@ -231,14 +231,12 @@ class Line:
         self._told = told
         self._loop.add_reader(self._sock, self._readable)
 
-    def tell(self, message: Any, descriptors: Sequence[int] = _NO_DESCRIPTORS, *, own: bool = False) -> None:
-        """`descriptors` must stay open until they are sent, unless they are the line's `own` from now on."""
+    def tell(self, message: Any, descriptors: Sequence[int] = _NO_DESCRIPTORS) -> None:
+        """`descriptors` are the caller's. Raises OSError if there are some and none is left to copy them."""
         if self._closed:
-            if own:
-                _close(descriptors)
             return
         block = _encode(message)
-        kept = descriptors if own else [os.dup(descriptor) for descriptor in descriptors]
+        kept = list(map(os.dup, descriptors))
         self._unsent.append((memoryview(_SIZE.pack(len(block)) + block), kept, kept))
         if len(self._unsent) == 1:
             self._writable()

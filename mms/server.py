@@ -90,7 +90,7 @@ class ModelServer:
         self._run_dir = RunDirectory(config.run_dir, 1 if old is None else old.handover.generation)
         self._inference = InferenceApi(DataPlane(self._registry), self._readiness, inference_token)
         given = taken.get(VARIABLES["inference"], "")
-        self._edge = Edge(config, self._addresses, self._run_dir, self._cache, say, self._edge_lost)
+        self._edge = Edge(config, self._addresses, self._run_dir, self._cache, say, self._part_lost)
         self._check_same_edge()
         self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
         self._http = HttpServer(self._inference, self._limits(), edge=self._edge.wanted)
@@ -210,7 +210,7 @@ class ModelServer:
             hello,
             lambda: (self._readiness.health(), self._readiness.report(details=False)),
             lambda: (self._limits(), self._config.log_level),
-            self._edge_lost,
+            self._part_lost,
         )
         for number in range(1, config.front_ends):
             self._listen[f"inference-{number}"] = partial(fleet.listen, number)
@@ -384,7 +384,7 @@ class ModelServer:
         self._exit_code = 1
         self._stop_asked.set()
 
-    def _edge_lost(self) -> None:
+    def _part_lost(self) -> None:
         self._exit_code = 1
         self._readiness.phase = Phase.DRAINING
         self._stop_asked.set()

@@ -21,6 +21,8 @@ from mms.models.readiness import refusing, unready
 from mms.models.registry import Versions
 from mms.token import VARIABLES, take_token
 
+log = logging.getLogger("mms.frontend")
+
 TICK = 1.0
 _DESCRIPTORS: dict[type, int] = {fronts.Listen: 1, fronts.Lent: 2}  # beside a message
 
@@ -82,6 +84,9 @@ class FrontEnd:
 
     def _take(self, message: Any, received: deque[int]) -> None:
         count = _DESCRIPTORS.get(type(message), 0)
+        if len(received) < count:
+            log.critical("no descriptor is left for a channel or a socket; ending")
+            os._exit(71)  # EX_OSERR
         self._messages.put_nowait((message, [received.popleft() for _ in range(count)]))
 
     async def _do(self, message: Any, descriptors: list[int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import mmap
 import os
 import socket
@@ -24,8 +23,6 @@ from mms.workers.lateness import Lateness
 from mms.workers.placement import Place
 from mms.workers.process import WorkerProcess
 from mms.workers.worker import Worker, WorkerState
-
-log = logging.getLogger("mms.frontend")
 
 TICK = 0.25
 ASLEEP = 1.0  # a tick this late means that this process itself stood still
