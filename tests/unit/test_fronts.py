@@ -1,0 +1,157 @@
+"""What the main process and its further front ends share: the line between them, the counts, the worker's turns."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import socket
+import threading
+from collections import deque
+from typing import Any
+
+import uvloop
+
+from mms import fronts, lending, wire
+from mms.backend.channel import Channel
+from mms.backend.turns import Turns
+from mms.fronts import Counted, Counts
+from mms.metrics import FrontEndFacts, VersionFacts, VersionMetrics
+from mms.totals import Totals
+
+
+def test_messages_arrive_in_order_and_each_with_its_descriptors() -> None:
+    """More of them than the socket takes at once."""
+    large = "x" * (300 << 10)
+    heard: list[tuple[str, list[int]]] = []
+
+    async def scenario() -> None:
+        ours, theirs = socket.socketpair()
+        done = asyncio.Event()
+        ended = asyncio.Event()
+        sender = fronts.Line(ours, fronts.ToMain, ended.set)
+        receiver = fronts.Line(theirs, fronts.ToMain, ended.set)
+
+        def told(message: Any, received: deque[int]) -> None:
+            count = 2 if message.logger == "two" else 0
+            heard.append((message.logger, [received.popleft() for _ in range(count)]))
+            if message.logger == "last":
+                done.set()
+
+        receiver.listen(told)
+        read_end, write_end = os.pipe()
+        for number in range(4):
+            sender.tell(fronts.Said("none", number, large))
+            sender.tell(fronts.Said("two", number, ""), [read_end, write_end])
+        sender.tell(fronts.Said("last", 0, ""))
+        os.close(read_end)
+        os.close(write_end)
+        await asyncio.wait_for(done.wait(), 5)
+        sender.close()
+        await asyncio.wait_for(ended.wait(), 5)
+
+    uvloop.run(scenario())
+    assert [name for name, _ in heard] == ["none", "two"] * 4 + ["last"]
+    for name, descriptors in heard:
+        if name == "two":
+            reader, writer = descriptors
+            os.write(writer, b"y")
+            assert os.read(reader, 1) == b"y"
+            os.close(reader)
+            os.close(writer)
+
+
+def counts(answered: int, seconds: float) -> Counts:
+    metrics = VersionMetrics()
+    metrics.requests[200] += answered
+    metrics.duration.observe_all([seconds] * answered)
+    metrics.streams = answered
+    counted = Counted(
+        parts=metrics.parts(),
+        cancelled=1,
+        retries=0,
+        queue_depth=2,
+        queue_bytes=0,
+        newest_first=False,
+        drain_rate=0.0,
+        in_flight=3,
+    )
+    return Counts({7: counted}, [(404, "ModelNotFoundException", 1)], 5, 100, 0)
+
+
+def test_what_front_ends_have_counted_is_added_up_and_that_of_the_dead_stays() -> None:
+    told = [counts(10, 0.2)]
+    totals = Totals(lambda: told)
+    own = VersionFacts(
+        model="m", version="1", metrics=VersionMetrics(), queue_depth=1, queue_capacity=50, queue_bytes=0,
+        newest_first=False, drain_rate=0.0, cancelled=0, retries=0, in_flight=0, workers=[], failed_workers=0,
+        wanted_workers=0,
+    )  # fmt: skip
+    own.metrics.requests[200] += 1
+    for _ in range(2):  # nothing is added to the main process's own
+        both = totals.version(own, 7, 2)
+        assert both.metrics.requests[200] == 11
+        assert sum(both.metrics.duration.counts) == both.metrics.streams == 10
+        assert (both.queue_depth, both.queue_capacity, both.in_flight) == (3, 100, 3)
+    totals.keep(told.pop())
+    told.append(counts(5, 0.1))
+    both = totals.version(own, 7, 2)
+    assert both.metrics.requests[200] == 16
+    assert both.cancelled == 2
+    assert both.queue_depth == 3  # what waited at the dead one waits no more
+    assert totals.failures({(404, "ModelNotFoundException"): 1}) == {(404, "ModelNotFoundException"): 3}
+    assert totals.front_ends(FrontEndFacts(1, 1, 1)) == FrontEndFacts(6, 101, 1)
+
+
+class Echo:
+    """Writes the ids of each frame back; notes whose turn it is meanwhile."""
+
+    def __init__(self, channel: Channel, page: mmap.mmap, turns: list[int]) -> None:
+        self._channel = channel
+        self._page = page
+        self._turns = turns
+
+    def predict(self, frame: Any, payload: bytearray, at: int) -> None:
+        self._turns.append(lending.read_turn(self._page))
+        self._channel.write(wire.STREAM, wire.Chunks(frame.ids, [], {}), [], 0)
+
+
+def test_a_worker_serves_all_channels_in_turn_until_its_own_ends() -> None:
+    def page() -> tuple[int, mmap.mmap]:
+        descriptor = os.memfd_create("page")
+        os.ftruncate(descriptor, wire.PAGE)
+        return descriptor, mmap.mmap(descriptor, 0)
+
+    def send(sock: socket.socket, id: int) -> None:
+        sock.sendall(wire.pack(wire.PREDICT, wire.Predict(1, [id], [0], [b""], [], [])))
+
+    def ids(sock: socket.socket) -> list[int]:
+        ((_, head, _),) = wire.FrameReader().feed(sock.recv(4096))
+        return list(wire.decode(wire.Chunks, head).ids)
+
+    ours, theirs = socket.socketpair()
+    control, further = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lent, borrowed = socket.socketpair()
+    turns: list[int] = []
+    descriptor, own = page()
+    os.close(descriptor)
+    loop = Turns(Channel(theirs), further, own, lambda channel, page: Echo(channel, page, turns))
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    descriptor, shared = page()
+    lending.lend(control, 5, borrowed, descriptor)
+    os.close(descriptor)
+    borrowed.close()
+    for id, sock in enumerate((lent, ours, lent), 1):
+        send(sock, id)
+        assert ids(sock) == [id]
+    lent.close()  # a front end that has gone
+    send(ours, 4)
+    assert ids(ours) == [4]
+    ours.close()
+    thread.join(5)
+    assert not thread.is_alive()
+    for sock in (theirs, control, further):
+        sock.close()
+    assert turns == [5, 1, 5, 1]
+    assert lending.read_turn(own) == lending.read_turn(shared) == 0
