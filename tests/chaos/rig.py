@@ -20,8 +20,11 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.asking import Reply, fetch
 from tests.chaos.clients import CUT, Outcome, Port, Timeline
-from tests.conftest import Reply, Server, eventually, fetch, mms, pack, processes_in, scratch, server
+from tests.conftest import pack
+from tests.servers import Server, mms, processes_in, scratch, server
+from tests.waiting import eventually
 
 RESPONSE_TIMEOUT = 2.0
 SETTLE = 30.0

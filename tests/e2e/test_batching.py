@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import MakeArchive, MakeGate, Server, eventually, server
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, server
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")

@@ -17,21 +17,10 @@ from click.testing import CliRunner
 
 from mms.archive import MANIFEST
 from mms.cli import main
-from tests.conftest import (
-    MakeArchive,
-    Server,
-    digest,
-    environment,
-    eventually,
-    fetch,
-    free_ports,
-    is_free,
-    mms,
-    processes_in,
-    scratch,
-    server,
-    start_arguments,
-)
+from tests.asking import digest, fetch
+from tests.conftest import MakeArchive
+from tests.servers import Server, environment, free_ports, is_free, mms, processes_in, scratch, server, start_arguments
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from mms.errors import MMSError
 from mms.metrics import Collector, FrontEndFacts
 from mms.model_settings import ModelSettings
 from mms.setting import show_setting
-from tests.conftest import environment, eventually, free_ports, is_free, processes_in, scratch
+from tests.servers import environment, free_ports, is_free, processes_in, scratch
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import free_ports
+from tests.servers import free_ports
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NETWORK = "efficientnet_lite0"

@@ -14,8 +14,11 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from tests.conftest import MakeArchive, MakeGate, Reply, Server, eventually, fetch, server
+from tests.asking import Reply, fetch
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, server
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,11 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from tests.conftest import MakeArchive, MakeGate, Server, eventually, fetch, server
+from tests.asking import fetch
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, server
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 FAMILIES = {
     "mms_requests": "counter",

@@ -14,19 +14,11 @@ import psutil
 import pytest
 from mms_nginx.find import find_nginx
 
-from tests.conftest import (
-    CLIENT_TIMEOUT,
-    MakeArchive,
-    MakeGate,
-    Server,
-    ask,
-    connect,
-    eventually,
-    fetch,
-    needs_nginx,
-    server,
-)
+from tests.asking import CLIENT_TIMEOUT, ask, connect, fetch
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, needs_nginx, server
 from tests.traffic import Answering, Traffic
+from tests.waiting import eventually
 
 pytestmark = needs_nginx
 

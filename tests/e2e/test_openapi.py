@@ -16,7 +16,9 @@ from mms.api.openapi import INFERENCE
 from mms.controlplane import ControlPlane
 from mms.model_settings import ModelSettings
 from mms.models.readiness import Readiness
-from tests.conftest import MakeArchive, Reply, Server, fetch, server
+from tests.asking import Reply, fetch
+from tests.conftest import MakeArchive
+from tests.servers import Server, server
 
 VALUES = {
     "url": "echo-1.0.mar", "model_name": "documented", "handler": "echo:Echo", "runtime": "python",

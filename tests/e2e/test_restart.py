@@ -11,8 +11,11 @@ from functools import partial
 import psutil
 import pytest
 
-from tests.conftest import MakeArchive, MakeGate, Server, eventually, fetch, needs_nginx, processes_in, server
+from tests.asking import fetch
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, needs_nginx, processes_in, server
 from tests.traffic import Answering, Traffic
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")

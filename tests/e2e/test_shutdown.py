@@ -15,22 +15,11 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import (
-    CLIENT_TIMEOUT,
-    MakeArchive,
-    MakeGate,
-    Server,
-    eventually,
-    fetch,
-    free_ports,
-    mms,
-    needs_nginx,
-    processes_in,
-    scratch,
-    server,
-    start_arguments,
-)
+from tests.asking import CLIENT_TIMEOUT, fetch
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, free_ports, mms, needs_nginx, processes_in, scratch, server, start_arguments
 from tests.traffic import Answering, Traffic
+from tests.waiting import eventually
 
 EDGES = ["none", pytest.param("nginx", marks=needs_nginx)]
 

@@ -14,18 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from mms.cli import main
-from tests.conftest import (
-    MakeArchive,
-    environment,
-    eventually,
-    free_ports,
-    mms,
-    needs_nginx,
-    processes_in,
-    scratch,
-    server,
-    start_arguments,
-)
+from tests.conftest import MakeArchive
+from tests.servers import environment, free_ports, mms, needs_nginx, processes_in, scratch, server, start_arguments
+from tests.waiting import eventually
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import MakeArchive, Server, fetch, server
+from tests.asking import fetch
+from tests.conftest import MakeArchive
+from tests.servers import Server, server
 from tests.traffic import Traffic
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import MakeArchive, Server, eventually, mms, needs_nginx, scratch, server
+from tests.conftest import MakeArchive
+from tests.servers import Server, mms, needs_nginx, scratch, server
 from tests.traffic import Traffic
+from tests.waiting import eventually
 
 
 class Configured:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from mms.backend.sandbox import LANDLOCK_ABI, landlock_abi
-from tests.conftest import MakeArchive, Server, eventually, scratch, server
+from tests.conftest import MakeArchive
+from tests.servers import Server, scratch, server
+from tests.waiting import eventually
 
 PIN = "colours==1.0 --hash=sha256:{}"
 

@@ -14,9 +14,9 @@ import uvloop
 
 from mms import wire
 from mms.backend import sandbox
-from tests.conftest import free_ports, mms, scratch, start_arguments
 from tests.faults.misbehaving import MODULES, NOBODY, as_root, make_folder_public, restricted, serves, tell
 from tests.processes.pools import Serve, serve, subreaper, until
+from tests.servers import free_ports, mms, scratch, start_arguments
 
 __all__ = ["make_folder_public", "serve", "subreaper"]
 

@@ -19,9 +19,11 @@ import uvloop
 from mms import wire
 from mms.errors import MMSError as Error
 from mms.workers.process import reap_orphans
-from tests.conftest import MakeArchive, Server, eventually, server
+from tests.conftest import MakeArchive
 from tests.faults.misbehaving import dies, serves, tell
 from tests.processes.pools import Serve, serve, subreaper, until
+from tests.servers import Server, server
+from tests.waiting import eventually
 
 __all__ = ["serve", "subreaper"]
 

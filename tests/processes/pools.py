@@ -32,7 +32,8 @@ from mms.workers.process import Launch, prepare_process
 from mms.workers.restarts import Restarts
 from mms.workers.sandbox import Sandboxes
 from mms.workers.settings import PoolSettings
-from tests.conftest import MakeArchive, T, eventually
+from tests.conftest import MakeArchive
+from tests.waiting import T, eventually
 
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 

@@ -25,7 +25,8 @@ import pytest
 from mms_nginx import Listener, Nginx, edge_user, find_nginx, render
 
 from mms.errors import StartError
-from tests.conftest import eventually, free_ports
+from tests.servers import free_ports
+from tests.waiting import eventually
 
 PROGRAM = find_nginx("nginx") or ""
 MAX_REQUEST_SIZE = 16 << 20

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mms import wire
-from tests.conftest import eventually
 from tests.processes.conftest import Backend, Start
+from tests.waiting import eventually
 
 
 class Held:

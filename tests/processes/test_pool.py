@@ -17,7 +17,8 @@ import uvloop
 from mms.errors import MMSError as Error
 from mms.errors import ModelLoadError, QueueFullError, ServiceUnavailableError
 from mms.workers.autoscaler import Bounds
-from tests.conftest import Gate, MakeGate
+from tests.conftest import MakeGate
+from tests.gates import Gate
 from tests.processes.pools import Serve, serve, subreaper, until
 
 __all__ = ["serve", "subreaper"]

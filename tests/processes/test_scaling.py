@@ -23,7 +23,8 @@ from mms.rundir import CacheDirectory
 from mms.workers.autoscaler import Bounds
 from mms.workers.gpus import Gpu
 from mms.workers.placement import Place, Placement
-from tests.conftest import Gate, MakeArchive, MakeGate
+from tests.conftest import MakeArchive, MakeGate
+from tests.gates import Gate
 from tests.processes.pools import Serve, Served, serve, subreaper, until
 
 __all__ = ["serve", "subreaper"]

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.conftest import environment
+from tests.servers import environment
 
 pytestmark = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 
