@@ -10,10 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import MakeArchive, MakeGate, Reply, Server, eventually, fetch, needs_nginx, server
+from tests.asking import Reply, fetch
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, needs_nginx, server
 from tests.traffic import Traffic
+from tests.waiting import eventually
 
-CONNECTIONS = 12  # new ones: that all of them reach the same front end happens once in 2,000 times
+CONNECTIONS = 20  # new ones: that all of them reach the same front end happens once in 500,000 times
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +95,7 @@ def test_f1_a_killed_worker_costs_no_answer_at_any_front_end(two: Server) -> Non
 
 
 def test_a_worker_that_is_overdue_at_any_front_end_is_replaced(two: Server, make_gate: MakeGate) -> None:
-    assert two.manage("POST", "/models?url=slow-1.0.mar&response_timeout=0.3").status == 200
+    assert two.manage("POST", "/models?url=slow-1.0.mar&response_timeout=0.2").status == 200
     replies = [fetch(two.url, "POST", "/predictions/slow", make_gate().body) for _ in range(2)]
     assert statuses(replies) == {504}
     assert two.metric("mms_worker_restarts_total", model="slow", reason="response_timeout") == 2
