@@ -49,8 +49,8 @@ format: $(VENV)/.dev ## put the code into its house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.dev nginx wrk ## measure the server against the floor on this machine
-	@$(BIN)/python -m benchmarks.hotpath
+bench: $(VENV)/.dev nginx wrk ## the server against the floor, and against the committed figures (SAVE=1 commits new ones)
+	@$(BIN)/python -m benchmarks.hotpath $(if $(SAVE),--save)
 
 bench-engine: $(VENV)/.dev wrk ## what threads, overlap, scheduling and the cache bring, as ratios (ONLY=)
 	@$(BIN)/python -m benchmarks.engine $(if $(ONLY),--only $(ONLY))

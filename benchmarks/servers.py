@@ -162,14 +162,16 @@ FLOOR = Spec("nginx return 200", _floor)
 BODY_ECHO = Spec("httptools echo of the body", _body_echo)
 BATCH_32 = _ours("mms, batch 32", 32, "none")
 BATCH_1 = _ours("mms, batch 1", 1, "none")
+BEHIND_NGINX = _ours("mms, batch 32, behind nginx", 32, "nginx")
+PROXY = Spec("nginx proxy + httptools echo", _proxy)
 SPECS = {
     "floor": FLOOR,
     "echo": Spec("httptools echo", _echo),
-    "proxy": Spec("nginx proxy + httptools echo", _proxy),
+    "proxy": PROXY,
     "edge": Spec("our edge + httptools echo", _edge),
     "mms-32": BATCH_32,
     "mms-1": BATCH_1,
-    "mms-nginx": _ours("mms, batch 32, behind nginx", 32, "nginx"),
+    "mms-nginx": BEHIND_NGINX,
 }
 
 

@@ -24,7 +24,6 @@ from mms.backend.stages import BatchStages
 from mms.config import ModelSettings
 from mms.dataplane import DataPlane
 from mms.handler import Context
-from mms.http.connection import Connection
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer
 from mms.metrics import VersionMetrics
