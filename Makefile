@@ -7,7 +7,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench bench-engine bench-cold bench-bodies overload build lock audit clean nginx wrk
+.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench bench-engine bench-cold bench-bodies peers bench-peers overload build lock audit clean nginx wrk
 
 help: ## print this menu
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,12 @@ bench-cold: $(VENV)/.dev nginx wrk ## from the start of the process to the first
 
 bench-bodies: $(VENV)/.dev wrk ## bodies of 100 KiB and 10 MiB, there and back: CPU time and memory (ONLY=)
 	@$(BIN)/python -m benchmarks.bodies $(if $(ONLY),--only $(ONLY))
+
+peers: $(VENV)/.dev ## install other servers to compare with, each into an environment of its own (PEERS=build/peers)
+	@$(BIN)/python -m benchmarks.peers --install --peers $(or $(PEERS),build/peers)
+
+bench-peers: $(VENV)/.dev wrk ## the same work behind the servers that `make peers` has installed (PEERS=, ONLY=)
+	@$(BIN)/python -m benchmarks.peers --peers $(or $(PEERS),build/peers) $(if $(ONLY),--only $(ONLY))
 
 overload: $(VENV)/.dev ## twice and five times the load that a model can serve: who is answered, and how soon (SECONDS=60)
 	@$(BIN)/python -m benchmarks.overload $(if $(SECONDS),--seconds $(SECONDS))

@@ -25,6 +25,7 @@ class Model:
     handler: str = "device.py:Device"
     config: Mapping[str, Any] = field(default_factory=dict)
     version: str = "1.0"
+    files: Sequence[str] = ()  # more files of that folder
 
 
 def spec(
@@ -65,6 +66,8 @@ def package(model: Model, folder: Path) -> None:
     config.write_text(json.dumps(dict(model.config)))  # JSON is YAML
     words = ["--model-name", model.name, "--version", model.version]
     words += ["--handler", f"{HANDLERS / file}:{entry}", "--config-file", str(config)]
+    if model.files:
+        words += ["--extra-files", ",".join(str(HANDLERS / name) for name in model.files)]
     archiver = [sys.executable, "-c", "from mms_archiver.cli import main; raise SystemExit(main())"]
     command = [*archiver, *words, "--export-path", str(folder), "--force"]
     done = subprocess.run(command, capture_output=True, text=True, env=server_environment(), cwd=folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks import guard
 from benchmarks.coldstart import nearest
 from benchmarks.figures import Figure
 from benchmarks.hotpath import BESIDE_IDLE, Point, missed_bars, ratios
+from benchmarks.peers import PEERS, against_the_best
 from benchmarks.servers import BATCH_1, BATCH_32, BEHIND_NGINX, FLOOR, PROXY
 
 GOOD = [
@@ -84,3 +86,23 @@ def test_a_bar_is_at_least_or_at_most() -> None:
 
 def test_the_round_that_is_shown_is_the_one_at_the_median() -> None:
     assert nearest([9.0, 1.0, 2.0, 2.6]) == 2.0
+
+
+def test_we_are_held_against_the_best_peer_in_each_round() -> None:
+    points = [
+        Point(name, 64, cpu, rate, 1.0, 1.0)
+        for name, rounds in (
+            ("mms", [(10.0, 300.0), (30.0, 100.0), (10.0, 300.0)]),
+            ("quick", [(20.0, 100.0), (60.0, 50.0), (20.0, 100.0)]),
+            ("slow", [(90.0, 10.0), (90.0, 10.0), (90.0, 10.0)]),
+        )
+        for cpu, rate in rounds
+    ]
+    rate, cpu = (against_the_best("", points, 64, figure, 1.0) for figure in ("rate", "cpu"))
+    assert (rate.ratio, rate.least, rate.detail) == (3.0, True, "300/s, quick 100/s")
+    assert (cpu.ratio, cpu.least) == (0.5, False)
+
+
+def test_a_peer_that_takes_json_only_gets_the_body_in_an_object() -> None:
+    assert len(json.loads(PEERS["litserve"].body("noop"))["body"]) == 1024
+    assert len(json.loads(PEERS["litserve"].body("mlp"))["body"]) == 64
