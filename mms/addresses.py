@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
 import socket
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mms.config import Config
 from mms.errors import ConfigError, StartError
 from mms.http.listener import bind
+from mms.ports import occupied
 from mms.systemd import address_of
 
 log = logging.getLogger("mms.server")
@@ -33,8 +32,8 @@ class Addresses:
         self.activated = list(passed)
         self.sockets = dict(passed)
         self.of = _wanted(config) | {name: address_of(sock) for name, sock in passed.items()}
-        self._files: dict[str, str] = {}  # of the front end's Unix sockets, by listener
-        self._made: dict[str, tuple[int, int]] = {}  # which file each of them was
+        self._paths: dict[str, str] = {}  # of the front end's Unix sockets, by listener
+        self.files: dict[str, tuple[int, int]] = {}  # which file the socket of each is bound to, if it is a Unix one
         self._group: int | None = None  # that may connect to them
         self._missing: set[str] = set()  # those that cannot be made anew
         # found here, it can be said in terms of the settings
@@ -45,9 +44,16 @@ class Addresses:
 
     @classmethod
     def inherited(
-        cls, config: Config, of: Mapping[str, str], activated: Sequence[str], sockets: Mapping[str, socket.socket]
+        cls,
+        config: Config,
+        of: Mapping[str, str],
+        activated: Sequence[str],
+        sockets: Mapping[str, socket.socket],
+        files: Mapping[str, tuple[int, int]],
     ) -> Addresses:
-        """Those of a running server, whose front end listens on `sockets`. Raises ConfigError for other settings."""
+        """Those of a running server, whose front end listens on `sockets`, bound to `files`: where it has bound one
+        anew meanwhile, another file stands. Raises ConfigError for other settings.
+        """
         for name, address in _wanted(config).items():
             if name not in activated and address != of[name]:
                 raise ConfigError(
@@ -57,9 +63,7 @@ class Addresses:
         found = cls(config, {name: sockets[name] for name in activated})
         found.of = dict(of)
         found.sockets = dict(sockets)
-        for name, address in found.of.items():
-            if name in sockets and address.startswith("unix:"):
-                found._made[name] = _identity(address.removeprefix("unix:"))
+        found.files = {name: file for name, file in files.items() if name in sockets}
         return found
 
     def listen(self, behind_edge: Path | None, group: int | None) -> list[socket.socket]:
@@ -71,8 +75,8 @@ class Addresses:
                 address = public if behind_edge is None else f"unix:{behind_edge / name}.sock"
                 bound.append(self.sockets.get(name) or bind(address, group=group))
                 if address.startswith("unix:") and name not in self.activated:
-                    self._files[name] = address.removeprefix("unix:")
-                    self._made.setdefault(name, _identity(self._files[name]))
+                    self._paths[name] = address.removeprefix("unix:")
+                    self.files.setdefault(name, _identity(self._paths[name]))
         except StartError:
             for sock in bound:
                 sock.close()
@@ -86,8 +90,8 @@ class Addresses:
         The file may be there again, of a server that did the same while this one took over from it, and that has ended.
         """
         bound: dict[str, socket.socket] = {}
-        for name, file in self._files.items():
-            if _identity(file) == self._made[name] or _answers(file):
+        for name, file in self._paths.items():
+            if _identity(file) == self.files[name] or occupied(file):
                 continue
             try:
                 self.sockets[name] = bound[name] = bind(f"unix:{file}", group=self._group)
@@ -96,7 +100,7 @@ class Addresses:
                     log.error("the socket file of %s was deleted: %s; trying again", name, error.message)
                 self._missing.add(name)
             else:
-                self._made[name] = _identity(file)
+                self.files[name] = _identity(file)
                 log.warning("the socket file of %s was deleted; listening anew on %s", name, file)
                 self._missing.discard(name)
         return bound
@@ -114,15 +118,6 @@ def _identity(file: str) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return facts.st_dev, facts.st_ino
-
-
-def _answers(file: str) -> bool:
-    """Whether the file is something that is not to be replaced: all but a socket at which nobody listens."""
-    if not os.path.lexists(file):
-        return False
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.setblocking(False)
-        return sock.connect_ex(file) != errno.ECONNREFUSED or not stat.S_ISSOCK(os.lstat(file).st_mode)
 
 
 def _overlap(one: str, other: str) -> bool:

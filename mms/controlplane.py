@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from mms.archive import HANDLER, MODEL_NAME, ModelArchive
-from mms.config import Config, merge_settings
+from mms.config import Config
 from mms.errors import (
     ArchiveError,
     BadRequestError,
@@ -27,6 +27,7 @@ from mms.errors import (
 )
 from mms.logs import close_model_log, open_model_log
 from mms.metrics import RestartFacts
+from mms.model_settings import merge_settings
 from mms.models.cached import CachedVersion, new_version
 from mms.models.download import Downloads, is_remote, split_pin
 from mms.models.pools import Pools, bounds_of
@@ -60,16 +61,18 @@ class ControlPlane:
         self.store = store
         self.downloads = Downloads(config, store)
         self.saver = Saver(state, self.snapshot) if state is not None else None
-        self.pools = Pools(config, cache, boot_tries)
+        self.pools = Pools(config, cache, boot_tries, state)
         self.config = config
         self._cache = cache
+        self._state = state
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # names that are being registered
         self._numbers = itertools.count(1)
         self._versions: dict[ModelVersion, SavedVersion] = {}  # registered, or still draining
         # by name and version: what is to be registered at start or could not be, and whether it is the default
         self._waiting: dict[tuple[str, str], tuple[SavedVersion, bool]] = {}
-        self._closed = False
+        self._last: State | None = None  # what was registered when all began to be unloaded: it stays saved
         self.before: Mapping[tuple[str, str], int] = {}  # workers in the server that this one succeeds
+        self._tidying: set[asyncio.Task[None]] = set()
         self.frozen = False  # an upgrade goes on: what is registered must stay as the new server was told
 
     def apply(self, config: Config) -> None:
@@ -241,6 +244,15 @@ class ControlPlane:
             self.registry.remove(found)
         await self._save()
         await asyncio.gather(*(self._unload(found, self.config.drain_timeout) for found in versions))
+        if self.pools.environments.needed:
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Begin to delete the environments of requirements that nothing needs which is registered, or waits to be."""
+        labels = {version.label for version in self._versions} | {" ".join(key) for key in self._waiting}
+        tidying = asyncio.create_task(self.pools.environments.tidy(labels))
+        self._tidying.add(tidying)
+        tidying.add_done_callback(self._tidying.discard)
 
     def reap_orphans(self, others: set[int]) -> None:
         """Wait for what workers left behind and died; `others` are children of the server that are not ours."""
@@ -258,7 +270,7 @@ class ControlPlane:
 
     async def close(self, drain: float) -> None:
         """Unload everything and end the fork servers; what is registered stays saved."""
-        self._closed = True
+        self._last = self.snapshot()
         await asyncio.gather(*(self._unload(version, drain) for version in list(self._versions)))
         self.pools.forkservers.close()
 
@@ -269,6 +281,8 @@ class ControlPlane:
 
     def snapshot(self) -> State:
         """What is registered, or waits to be."""
+        if self._last is not None:
+            return self._last
         models = {
             model.name: SavedModel(
                 name=model.name,
@@ -298,7 +312,7 @@ class ControlPlane:
             raise UpgradingError("the server is being upgraded; try again when that is done")
 
     async def _save(self) -> None:
-        if self.saver is not None and not self._closed:
+        if self.saver is not None and self._last is None:
             await asyncio.shield(self.saver.save())
 
     async def _open(self, url: str, handler: str, sha256: str = "") -> tuple[ModelArchive, str]:
@@ -341,7 +355,8 @@ class ControlPlane:
         owned = folder if folder == target else None
         try:
             model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
-            settings = self.pools.settings(archive, model_config, saved.settings)
+            origin = f"{name} {number} in {self._state} (--fresh ignores it)" if at_start else "request"
+            settings = self.pools.settings(archive, model_config, saved.settings, origin)
             sandbox = self.pools.sandboxes.of(settings)
             await self.pools.sandboxes.check(sandbox)
             if owned is not None:

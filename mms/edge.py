@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mms_nginx import Listener, Nginx, edge_user, find_nginx, render
+from mms_nginx.spool import remove_leftovers
 
 from mms.addresses import Addresses
 from mms.config import Config
@@ -63,6 +64,8 @@ class Edge:
         self.trouble = ""  # why nothing comes through nginx at the moment
         self._turn = asyncio.Lock()  # of those who start it again or reload it, in threads
         self._renewal: asyncio.Task[None] | None = None
+        self._workers: set[int] = set()  # nginx's, when they were last looked at
+        self._tidying: asyncio.Task[None] | None = None
         self._restart: asyncio.Task[None] | None = None
 
     @property
@@ -140,13 +143,10 @@ class Edge:
                 await asyncio.to_thread(self._nginx.reload, text)  # closes idle connections: not without need
             self._config = config
 
-    def renew_certificate(self) -> None:
-        """nginx reads certificate and key at its start: it reloads when they have changed."""
-        if self._nginx is None or self._certificate is None or self._renewal is not None:
-            return
-        if self._certificate.has_changed():
-            self._renewal = asyncio.create_task(self._renew(self._nginx))
-            self._renewal.add_done_callback(self._renewed)
+    def tick(self) -> None:
+        """Look at the certificate and at nginx's workers: once a second."""
+        self._renew_certificate()
+        self._tidy()
 
     def reopen_log(self) -> None:
         """Somebody has moved the access log away."""
@@ -171,6 +171,23 @@ class Edge:
         if nginx is not None and nginx.pidfd != -1:
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(nginx.pidfd, signal.SIGTERM)
+
+    def _renew_certificate(self) -> None:
+        """nginx reads certificate and key at its start: it reloads when they have changed."""
+        if self._nginx is None or self._certificate is None or self._renewal is not None:
+            return
+        if self._certificate.has_changed():
+            self._renewal = asyncio.create_task(self._renew(self._nginx))
+            self._renewal.add_done_callback(self._renewed)
+
+    def _tidy(self) -> None:
+        """When workers of nginx have ended, delete what they may have left of bodies."""
+        workers = self._nginx.workers() if self._nginx is not None else set()
+        gone, self._workers = self._workers - workers, workers
+        if gone and self._nginx is not None:
+            self._tidying = asyncio.create_task(
+                asyncio.to_thread(remove_leftovers, self._cache.nginx, self._nginx.workers)
+            )
 
     def _tls(self, name: str, address: str) -> tuple[Path, Path] | None:
         """Certificate and key of the inference port, and of the management port where others can reach it."""
@@ -240,6 +257,7 @@ class Edge:
             return self._cannot_go_on()
         log.error("%s; starting it again", self.trouble)
         await asyncio.to_thread(nginx.end, 0)
+        await asyncio.to_thread(remove_leftovers, self._cache.nginx, set)
         await asyncio.to_thread(nginx.prepare)
         nginx.spawn()
         await asyncio.to_thread(nginx.wait)

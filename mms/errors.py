@@ -12,12 +12,15 @@ class MMSError(Exception):
 
     status = 500
     type = "InternalServerException"
+    retry_after = 0  # seconds, sent as `Retry-After`; 0: nothing is sent
 
-    def __init__(self, message: str, *, status: int | None = None) -> None:
+    def __init__(self, message: str, *, status: int | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.message = message
         if status is not None:
             self.status = status
+        if retry_after is not None:
+            self.retry_after = retry_after
 
 
 class BadRequestError(MMSError):
@@ -90,10 +93,7 @@ class OverloadError(MMSError):
 
     status = 429
     type = "TooManyRequestsException"
-
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+    retry_after = 1
 
 
 class QueueFullError(OverloadError):
@@ -119,7 +119,10 @@ class ServerBusyError(OverloadError):
 
 
 class ServiceUnavailableError(MMSError):
-    """No worker can take the request now: failed, scaled to 0, or no connection more can be held. Retry later."""
+    """No worker can take the request now: failed, scaled to 0, or no connection more can be held. Retry later.
+
+    One that failed to load is tried again after `retry_after` seconds.
+    """
 
     status = 503
     type = "ServiceUnavailableException"

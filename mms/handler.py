@@ -149,6 +149,16 @@ class Request(msgspec.Struct, eq=False):
         return self.query | row if facts.query_is_input else row
 
 
+def rows_of(requests: Sequence[Request]) -> list[dict[str, Any]]:
+    """`row` of each of at least one; how to decode is found out once for all that say the same."""
+    facts = requests[0]._facts
+    content_type = facts.content_type
+    if facts.encoding or facts.query_is_input or (content_type and payload.is_form(content_type)):
+        return [request.row() for request in requests]
+    decode = payload.decoder(content_type)
+    return [{"body": decode(one._body)} if one._facts is facts else one.row() for one in requests]
+
+
 class Context:
     """The worker's facts and, during a batch, its requests; the members are those that MMS handlers know."""
 

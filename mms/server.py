@@ -167,6 +167,7 @@ class ModelServer:
         self._say(line)
         if self._old is not None:
             self._old.served(line)
+        self._control.tidy()
 
     async def run_until_stopped(self) -> int:
         """Wait for SIGTERM, SIGINT or the loss of the edge; returns the exit code."""
@@ -178,7 +179,7 @@ class ModelServer:
             return Addresses(self._config, passed_sockets(os.environ, LISTENERS))
         told = self._old.handover
         sockets = {} if told.edge else self._old.sockets
-        return Addresses.inherited(self._config, told.addresses, told.activated, sockets)
+        return Addresses.inherited(self._config, told.addresses, told.activated, sockets, told.files)
 
     def _check_same_edge(self) -> None:
         if self._old is not None and self._old.handover.edge != self._edge.wanted:
@@ -299,7 +300,7 @@ class ModelServer:
     def _tick(self) -> None:
         # first: whatever fails below, the clock goes on
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
-        self._edge.renew_certificate()
+        self._edge.tick()
         self._inference.renew_token()
         self._control.reap_orphans(self._edge.pids | self._upgrades.pids)
         if not self._runners:  # another server serves these sockets

@@ -47,6 +47,7 @@ class Handover(msgspec.Struct, kw_only=True):
     """What the successor is told. It may be of another version of MMS: fields may be added, none change their meaning.
 
     `sockets` are descriptors by name (inference, management, metrics), or behind nginx by nginx's public address.
+    Those of the front end that are bound to a file say in `files` to which one.
     Those whose names are in `activated` came from the service manager. `loaded` are the models and versions that have
     workers now, and must have some in the successor. `workers` is how many these are to have.
     `environ` are variables that the old server has taken out of its own environment, because they hold secrets.
@@ -59,6 +60,7 @@ class Handover(msgspec.Struct, kw_only=True):
     addresses: dict[str, str]
     activated: list[str]
     sockets: dict[str, int]
+    files: dict[str, tuple[int, int]] = {}
     lock: int
     channel: int
     state: State
@@ -281,11 +283,15 @@ class Upgrades:
             await self._reloads.ended()
             self._control.frozen = True
             line = await self._succeed(tell)
-        except (MMSError, OSError) as error:
-            log.error("not upgraded, everything stays as it was: %s", error)
-            await self._control.thaw()
-            self._task = None
-            tell("", failure=str(error))
+        except Exception as error:  # whatever it is, this server serves on, and must not stay frozen
+            known = isinstance(error, MMSError | OSError)
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            log.error("not upgraded, everything stays as it was: %s", reason, exc_info=not known)
+            try:
+                await self._control.thaw()
+            finally:
+                self._task = None
+                tell("", failure=reason)
             return
         pid = self._successor.pid
         self.handed_over = True
@@ -331,6 +337,7 @@ class Upgrades:
             addresses=self._addresses.of,
             activated=self._addresses.activated,
             sockets={name: sock.fileno() for name, sock in sockets.items()},
+            files=self._addresses.files,
             lock=self._run_dir.lock,
             channel=channel,
             state=self._control.snapshot(),

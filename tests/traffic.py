@@ -6,7 +6,9 @@ import http.client
 import threading
 import time
 
-from tests.conftest import CLIENT_TIMEOUT, Reply, Server, ask, connect, digest, eventually
+from tests.asking import CLIENT_TIMEOUT, Reply, ask, connect, digest
+from tests.servers import Server
+from tests.waiting import eventually
 
 
 class Traffic:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mms.archive import Manifest
-from mms.config import ModelSettings, merge_settings
 from mms.errors import ArchiveError
+from mms.model_settings import ModelSettings, merge_settings
 from mms.safe_yaml import read_yaml
 from mms_archiver.entry import find_entry, handler_file
 

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from mms.archive import ModelArchive
-from mms.config import ModelSettings, merge_settings
 from mms.errors import ArchiveError, ConfigError
+from mms.model_settings import ModelSettings, merge_settings
 from mms.safe_yaml import read_yaml
 from mms.signature import TrustedKeys
 

@@ -13,7 +13,6 @@ from aiohttp import web
 from mms.api.guard import Guard
 from mms.api.openapi import Operation, Parameter, document, health, setting_parameters
 from mms.archive import RUNTIMES
-from mms.config import MAX_WORKERS, ModelSettings
 from mms.controlplane import ControlPlane
 from mms.errors import (
     BadRequestError,
@@ -23,9 +22,9 @@ from mms.errors import (
     NotFoundError,
     RequestTooLargeError,
     UnauthorizedError,
-    UpgradingError,
 )
 from mms.http.response import json_body
+from mms.model_settings import MAX_WORKERS, ModelSettings
 from mms.models.readiness import Readiness
 from mms.models.version import ModelVersion
 from mms.setting import nearest, parse_setting
@@ -92,7 +91,7 @@ def _failure(error: MMSError) -> web.Response:
         response.headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, MethodNotAllowedError):
         response.headers["Allow"] = error.allow
-    if isinstance(error, UpgradingError):
+    if error.retry_after:
         response.headers["Retry-After"] = str(error.retry_after)
     return response
 

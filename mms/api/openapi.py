@@ -9,8 +9,8 @@ from typing import Any
 
 import mms
 from mms.caching import MAX_HEADERS, MAX_TTL
-from mms.config import MAX_TIMEOUT, ModelSettings
 from mms.instances import MAX_AT_A_TIME, MAX_COUNT
+from mms.model_settings import MAX_TIMEOUT, ModelSettings
 from mms.setting import OneOf
 
 _ERROR = {

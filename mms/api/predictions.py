@@ -69,37 +69,43 @@ class InferenceApi:
     def handle(self, exchanges: list[Exchange]) -> None:
         generation, next_id = self._registry.generation, self._dataplane.next_id
         by_version: dict[ModelVersion, list[Job]] = {}
-        version: ModelVersion | None = None
-        jobs: list[Job] = []
-        for exchange in exchanges:
-            meaning: Meaning | None = exchange.head.meaning
-            if meaning is None or meaning.generation != generation:
-                meaning = self._understand(exchange)
-                if meaning is None:
-                    continue
-            job = Job(
-                next_id(),
-                meaning.facts,
-                exchange.request_id,
-                exchange.parts,
-                exchange.size,
-                exchange,
-                exchange.arrived,
-                meaning.terms,
-            )
-            if meaning.together:
-                exchange.work = job
-                if meaning.version is not version:
-                    version = meaning.version
-                    jobs = by_version.setdefault(version, [])
-                jobs.append(job)
-                continue
-            try:
-                exchange.work = meaning.version.submit(job)
-            except MMSError as error:
-                exchange.fail(error)
-        for version, jobs in by_version.items():
-            version.submit_all(jobs)
+        last: Head | None = None  # clients that say the same share one
+        try:
+            for exchange in exchanges:
+                if exchange.head is not last:
+                    last = exchange.head
+                    meaning: Meaning | None = last.meaning
+                    if meaning is None or meaning.generation != generation:
+                        meaning = self._understand(exchange)
+                        if meaning is None:
+                            last = None
+                            continue
+                    version, facts, terms = meaning.version, meaning.facts, meaning.terms
+                    jobs = by_version.setdefault(version, []) if meaning.together else None
+                job = Job(
+                    next_id(),
+                    facts,
+                    exchange.request_id,
+                    exchange.parts,
+                    exchange.size,
+                    exchange,
+                    exchange.arrived,
+                    terms,
+                )
+                if jobs is not None:
+                    exchange.work = job
+                    jobs.append(job)
+                else:
+                    self._submit(version, job, exchange)
+        finally:  # a fault in one must not cost those before it their answers
+            for version, jobs in by_version.items():
+                version.submit_all(jobs)
+
+    def _submit(self, version: ModelVersion, job: Job, exchange: Exchange) -> None:
+        try:
+            exchange.work = version.submit(job)
+        except MMSError as error:
+            exchange.fail(error)
 
     def objection(self, head: Head, size: int) -> MMSError | None:
         meaning: Meaning | None = head.meaning

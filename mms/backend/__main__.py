@@ -66,7 +66,7 @@ def main() -> None:
 
 def load_of(directory: Path) -> wire.Load:
     """What the server would tell its worker. Raises ArchiveError and ConfigError."""
-    from mms.config import ModelSettings, merge_settings  # workers do without
+    from mms.model_settings import ModelSettings, merge_settings  # workers do without
     from mms.safe_yaml import read_yaml
 
     if not directory.is_dir():

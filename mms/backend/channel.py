@@ -14,6 +14,7 @@ from mms.handler_metrics import Metrics
 
 READ_SIZE = 256 << 10
 JOIN_BELOW = 32 << 10
+ANSWER_WITHIN = 0.0005  # seconds that a finished answer may wait for others to share its frame
 
 
 class Channel:

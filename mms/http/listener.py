@@ -15,13 +15,12 @@ from mms.http.exchange import Application
 from mms.http.limits import Limits
 from mms.http.request import KnownHeads
 from mms.http.response import ResponseHeads
-from mms.ports import cannot_listen
+from mms.ports import cannot_listen, check_unused
 
 BACKLOG = 4096
 TICK = 0.25
 TICKS_A_SWEEP = 4
 BACKLOG_TIME = 1.0  # seconds in which a listening socket that is given up is emptied of connections
-MAX_UNIX_PATH = 107  # unix(7): sun_path without its final zero
 
 
 def bind(address: str, *, group: int | None = None) -> socket.socket:
@@ -46,8 +45,7 @@ def bind(address: str, *, group: int | None = None) -> socket.socket:
 
 
 def _bind_unix(path: Path, group: int | None) -> socket.socket:
-    if len(os.fsencode(path)) > MAX_UNIX_PATH:
-        raise StartError(f"the socket path {path} is longer than {MAX_UNIX_PATH} bytes; choose a shorter run_dir")
+    check_unused(str(path))
     temporary = path.with_name(path.name[:8] + ".new")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from mms.errors import MethodNotAllowedError, MMSError, OverloadError, SubstituteError, UnauthorizedError
+from mms.errors import MethodNotAllowedError, MMSError, SubstituteError, UnauthorizedError
 
 JSON = b"content-type: application/json\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -57,7 +57,7 @@ def error_response(error: MMSError) -> tuple[int, bytes, bytes]:
         return error.status, error.head, error.body
     body = json_body({"code": error.status, "type": error.type, "message": error.message})
     head = JSON
-    if isinstance(error, OverloadError):
+    if error.retry_after:
         head += b"retry-after: %d\r\n" % error.retry_after
     elif isinstance(error, MethodNotAllowedError) and error.allow:
         head += b"allow: %s\r\n" % error.allow.encode()

@@ -7,8 +7,8 @@ from typing import Any
 
 from mms.archive import ModelArchive
 from mms.caching import CacheSettings
-from mms.config import ModelSettings
 from mms.metrics import VersionFacts
+from mms.model_settings import ModelSettings
 from mms.models.cache import AnswerCache
 from mms.models.version import ModelVersion
 from mms.workers.job import Job, Work

@@ -12,12 +12,14 @@ from typing import Any
 
 from mms import wire
 from mms.archive import ModelArchive
-from mms.config import Config, ModelSettings, merge_settings
+from mms.config import Config
 from mms.logs import model_logger
+from mms.model_settings import ModelSettings, merge_settings
 from mms.models.version import ModelVersion
 from mms.rundir import CacheDirectory
 from mms.workers import environment
 from mms.workers.autoscaler import Bounds
+from mms.workers.environments import Environments
 from mms.workers.forkserver import ForkServers
 from mms.workers.gpus import find_gpus
 from mms.workers.placement import plan
@@ -35,20 +37,20 @@ log = logging.getLogger("mms.controlplane")
 class Pools:
     """Makes pools; `config` may be replaced, for those that are made from then on."""
 
-    def __init__(self, config: Config, cache: CacheDirectory, boot_tries: int) -> None:
+    def __init__(self, config: Config, cache: CacheDirectory, boot_tries: int, state: Path | None) -> None:
         self.config = config
         self.gpus = find_gpus()
         self.forkservers = ForkServers()
         self.restarts = Restarts()
         self.sandboxes = Sandboxes(config, cache.scratch)
-        self._cache = cache
+        self.environments = Environments(cache.venvs, cache.own, state)
         self._boot_tries = boot_tries
         self._loads = asyncio.Semaphore(config.parallel_loads)
 
     def settings(
-        self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any]
+        self, archive: ModelArchive, model_config: Mapping[str, Any], changes: Mapping[str, Any], origin: str
     ) -> ModelSettings:
-        """Of a version that is about to be registered, with `changes` by the call. Raises ConfigError."""
+        """Of a version that is about to be registered, with `changes` that `origin` asks for. Raises ConfigError."""
         settings = merge_settings(
             self.config.model_defaults(),
             model_config,
@@ -56,8 +58,8 @@ class Pools:
             strict=False,
         )
         only_stricter(settings, self.config.model_defaults(), f"{archive.path.name}: {archive.manifest.config_file}")
-        settings = merge_settings(settings, changes, "request", strict=True)
-        only_stricter(settings, self.config.model_defaults(), "request")
+        settings = merge_settings(settings, changes, origin, strict=True)
+        only_stricter(settings, self.config.model_defaults(), origin)
         placement = plan(settings, self.gpus, environment.cores())
         settings = dataclasses.replace(settings, gpus=placement.gpus)
         if settings.min_workers == -1:
@@ -127,7 +129,7 @@ class Pools:
             log.warning("%s brings %s, which is not installed: install_requirements is off", version.label, file)
             return None
         installer = Installer(
-            venvs=self._cache.venvs,
+            environments=self.environments,
             scratch=self.sandboxes.scratch,
             sandbox=sandbox,
             worker_env=self.config.worker_env,

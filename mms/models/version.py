@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 
 from mms.archive import ModelArchive
-from mms.config import ModelSettings
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionFacts, VersionMetrics, WorkerFacts
+from mms.model_settings import ModelSettings
 from mms.workers.batching import BatchQueue
 from mms.workers.gpus import Gpu, memory_by_process
 from mms.workers.job import Job, Terms, Work
@@ -314,7 +314,7 @@ class ModelVersion:
     def _unavailable(self) -> ServiceUnavailableError:
         state = self.state
         if state is VersionState.FAILED and self.pool is not None and self.pool.failure is not None:
-            return failed_to_load(self.label)
+            return failed_to_load(self.label, self.pool.losses.next_start)
         if state is VersionState.LOADING:
             return LoadingError(f"model {self.label} is still loading; try again soon")
         if state is VersionState.READY:

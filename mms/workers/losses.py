@@ -103,7 +103,7 @@ class Losses:
         if self._retrial is not None:  # of a failure before, which somebody did not wait for
             self._retrial.cancel()
         self._retrial = self._loop.call_later(pause, self._retry)
-        self._abandon(failed_to_load(self._settings.label))
+        self._abandon(failed_to_load(self._settings.label, pause))
 
     def close(self) -> None:
         """Nothing is lost any more; lets go of the pool, as `Feeder._stop_feeding` does."""

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mms.config import ModelSettings
 from mms.errors import ConfigError
 from mms.instances import MAX_COUNT, InstanceGroup
+from mms.model_settings import ModelSettings
 from mms.workers.gpus import Gpu
 
 

@@ -55,6 +55,7 @@ class WorkerPool(Feeder):
         self.workers: list[Worker] = []
         self.losses = Losses(settings, metrics, restarts, self._reconcile, self._abandon)
         self.was_ready = False  # requests may wait while a worker is replaced
+        self._has_served = False  # since it last had no workers: those that start are replacements, or more of them
         self.placement = settings.placement
         self._settings = settings
         self._forkservers = forkservers
@@ -230,6 +231,8 @@ class WorkerPool(Feeder):
             worker = self._starter.surplus(active)
             active.remove(worker)
             self._stop_worker(worker)
+        if not self.target:
+            self._has_served = False
         if not self.missing:
             self._starter.release(self.workers, target=self.target)
         if not self.target and self._queue.depth and not self.workers and not self._draining:
@@ -288,9 +291,9 @@ class WorkerPool(Feeder):
     async def _boot(self, worker: Worker) -> None:
         """Launch the process and hold one of the server's load places until it is ready or dead.
 
-        A replacement in a pool that has served does not wait behind other models that load.
+        A replacement in a pool that has served does not wait behind other models that load; one that wakes does.
         """
-        async with nullcontext() if self.was_ready else self._loads:
+        async with nullcontext() if self._has_served else self._loads:
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
                 threads = self._cpu_threads(worker.place.threads)
@@ -318,7 +321,7 @@ class WorkerPool(Feeder):
 
     def _stop_when_idle(self, worker: Worker) -> None:
         """With no worker to stay, those that go take what waits; nobody else comes to wait."""
-        if self._queue.depth and not self.target and not self._draining:
+        if self._queue.depth and not self.target and not self._draining and worker.connected:
             now = time.monotonic()
             self._expire(now)
             self._feed(worker, now)
@@ -328,7 +331,7 @@ class WorkerPool(Feeder):
     # Owner
 
     def worker_ready(self, worker: Worker, ready: wire.Ready) -> None:
-        self.was_ready = True
+        self.was_ready = self._has_served = True
         self._serves(worker)
         self._queue.forget_rate()
         self.scaling.had(self.ready)

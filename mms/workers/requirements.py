@@ -26,6 +26,7 @@ import msgspec
 from mms import wire
 from mms.errors import ModelLoadError
 from mms.workers.environment import worker_environment
+from mms.workers.environments import Environments
 from mms.workers.sandbox import new_scratch
 
 log = logging.getLogger("mms.environment")
@@ -41,11 +42,11 @@ _installing: defaultdict[Path, asyncio.Lock] = defaultdict(asyncio.Lock)
 class Installer:
     """Makes the environments of archives whose workers get this sandbox.
 
-    They lie in `venvs`, which other servers use, too; `scratch` is where each is made. With a `wheelhouse`, packages
-    come from that folder alone, and the network is closed where the workers' is.
+    `scratch` is where each is made. With a `wheelhouse`, packages come from that folder alone, and the network is
+    closed where the workers' is.
     """
 
-    venvs: Path
+    environments: Environments
     scratch: Path
     sandbox: wire.Sandbox
     worker_env: tuple[str, ...]
@@ -59,18 +60,18 @@ class Installer:
         `output`. Raises ModelLoadError.
         """
         digest = await asyncio.to_thread(self._digest, requirements)
-        folder = self.venvs / digest
-        python = folder / "bin" / "python"
-        async with _installing[folder]:
-            if not python.exists():
-                try:
+        try:
+            folder = await self.environments.need(label, digest)
+            python = folder / "bin" / "python"
+            async with _installing[folder]:
+                if not python.exists():
                     async with asyncio.timeout(INSTALL_LIMIT):
                         await self._install(requirements, folder, output, label)
-                except TimeoutError:
-                    limit = f"{INSTALL_LIMIT:g} s"
-                    raise ModelLoadError(f"the requirements of {label} could not be installed within {limit}") from None
-                except OSError as error:
-                    raise ModelLoadError(f"the requirements of {label} cannot be installed: {error}") from None
+        except TimeoutError:
+            limit = f"{INSTALL_LIMIT:g} s"
+            raise ModelLoadError(f"the requirements of {label} could not be installed within {limit}") from None
+        except OSError as error:
+            raise ModelLoadError(f"the requirements of {label} cannot be installed: {error}") from None
         return str(python)
 
     def _digest(self, requirements: Path) -> str:

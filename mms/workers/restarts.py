@@ -6,6 +6,7 @@ Front end's process.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -163,10 +164,11 @@ def load_error(label: str, worker: Worker) -> ModelLoadError:
     return ModelLoadError(f"a worker of {label} ended before it was ready: {worker.cause}", traceback=output)
 
 
-def failed_to_load(label: str) -> ServiceUnavailableError:
-    """What is said to whoever asks a FAILED version, or waits for it as it becomes one."""
+def failed_to_load(label: str, wait: float) -> ServiceUnavailableError:
+    """What is said to whoever asks a FAILED version, or waits for it as it becomes one; `wait`: until its next try."""
     return ServiceUnavailableError(
-        f"model {label} failed to load; its description on the management port has the traceback"
+        f"model {label} failed to load; its description on the management port has the traceback",
+        retry_after=max(1, math.ceil(wait)),
     )
 
 

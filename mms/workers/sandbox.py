@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 
 from mms import wire
-from mms.config import Config, ModelSettings
+from mms.config import Config
 from mms.errors import ConfigError
+from mms.model_settings import ModelSettings
 from mms.workers import environment
 
 TRIAL_LIMIT = 30.0

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from mms.config import MAX_TIMEOUT, ModelSettings
 from mms.errors import BadRequestError, MMSError, ObjectiveError, OverloadError, SubstituteError
+from mms.model_settings import MAX_TIMEOUT, ModelSettings
 from mms.workers.inflight import MAX_FRAME_JOBS
 from mms.workers.job import Job, Terms
 from mms.workers.waiting import Waiting

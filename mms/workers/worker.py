@@ -108,6 +108,11 @@ class Worker(asyncio.Protocol):
         """The number of its GPU."""
         return self.place.gpu.index if self.place.gpu is not None else None
 
+    @property
+    def connected(self) -> bool:
+        """Whether what is sent to it may arrive."""
+        return self._transport is not None and not self._transport.is_closing()
+
     def send(self, batch_size: int, jobs: list[Job]) -> None:
         """One PREDICT frame with all of `jobs`."""
         ids, request_ids = [job.id for job in jobs], [job.request_id for job in jobs]
@@ -130,7 +135,7 @@ class Worker(asyncio.Protocol):
         """Take no more jobs, leave when those in hand are answered; killed when that takes over `grace` seconds."""
         if self.state in (WorkerState.STARTING, WorkerState.READY):
             self.state = WorkerState.STOPPING
-        if not self.in_flight.jobs and self._transport is not None and not self._transport.is_closing():
+        if not self.in_flight.jobs and self.connected:
             self._transport.write(wire.pack(wire.STOP, None))
         if self._patience is None and not self._gone:
             loop = asyncio.get_running_loop()

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 from mms.errors import StartError
-from mms.ports import cannot_listen
+from mms.ports import cannot_listen, check_unused
 
 CHECK_TIMEOUT = 10.0
 BACKLOG = 511  # as nginx asks for
@@ -98,7 +98,8 @@ def listen(address: str) -> socket.socket:
     sock.setblocking(False)
     try:
         if isinstance(target, str):
-            _remove_stale(target)
+            check_unused(target)
+            Path(target).unlink(missing_ok=True)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -131,10 +132,3 @@ def has_lost_its_file(address: str) -> bool:
 def remove_socket_file(address: str) -> None:
     if address.startswith("unix:"):
         Path(address.removeprefix("unix:")).unlink(missing_ok=True)
-
-
-def _remove_stale(path: str) -> None:
-    if accepts(f"unix:{path}"):
-        raise StartError(f"cannot listen on unix:{path}: another process listens there")
-    if Path(path).is_socket():
-        Path(path).unlink(missing_ok=True)

@@ -145,7 +145,7 @@ class Nginx:
             raise StartError("nginx is not running")
         known = listen_addresses(self._text)
         self._adopt(text, [address for address in listen_addresses(text) if address not in known])
-        before = self._workers()
+        before = self.workers()
         signal.pidfd_send_signal(self.pidfd, signal.SIGHUP)
         self._wait_reloaded(before, worker_count(text))
         self._text = text
@@ -159,6 +159,14 @@ class Nginx:
         if self.pidfd != -1:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGUSR1)
+
+    def workers(self) -> set[int]:
+        """The pids of its workers, those that are leaving among them."""
+        try:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        except OSError:
+            return set()
+        return set(map(int, children.split()))
 
     def stop(self, timeout: float) -> bool:
         """Lets requests in hand finish for `timeout` seconds, then insists; returns when no process of it is left.
@@ -209,7 +217,7 @@ class Nginx:
     def _wait_listening(self, addresses: list[str]) -> None:
         waiting = list(addresses)
         deadline = time.monotonic() + START_TIMEOUT
-        while waiting or not self._pid_written() or len(self._workers()) < worker_count(self._text):
+        while waiting or not self._pid_written() or len(self.workers()) < worker_count(self._text):
             if self._wait_exit(_POLL):
                 code = self.exit_code()
                 raise StartError(f"nginx ended at its start with exit code {code}; its own words are in the log")
@@ -227,18 +235,11 @@ class Nginx:
 
     def _wait_reloaded(self, before: set[int], count: int) -> None:
         deadline = time.monotonic() + START_TIMEOUT
-        while len(self._workers() - before) < count:
+        while len(self.workers() - before) < count:
             if self._given_up:
                 raise StartError(GIVEN_UP)
             if self._wait_exit(_POLL) or time.monotonic() > deadline:
                 raise StartError("nginx did not take its new configuration; its own words are in the log")
-
-    def _workers(self) -> set[int]:
-        try:
-            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        except OSError:
-            return set()
-        return set(map(int, children.split()))
 
     def _wait_exit(self, timeout: float) -> bool:
         """Whether the master ended in time; it stays unreaped, so that its process group cannot become another's."""

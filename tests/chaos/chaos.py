@@ -13,7 +13,7 @@ from rich.table import Table
 
 from tests.chaos.clients import Account, Clients, Port
 from tests.chaos.rig import PASSING, STEADY, Rig, State, explain, rig
-from tests.conftest import eventually
+from tests.waiting import eventually
 
 BETWEEN_FAULTS = 0.35
 CLIENTS = 6

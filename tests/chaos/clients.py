@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tests.conftest import digest
+from tests.asking import digest
 
 ANSWER_TIMEOUT = 30.0
 RECONNECT = 0.005

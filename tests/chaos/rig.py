@@ -20,8 +20,11 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.asking import Reply, fetch
 from tests.chaos.clients import CUT, Outcome, Port, Timeline
-from tests.conftest import Reply, Server, eventually, fetch, mms, pack, processes_in, scratch, server
+from tests.conftest import pack
+from tests.servers import Server, mms, processes_in, scratch, server
+from tests.waiting import eventually
 
 RESPONSE_TIMEOUT = 2.0
 SETTLE = 30.0
@@ -240,7 +243,6 @@ class Rig:
                 _NUMBERS.sub("N", _RANDOM.sub("-N", str(path.relative_to(running.folder))))
                 for path in inside
                 if not path.is_relative_to(running.run_dir / "logs")
-                and "nginx/body" not in str(path)  # a killed worker of nginx leaves what it was spooling
             ),
             main.num_threads(),
             round(running.metric("mms_queue_depth") + running.metric("mms_requests_in_flight")),

@@ -10,9 +10,10 @@ from collections import Counter
 import psutil
 from rich.console import Console
 
+from tests.asking import digest
 from tests.chaos.clients import Clients, Outcome
 from tests.chaos.rig import STEADY, Rig, rig
-from tests.conftest import digest, processes_in
+from tests.servers import processes_in
 
 CYCLES = 2000
 CLIENTS = 4

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
+from tests.asking import digest
 from tests.chaos import chaos
 from tests.chaos.clients import Clients, Outcome, Port, Timeline
 from tests.chaos.rig import explain
-from tests.conftest import digest, eventually, needs_nginx
+from tests.servers import needs_nginx
+from tests.waiting import eventually
 
 
 @needs_nginx

@@ -12,8 +12,12 @@ import threading
 
 import pytest
 
-from tests.conftest import Gate, MakeArchive, MakeGate, Server, digest, eventually, needs_nginx, server
+from tests.asking import digest
+from tests.conftest import MakeArchive, MakeGate
+from tests.gates import Gate
 from tests.odd_requests import ACCEPTED, AFTER, REFUSED, Answer, answers, chunks, field, length
+from tests.servers import Server, needs_nginx, server
+from tests.waiting import eventually
 
 TIMEOUT = 10.0  # nginx lingers up to 5 s on a refused body
 RESET = b"\1\0\0\0\0\0\0\0"  # struct linger: close with RST

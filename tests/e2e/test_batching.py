@@ -13,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import MakeArchive, MakeGate, Server, eventually, server
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, server
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 CONNECTIONS = 32
 SYSTEM_CALLS = 2.4  # reads and writes of the front end per request, at 32 requests a turn; 2.1 to 2.2 were measured

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import MakeArchive, MakeGate, Server, ask, connect, eventually, server
+from tests.asking import ask, connect
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, server
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 RESET = b"\1\0\0\0\0\0\0\0"  # struct linger: close with RST
 CACHE = {"size": "1MiB", "ttl_s": 600}

@@ -13,23 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from mms.archive import MANIFEST
-from tests.conftest import (
-    MakeArchive,
-    Server,
-    digest,
-    environment,
-    eventually,
-    fetch,
-    free_ports,
-    is_free,
-    mms,
-    processes_in,
-    scratch,
-    server,
-    start_arguments,
-)
+from mms.cli import main
+from tests.asking import digest, fetch
+from tests.conftest import MakeArchive
+from tests.servers import Server, environment, free_ports, is_free, mms, processes_in, scratch, server, start_arguments
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +82,8 @@ def test_config_shows_every_value_and_where_it_is_from(tmp_path: Path) -> None:
     file = tmp_path / "mms.yaml"
     file.write_text("batch_size: 2\nqueue_size: 3\nworkers: 4\nmax_request_size: 1MiB\n")
     words = ("config", "--json", "--config", str(file), "--workers", "6")
-    shown = json.loads(mms(*words, MMS_QUEUE_SIZE="5", MMS_WORKERS="5").stdout)
+    environ = {"MMS_QUEUE_SIZE": "5", "MMS_WORKERS": "5"}
+    shown = json.loads(CliRunner().invoke(main, words, env=environ).stdout)
     assert [(shown[name]["value"], shown[name]["origin"]) for name in ("batch_size", "queue_size", "workers")] == [
         ("2", str(file)),
         ("5", "environment"),
@@ -181,7 +173,8 @@ def test_a_mistake_is_told_in_one_line(tmp_path: Path, words: tuple[str, ...], t
 
 
 def test_config_takes_several_models_as_start_does() -> None:
-    assert json.loads(mms("config", "--json", "--models", "a.mar", "b.mar").stdout)["models"]["value"] == "a.mar,b.mar"
+    shown = CliRunner().invoke(main, ["config", "--json", "--models", "a.mar", "b.mar"])
+    assert json.loads(shown.stdout)["models"]["value"] == "a.mar,b.mar"
 
 
 def test_check_of_no_archive(tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from urllib.parse import unquote
 
 import pytest
 
-from mms.config import Config, ModelSettings
+from mms.config import Config
 from mms.errors import MMSError
 from mms.metrics import Collector, FrontEndFacts
+from mms.model_settings import ModelSettings
 from mms.setting import show_setting
-from tests.conftest import environment, eventually, free_ports, is_free, processes_in, scratch
+from tests.servers import environment, free_ports, is_free, processes_in, scratch
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -34,6 +36,7 @@ PORTS = {"8080": "INFERENCE", "8081": "MANAGEMENT", "8082": "METRICS"}
 
 # Pages whose commands need the archive and the running server of this page.
 FIRST_PAGE = "getting-started.md"
+START = "mms start"
 AFTER_FIRST_PAGE = ("inference-api.md", "management-api.md", "metrics.md", "errors.md", "scheduling.md")
 
 # Commands that are shown but not run here, each with its reason; they stand in `sh` blocks, the others in `console`.
@@ -88,6 +91,10 @@ def commands(block: Block) -> list[Command]:
     return found
 
 
+def every_command(page: Path) -> list[Command]:
+    return [command for block in blocks(page) if block.language == "console" for command in commands(block)]
+
+
 class Reader:
     """Follows pages in a scratch folder, on ports of its own."""
 
@@ -107,13 +114,13 @@ class Reader:
         )
 
     def follow(self, page: Path, *, until: str = "") -> None:
-        """Write the page's files and run its commands, up to the one that begins with `until`."""
+        """Write the page's files and run its commands, up to the one that begins with `until`, which is left out."""
         for block in blocks(page):
             if block.language == "console":
                 for command in commands(block):
-                    self.run(command)
                     if until and command.text.startswith(until):
                         return
+                    self.run(command)
             elif block.file:
                 (self.folder / block.file).write_text(block.text)
 
@@ -157,14 +164,23 @@ def reader() -> Iterator[Reader]:
             following.close()
 
 
+@pytest.fixture(scope="module")
+def packed() -> Iterator[Path]:
+    """What the first page has made before it starts its server."""
+    with scratch() as folder:
+        Reader(folder).follow(PAGES[FIRST_PAGE], until=START)
+        yield folder
+
+
 def has_commands(page: Path) -> bool:
     return any(block.language == "console" for block in blocks(page))
 
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if has_commands(page)])
-def test_the_commands_do_what_the_page_says(name: str, reader: Reader) -> None:
+def test_the_commands_do_what_the_page_says(name: str, reader: Reader, request: pytest.FixtureRequest) -> None:
     if name in AFTER_FIRST_PAGE:
-        reader.follow(PAGES[FIRST_PAGE], until="mms start")
+        shutil.copytree(request.getfixturevalue("packed"), reader.folder, dirs_exist_ok=True)
+        reader.run(next(command for command in every_command(PAGES[FIRST_PAGE]) if command.text.startswith(START)))
     reader.follow(PAGES[name])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -19,10 +18,10 @@ from typing import Any
 
 import psutil
 import pytest
-import skimage
+
+from tests.servers import free_ports
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-PHOTOS = Path(skimage.__file__).parent / "data"
 NETWORK = "efficientnet_lite0"
 START_TIMEOUT = 120.0
 
@@ -54,6 +53,12 @@ class Examples:
         lines = str(fetch(f"{self.metrics}/metrics").body, "utf-8").splitlines()
         counts = [line for line in lines if line.startswith("mms_requests_total{") and f'model="{model}"' in line]
         return sum(float(line.rpartition(" ")[2]) for line in counts if 'code="200"' in line)
+
+
+def read_photo(name: str) -> bytes:
+    import skimage  # here: all files of tests are imported in each process of a run, and this one takes long
+
+    return (Path(skimage.__file__).parent / "data" / name).read_bytes()
 
 
 def fetch(url: str, body: bytes | None = None, content_type: str = "application/octet-stream") -> Reply:
@@ -94,6 +99,7 @@ def examples(store: Path, run_dir: str, tmp_path_factory: pytest.TempPathFactory
     command = [
         *(f"{sysconfig.get_path('scripts')}/mms", "start"),
         *("--model-store", str(store), "--models", "ALL", "--run-dir", run_dir, "--cache-dir", f"{run_dir}/cache"),
+        *("--workers", "1"),
         *("--inference-address", inference, "--management-address", management, "--metrics-address", metrics),
     ]
     with log.open("wb") as output:
@@ -116,14 +122,6 @@ def stop(process: subprocess.Popen[bytes], log: Path) -> None:
     finally:
         process.kill()
         process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -150,7 +148,7 @@ def is_healthy(url: str) -> bool:
 )
 def test_network_names_what_is_in_the_photo(examples: Examples, photo: str, labels: set[str]) -> None:
     before = examples.answered(NETWORK)
-    reply = examples.predict(NETWORK, (PHOTOS / photo).read_bytes())
+    reply = examples.predict(NETWORK, read_photo(photo))
     assert reply.status == 200
     answer = reply.json()
     assert len(answer) == 5
@@ -160,7 +158,7 @@ def test_network_names_what_is_in_the_photo(examples: Examples, photo: str, labe
 
 
 def test_top_k_in_the_query(examples: Examples) -> None:
-    reply = examples.predict(f"{NETWORK}?top_k=1", (PHOTOS / "coffee.png").read_bytes())
+    reply = examples.predict(f"{NETWORK}?top_k=1", read_photo("coffee.png"))
     assert list(reply.json()) == ["espresso"]
 
 
@@ -168,7 +166,7 @@ def test_what_is_no_photo_is_refused_and_the_next_is_answered(examples: Examples
     reply = examples.predict(NETWORK, b"not a picture")
     assert reply.status == 400
     assert reply.json()["message"] == "the body is not a picture in a known format"
-    assert examples.predict(NETWORK, (PHOTOS / "coffee.png").read_bytes()).status == 200
+    assert examples.predict(NETWORK, read_photo("coffee.png")).status == 200
 
 
 def test_digits_are_read_as_well_over_http_as_at_training(examples: Examples) -> None:

@@ -11,7 +11,8 @@ from urllib.parse import urlencode
 
 import pytest
 
-from tests.conftest import Reply, Server, ask, connect, digest, fetch
+from tests.asking import Reply, ask, connect, digest, fetch
+from tests.servers import Server
 from tests.traffic import Answering
 
 PART = b"--b\r\nContent-Disposition: form-data; name=a\r\n\r\n"

@@ -14,8 +14,11 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from tests.conftest import MakeArchive, MakeGate, Reply, Server, eventually, fetch, server
+from tests.asking import Reply, fetch
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, server
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +160,8 @@ def test_a_lower_delay_counts_for_those_who_wait_already(bare: Server) -> None:
 
 def test_a_models_log_is_closed_when_its_last_version_is_gone(bare: Server) -> None:
     def is_open() -> bool:
-        folder = Path(f"/proc/{bare.pid}/fd")
-        return str(bare.run_dir / "logs" / "dies_on_load.log") in {os.readlink(path) for path in folder.iterdir()}
+        log = str(bare.run_dir / "logs" / "dies_on_load.log")
+        return log in {file.path for file in psutil.Process(bare.pid).open_files()}
 
     bare.manage("POST", "/models?url=dies_on_load-1.0.mar")
     assert is_open()
@@ -355,6 +358,16 @@ def test_a_model_sleeps_until_its_first_request(bare: Server) -> None:
         assert bare.metric("mms_scalings_total", model="echo", direction="up") == wakes
         assert bare.metric("mms_workers_wanted", model="echo") == 1
         assert bare.manage("PUT", "/models/echo?min_worker=0&synchronous=true").status == 200
+
+
+def test_f9_a_model_that_cannot_be_loaded_when_a_request_comes_says_when_it_is_tried_again(bare: Server) -> None:
+    as_json(bare, "POST", "/models", url="crashes_on_load-1.0.mar", min_workers=0, load_on_request=True)
+    for _ in range(2):  # who has waited for it, and who comes later
+        refused = bare.predict("crashes_on_load", b"x")
+        assert (refused.status, refused.json()["type"]) == (503, "ServiceUnavailableException")
+        assert "crashes_on_load 1.0 failed to load; its description" in refused.message
+        assert 1 <= int(refused.headers["retry-after"]) <= 5
+    assert bare.describe("crashes_on_load")["state"] == "FAILED"
 
 
 def test_bounds_change_while_the_model_is_served(bare: Server) -> None:

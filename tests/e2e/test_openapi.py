@@ -13,10 +13,12 @@ import pytest
 from mms.api import management
 from mms.api.guard import Guard
 from mms.api.openapi import INFERENCE
-from mms.config import ModelSettings
 from mms.controlplane import ControlPlane
+from mms.model_settings import ModelSettings
 from mms.models.readiness import Readiness
-from tests.conftest import MakeArchive, Reply, Server, fetch, server
+from tests.asking import Reply, fetch
+from tests.conftest import MakeArchive
+from tests.servers import Server, server
 
 VALUES = {
     "url": "echo-1.0.mar", "model_name": "documented", "handler": "echo:Echo", "runtime": "python",

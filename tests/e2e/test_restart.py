@@ -11,8 +11,11 @@ from functools import partial
 import psutil
 import pytest
 
-from tests.conftest import MakeArchive, MakeGate, Server, eventually, fetch, needs_nginx, processes_in, server
+from tests.asking import fetch
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, needs_nginx, processes_in, server
 from tests.traffic import Answering, Traffic
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +30,18 @@ def running(make_archive: MakeArchive) -> Iterator[Server]:
         make_archive("gate", model_name="once", retry=0),
         make_archive("poison"),
         make_archive("forks_a_helper"),
-        make_archive("closes_descriptors"),
         make_archive("big"),
         make_archive("poison", model_name="frozen", response_timeout=0.3),
     ) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def deadly(make_archive: MakeArchive) -> Iterator[Server]:
+    """In the shared server these many deaths would delay the others."""
+    poisons = [make_archive("poison", model_name=name) for name in ("abort", "exit", "again")]
+    closes = [make_archive("closes_descriptors", model_name=name) for name in ("close", "garbage", "empty")]
+    with server(*poisons, *closes) as started:
         yield started
 
 
@@ -137,27 +148,24 @@ def test_f4_an_answer_is_whole_although_workers_are_killed_while_they_send(runni
         assert reply.body == b"x" * 8_000_000 or reply.status in (500, 503), reply.status
 
 
-@pytest.mark.parametrize(("body", "cause"), [(b"abort", "signal 6 (SIGABRT)"), (b"exit", "exit code 0")])
-def test_f6_a_poisonous_request_kills_exactly_two_workers(running: Server, body: bytes, cause: str) -> None:
-    before = running.metric("mms_worker_restarts_total", model="poison", reason=cause)
-    reply = running.predict("poison", body)
+@pytest.mark.parametrize(("name", "cause"), [("abort", "signal 6 (SIGABRT)"), ("exit", "exit code 0")])
+def test_f6_a_poisonous_request_kills_exactly_two_workers(deadly: Server, name: str, cause: str) -> None:
+    reply = deadly.predict(name, name.encode())
     assert (reply.status, reply.json()["type"]) == (500, "WorkerDiedException")
     assert f"died twice running this request ({cause})" in reply.message
-    assert running.metric("mms_worker_restarts_total", model="poison", reason=cause) == before + 2
-    assert running.predict("poison", b"good").body == b"good"
-    assert running.describe("poison")["state"] == "READY"
+    assert deadly.metric("mms_worker_restarts_total", model=name, reason=cause) == 2
+    assert deadly.predict(name, b"good").body == b"good"
+    assert deadly.describe(name)["state"] == "READY"
 
 
-def test_f7_a_retry_lets_a_refused_request_try_again(make_archive: MakeArchive) -> None:
-    with server(make_archive("poison")) as poisoned:  # in the shared server its deaths would delay the others
+def test_f7_a_retry_lets_a_refused_request_try_again(deadly: Server) -> None:
+    def cause() -> str:
+        return deadly.predict("again", b"abort").message.partition(" running")[0]
 
-        def cause() -> str:
-            return poisoned.predict("poison", b"abort").message.partition(" running")[0]
-
-        assert cause() == "the worker process died twice"
-        assert cause().startswith("the same request has just crashed two")
-        assert poisoned.manage("POST", "/models/poison/retry").status == 200
-        assert cause() == "the worker process died twice"
+    assert cause() == "the worker process died twice"
+    assert cause().startswith("the same request has just crashed two")
+    assert deadly.manage("POST", "/models/again/retry").status == 200
+    assert cause() == "the worker process died twice"
 
 
 def test_f8_with_retry_off_nothing_runs_twice(running: Server, make_gate: MakeGate) -> None:
@@ -187,21 +195,20 @@ def test_f18_a_helper_that_outlives_its_worker_hides_no_death(running: Server) -
     eventually(lambda: not is_running(helper["helper"]))
 
 
-@pytest.mark.parametrize("body", [b"close", b"garbage", b"empty"])
-def test_f20_f33_a_worker_that_breaks_its_channel_is_killed(running: Server, body: bytes) -> None:
-    (pid,) = running.workers("closes_descriptors")
-    reply = running.predict("closes_descriptors", body)
+@pytest.mark.parametrize("name", ["close", "garbage", "empty"])
+def test_f20_f33_a_worker_that_breaks_its_channel_is_killed(deadly: Server, name: str) -> None:
+    (pid,) = deadly.workers(name)
+    reply = deadly.predict(name, name.encode())
     assert (reply.status, reply.json()["type"]) == (500, "WorkerDiedException")
     assert "its channel" in reply.message
-    eventually(lambda: replaced(running, "closes_descriptors", 1, pid), timeout=2)
-    assert running.predict("closes_descriptors", b"good").body == b"good"
+    eventually(lambda: replaced(deadly, name, 1, pid), timeout=2)
+    assert deadly.predict(name, b"good").body == b"good"
 
 
 def test_f36_the_fork_servers_death_is_no_workers_death(running: Server) -> None:
     before = running.workers("forked")
     with Traffic(running, model="forked") as traffic:
-        for process in running.named("mms-forkserver"):
-            process.kill()
+        running.kill_named("mms-forkserver")
         traffic.flows()
     assert traffic.failures == []
     assert running.workers("forked") == before
@@ -216,8 +223,7 @@ def test_f36_the_fork_servers_death_is_no_workers_death(running: Server) -> None
 
 def test_f38_the_fork_server_killed_together_with_a_worker(running: Server) -> None:
     before = running.workers("together")
-    for process in running.named("mms-forkserver"):
-        process.kill()
+    running.kill_named("mms-forkserver")
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     assert running.predict("together", b"x").status == 200
@@ -236,10 +242,13 @@ def test_f10_a_model_that_keeps_dying_is_restarted_ever_more_slowly(make_archive
 
 def test_no_process_is_left_over_by_all_these_deaths(running: Server) -> None:
     models = [model["modelName"] for model in running.manage("GET", "/models").json()["models"]]
-    wanted = {pid for model in models for pid in running.workers(model)} | {running.pid}
-    forkservers = {process.pid for process in running.named("mms-forkserver")}
-    assert len(forkservers) == 1
-    assert {process.pid for process in processes_in(running.folder)} == wanted | forkservers
+
+    def only_those_of_now() -> bool:
+        wanted = {pid for model in models for pid in running.workers(model)} | {running.pid}
+        forkservers = {process.pid for process in running.named("mms-forkserver")}
+        return len(forkservers) == 1 and {each.pid for each in processes_in(running.folder)} == wanted | forkservers
+
+    eventually(only_those_of_now)
 
 
 def test_f18_a_killed_helper_is_reaped(make_archive: MakeArchive) -> None:
@@ -255,8 +264,7 @@ def test_f37_the_fork_server_killed_while_workers_start(make_archive: MakeArchiv
     """Each start that fails must discard the fork server that failed it, not its successor."""
     with server(make_archive("echo"), parallel_loads=4) as running:
         running.manage("PUT", "/models/echo?min_worker=4")
-        for process in running.named("mms-forkserver"):
-            process.kill()
+        running.kill_named("mms-forkserver")
         eventually(lambda: len(running.workers("echo")) == 4)
 
 
@@ -264,6 +272,5 @@ def test_requests_wait_while_the_first_worker_is_replaced_although_nobody_has_as
     make_archive: MakeArchive,
 ) -> None:
     with server(make_archive("echo"), workers=1) as running:
-        (process,) = running.named("mms-echo")
-        process.kill()
+        running.kill_named("mms-echo")
         assert [running.predict("echo", b"x").status for _ in range(20)] == [200] * 20

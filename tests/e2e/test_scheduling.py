@@ -8,8 +8,11 @@ from functools import partial
 
 import pytest
 
-from tests.conftest import MakeArchive, MakeGate, Server, eventually, fetch, server
+from tests.asking import fetch
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, server
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")

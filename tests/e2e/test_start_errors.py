@@ -11,19 +11,12 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
-from tests.conftest import (
-    MakeArchive,
-    environment,
-    eventually,
-    free_ports,
-    mms,
-    needs_nginx,
-    processes_in,
-    scratch,
-    server,
-    start_arguments,
-)
+from mms.cli import main
+from tests.conftest import MakeArchive
+from tests.servers import environment, free_ports, mms, needs_nginx, processes_in, scratch, server, start_arguments
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -32,16 +25,14 @@ def folder() -> Iterator[Path]:
         yield path
 
 
-def refusal(
-    folder: Path, *archives: Path, models: tuple[str, ...] = (), env: dict[str, str] | None = None, **settings: Any
-) -> str:
+def refusal(folder: Path, *archives: Path, models: tuple[str, ...] = (), **settings: Any) -> str:
     """The one line of a start that must fail."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
     words = start_arguments(folder, addresses, *archives, **settings)
     for model in models:
         words += ["--models", model]
     ended = subprocess.run(
-        words, capture_output=True, text=True, timeout=20, cwd=folder, env=environment(**(env or {})), check=False
+        words, capture_output=True, text=True, timeout=20, cwd=folder, env=environment(), check=False
     )
     assert ended.returncode == 1, ended
     eventually(lambda: not processes_in(folder))
@@ -50,6 +41,16 @@ def refusal(
     assert len(errors) == 1, ended.stderr
     assert not [line for line in ended.stdout.splitlines() if line.startswith("ready")]
     return errors[0].removeprefix("mms: error: ")
+
+
+def mistake(folder: Path, **settings: Any) -> str:
+    """The one line of a start whose settings are wrong: it ends in this process, before there is anything to start."""
+    words = start_arguments(folder, [f"127.0.0.1:{port}" for port in free_ports(3)], **settings)
+    ended = CliRunner().invoke(main, words[words.index("start") :])
+    assert (ended.exit_code, ended.stdout) == (1, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("mms: error: ")
+    return line.removeprefix("mms: error: ")
 
 
 @pytest.mark.parametrize("edge", ["none", pytest.param("nginx", marks=needs_nginx)])
@@ -149,13 +150,22 @@ def test_two_archives_of_one_model(folder: Path, make_archive: MakeArchive) -> N
         ("batch_size", "many", "batch_size = 'many'"),
         ("max_request_size", "1 apple", "a size is needed"),
         ("response_timeout", "nan", "a finite number is needed"),
+    ],
+)
+def test_an_impossible_setting(folder: Path, name: str, value: str, words: str) -> None:
+    assert words in mistake(folder, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
         ("run_dir", "/proc/mms", "cannot use the run directory /proc/mms"),
         ("cache_dir", "/proc/mms", "cannot use the cache directory /proc/mms"),
         ("nginx", "no-such-nginx", "no-such-nginx"),
         ("log_file", "/nowhere/mms.log", "/nowhere/mms.log"),
     ],
 )
-def test_an_impossible_setting(folder: Path, name: str, value: str, words: str) -> None:
+def test_a_setting_that_is_impossible_here(folder: Path, name: str, value: str, words: str) -> None:
     settings: dict[str, Any] = {"edge": "nginx"} if name == "nginx" else {}
     assert words in refusal(folder, **{**settings, name: value})
 
@@ -173,19 +183,20 @@ def test_an_impossible_setting(folder: Path, name: str, value: str, words: str) 
 def test_a_bad_settings_file(folder: Path, text: str, words: str) -> None:
     file = folder / "mms.yaml"
     file.write_text(text)
-    error = refusal(folder, config=file)
+    error = mistake(folder, config=file)
     assert str(file) in error
     assert words in error
 
 
-def test_an_unknown_variable(folder: Path) -> None:
-    text = refusal(folder, env={"MMS_BATCHSIZE": "1"})
+def test_an_unknown_variable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMS_BATCHSIZE", "1")
+    text = mistake(folder)
     assert text == "environment: unknown setting MMS_BATCHSIZE; did you mean MMS_BATCH_SIZE?"
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:
-    ended = mms("start", "--batch-sise", "1")
-    assert ended.returncode == 2
+    ended = CliRunner().invoke(main, ["start", "--batch-sise", "1"])
+    assert ended.exit_code == 2
     assert "No such option '--batch-sise'. (Did you mean one of: '--batch-size'," in ended.stderr
 
 

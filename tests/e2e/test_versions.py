@@ -6,16 +6,26 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import MakeArchive, Server, fetch, server
+from tests.asking import fetch
+from tests.conftest import MakeArchive
+from tests.servers import Server, server
 from tests.traffic import Traffic
 
 
-@pytest.fixture
-def running(make_archive: MakeArchive) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def empty(make_archive: MakeArchive) -> Iterator[Server]:
     one, two = make_archive("echo"), make_archive("echo", version="2.0")
     broken = make_archive("crashes_on_load", model_name="echo", version="3.0")
-    with server(one, spare=(two, broken)) as started:
+    with server(spare=(one, two, broken)) as started:
         yield started
+
+
+@pytest.fixture
+def running(empty: Server) -> Iterator[Server]:
+    assert empty.manage("POST", "/models?url=echo-1.0.mar").status == 200
+    yield empty
+    for model in empty.manage("GET", "/models").json()["models"]:
+        assert empty.manage("DELETE", f"/models/{model['modelName']}").status == 200
 
 
 def answerer(running: Server, path: str = "echo") -> int:

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.conftest import CLIENT_TIMEOUT, MakeArchive, MakeGate, Server, eventually, needs_nginx, server
+from tests.asking import CLIENT_TIMEOUT
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, needs_nginx, server
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 LIMIT = 2 << 20
 SLOW = 100

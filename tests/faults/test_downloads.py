@@ -19,8 +19,10 @@ from mms.config import load_config
 from mms.errors import ArchiveError, BadRequestError, ConfigError, ConflictError, DownloadError
 from mms.models.download import Downloads, _is_public
 from mms.models.store import ModelStore
-from tests.conftest import MakeArchive, fetch, free_ports, scratch, server
+from tests.asking import fetch
+from tests.conftest import MakeArchive
 from tests.e2e.test_start_errors import refusal
+from tests.servers import free_ports, scratch, server
 
 
 @dataclass

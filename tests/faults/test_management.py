@@ -20,10 +20,13 @@ import pytest
 
 from mms.config import load_config
 from mms.errors import ConfigError
+from tests.asking import CLIENT_TIMEOUT
 from tests.chaos.rig import Rig
-from tests.conftest import CLIENT_TIMEOUT, MakeArchive, Server, eventually, processes_in, server
+from tests.conftest import MakeArchive
+from tests.servers import Server, processes_in, server
 from tests.traffic import Traffic
 from tests.unit import test_archive as hostile
+from tests.waiting import eventually
 
 LIMIT = 16 << 20
 STORM = {"quick": (1.0, 8), "long": (60.0, 50)}

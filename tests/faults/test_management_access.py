@@ -10,8 +10,10 @@ import pytest
 
 from mms.errors import ConfigError
 from mms.token import TokenFile, read_token
-from tests.conftest import MakeArchive, Reply, Server, fetch, free_ports, mms, scratch, server
+from tests.asking import Reply, fetch
+from tests.conftest import MakeArchive
 from tests.e2e.test_start_errors import refusal
+from tests.servers import Server, free_ports, mms, scratch, server
 
 TOKEN = "correct-horse-battery-staple"
 

@@ -16,24 +16,13 @@ import pytest
 from mms_nginx.find import find_nginx
 from rich.console import Console
 
+from tests.asking import CLIENT_TIMEOUT, Reply, ask, connect, fetch
 from tests.chaos import lost
-from tests.conftest import (
-    CLIENT_TIMEOUT,
-    MakeArchive,
-    Reply,
-    Server,
-    ask,
-    connect,
-    eventually,
-    fetch,
-    free_ports,
-    mms,
-    needs_nginx,
-    scratch,
-    server,
-)
+from tests.conftest import MakeArchive
 from tests.faults.means import full, needs_mounts
+from tests.servers import Server, free_ports, mms, needs_nginx, scratch, server
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 pytestmark = needs_nginx
 BURST = 200

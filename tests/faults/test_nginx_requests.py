@@ -24,9 +24,9 @@ from mms.http.exchange import Exchange
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer, bind
 from mms.http.request import Head
-from tests.conftest import free_ports, needs_nginx, scratch
 from tests.odd_requests import ACCEPTED, AFTER, REFUSED
 from tests.odd_requests import field as with_field
+from tests.servers import free_ports, needs_nginx, scratch
 
 pytestmark = needs_nginx
 MAX_REQUEST_SIZE = 2 << 20

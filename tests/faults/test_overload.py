@@ -12,10 +12,12 @@ import psutil
 import pytest
 
 from benchmarks.openloop import Phase, Request, percentile, run
-from tests.conftest import MakeArchive, MakeGate, Server, eventually, server
+from tests.conftest import MakeArchive, MakeGate
 from tests.e2e.test_bad_input import TIMEOUT, address, assert_refused, receive, talk
 from tests.odd_requests import AFTER, HOST, Answer, answers
+from tests.servers import Server, server
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 QUEUE = 20
 BODY = b"Content-Length: 1000000\r\n"

@@ -10,20 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import (
-    MakeArchive,
-    MakeGate,
-    Reply,
-    Server,
-    eventually,
-    fetch,
-    free_ports,
-    needs_nginx,
-    scratch,
-    server,
-    start_arguments,
-)
+from tests.asking import Reply, fetch
+from tests.conftest import MakeArchive, MakeGate
+from tests.servers import Server, free_ports, needs_nginx, scratch, server, start_arguments
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 
 def test_a_server_with_all_its_workers_is_ready(either: Server) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from mms.backend.sandbox import LANDLOCK_ABI, landlock_abi
-from tests.conftest import MakeArchive, Server, eventually, scratch, server
+from tests.conftest import MakeArchive
+from tests.servers import Server, scratch, server
+from tests.waiting import eventually
 
 PIN = "colours==1.0 --hash=sha256:{}"
 
@@ -86,3 +88,9 @@ def test_s15_what_is_installed_is_the_workers_and_runs_only_as_they_do(installin
 def test_s15_what_is_not_pinned_or_not_in_the_wheelhouse_is_refused(installing: Server, name: str, words: str) -> None:
     assert installing.manage("POST", f"/models?url={name}-1.0.mar&synchronous=false").status == 202
     assert words in eventually(lambda: installing.describe(name).get("failure"), 40)["traceback"]
+
+
+def test_s15_an_environment_goes_with_the_last_version_that_needs_it(installing: Server) -> None:
+    _, prefix = installing.predict("needs_colours").body.decode().split()
+    assert installing.manage("DELETE", "/models/needs_colours").status == 200
+    eventually(lambda: not Path(prefix).exists())

@@ -15,21 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import (
-    MakeArchive,
-    MakeGate,
-    Reply,
-    environment,
-    eventually,
-    fetch,
-    free_ports,
-    needs_nginx,
-    scratch,
-    server,
-    start_arguments,
-)
+from tests.asking import Reply, fetch
+from tests.conftest import MakeArchive, MakeGate
 from tests.faults.means import fill, full, needs_mounts, needs_pid_namespaces, small_disk
+from tests.servers import environment, free_ports, needs_nginx, scratch, server, start_arguments
 from tests.traffic import Answering, Traffic
+from tests.waiting import eventually
 
 CONNECTIONS = 150
 DAY = 86_400

@@ -15,17 +15,10 @@ import pytest
 
 from mms.errors import StartError
 from mms.systemd import Notifier, passed_sockets
-from tests.conftest import (
-    MakeArchive,
-    Server,
-    environment,
-    eventually,
-    fetch,
-    free_ports,
-    needs_nginx,
-    server,
-    start_arguments,
-)
+from tests.asking import fetch
+from tests.conftest import MakeArchive
+from tests.servers import Server, environment, free_ports, needs_nginx, server, start_arguments
+from tests.waiting import eventually
 
 
 def told(manager: socket.socket, word: str) -> str:

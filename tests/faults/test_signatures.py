@@ -20,8 +20,10 @@ from mms.archive import SIGNATURE, ModelArchive
 from mms.errors import ArchiveError, ConfigError
 from mms.models.store import ModelStore
 from mms.signature import SigningKey, TrustedKeys
-from tests.conftest import MakeArchive, fetch, scratch, server
+from tests.asking import fetch
+from tests.conftest import MakeArchive
 from tests.e2e.test_start_errors import refusal
+from tests.servers import scratch, server
 
 HANDLER = "def handle(data, context):\n    return [b'signed'] * len(data or ())\n"
 

@@ -13,16 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import (
-    MakeArchive,
-    Server,
-    eventually,
-    fetch,
-    free_ports,
-    mms,
-    server,
-    start_arguments,
-)
+from tests.asking import fetch
+from tests.conftest import MakeArchive
+from tests.servers import Server, free_ports, mms, server, start_arguments
+from tests.waiting import eventually
 
 
 @contextlib.contextmanager

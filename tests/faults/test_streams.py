@@ -17,8 +17,12 @@ from typing import Any
 import pytest
 from mms_nginx.find import find_nginx
 
-from tests.conftest import CLIENT_TIMEOUT, Gate, MakeArchive, MakeGate, Server, connect, environment, eventually, server
+from tests.asking import CLIENT_TIMEOUT, connect
+from tests.conftest import MakeArchive, MakeGate
+from tests.gates import Gate
+from tests.servers import Server, environment, server
 from tests.traffic import Answering
+from tests.waiting import eventually
 
 CUT = http.client.IncompleteRead, ConnectionError
 

@@ -13,7 +13,10 @@ from mms.errors import ConfigError, HandlerError, StartError
 from mms.logs import _Formatter
 from mms.rundir import RunDirectory
 from mms.safe_yaml import MAX_FILE, parse_yaml
-from tests.conftest import MakeArchive, Server, eventually, fetch, server
+from tests.asking import fetch
+from tests.conftest import MakeArchive
+from tests.servers import Server, server
+from tests.waiting import eventually
 
 SECRET = "s3cr3t-of-a-client"
 

@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import MakeArchive, Server, eventually, fetch, free_ports, mms, needs_nginx, scratch, server
+from tests.asking import fetch
+from tests.conftest import MakeArchive
 from tests.e2e.test_start_errors import refusal
 from tests.faults.test_management_access import TOKEN, token_file
+from tests.servers import Server, free_ports, mms, needs_nginx, scratch, server
+from tests.waiting import eventually
 
 pytestmark = [needs_nginx, pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")]
 

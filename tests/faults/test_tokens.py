@@ -11,20 +11,11 @@ import pytest
 
 from mms.errors import ConfigError
 from mms.token import find_token, take_token
-from tests.conftest import (
-    MakeArchive,
-    Server,
-    ask,
-    connect,
-    digest,
-    eventually,
-    fetch,
-    mms,
-    needs_nginx,
-    scratch,
-    server,
-)
+from tests.asking import ask, connect, digest, fetch
+from tests.conftest import MakeArchive
 from tests.faults.test_management_access import TOKEN, token_file
+from tests.servers import Server, mms, needs_nginx, scratch, server
+from tests.waiting import eventually
 
 OTHER = "another-token-that-is-long"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -38,7 +29,7 @@ def guarded(request: pytest.FixtureRequest, make_archive: MakeArchive) -> Iterat
         settings = {"edge": request.param, "inference_token_file": token_file(folder)}
         archives = make_archive("echo"), make_archive("request_style")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tests.conftest.environment", lambda: {**os.environ, "MMS_MANAGEMENT_TOKEN": OTHER})
+            patch.setattr("tests.servers.environment", lambda: {**os.environ, "MMS_MANAGEMENT_TOKEN": OTHER})
             running = stack.enter_context(server(*archives, folder=folder, **settings))
         yield running
 

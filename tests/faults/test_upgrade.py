@@ -20,25 +20,14 @@ import pytest
 from mms.errors import StartError
 from mms.state import State
 from mms.upgrade import Handover, Successor
-from tests.conftest import (
-    MakeArchive,
-    MakeGate,
-    Server,
-    ask,
-    connect,
-    environment,
-    eventually,
-    mms,
-    needs_nginx,
-    processes_in,
-    scratch,
-    server,
-    start_arguments,
-)
+from tests.asking import ask, connect
+from tests.conftest import MakeArchive, MakeGate
 from tests.faults.test_management_access import TOKEN
 from tests.faults.test_service_manager import activated
 from tests.faults.test_tls import certify, secure_get, trusting
+from tests.servers import Server, environment, mms, needs_nginx, processes_in, scratch, server, start_arguments
 from tests.traffic import Answering, Traffic
+from tests.waiting import eventually
 
 UNCHANGED = "mms: error: not upgraded, everything stays as it was: "
 BEING_UPGRADED = "the server is being upgraded; try again when that is done"
@@ -169,6 +158,19 @@ def test_f55_what_does_not_start_changes_nothing(running: Server) -> None:
     (running.folder / "code" / "uvloop.py").write_text("1 / 0")
     assert refused() == "the new server ended before it was ready; its own words are in the log"
     (running.folder / "code" / "uvloop.py").unlink()
+    assert running.manage("PUT", "/models/echo?max_worker=1&min_worker=1").status in (200, 202)
+
+
+def test_f55_what_the_new_server_must_not_say_thaws_the_old_one(running: Server) -> None:
+    module = running.folder / "code" / "sitecustomize.py"
+    module.write_text(
+        "import json, os\n"
+        "if number := os.environ.get('_MMS_HANDOVER'):\n"
+        "    os.write(json.loads(os.pread(int(number), 1 << 20, 0))['channel'], b'\\xff\\n')\n"
+    )
+    running.signal(signal.SIGUSR2)
+    eventually(lambda: "not upgraded, everything stays as it was: UnicodeDecodeError: " in running.output)
+    module.unlink()
     assert running.manage("PUT", "/models/echo?max_worker=1&min_worker=1").status in (200, 202)
 
 
@@ -360,7 +362,7 @@ def test_f54_a_token_of_the_environment_still_counts(
     make_archive: MakeArchive, manager: socket.socket, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old server has taken it out of its environment."""
-    monkeypatch.setattr("tests.conftest.environment", lambda: {**os.environ, "MMS_INFERENCE_TOKEN": TOKEN})
+    monkeypatch.setattr("tests.servers.environment", lambda: {**os.environ, "MMS_INFERENCE_TOKEN": TOKEN})
     with server(make_archive("echo"), folder=folder) as running:
         monkeypatch.undo()
         for _ in range(2):

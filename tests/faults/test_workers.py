@@ -1,4 +1,4 @@
-"""Faults of workers and fork servers (rows F1 to F45), and what a worker's sandbox takes from it, seen from inside."""
+"""Faults of workers (rows F7 to F34), in a pool alone and in a whole server."""
 
 from __future__ import annotations
 
@@ -7,219 +7,25 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import uvloop
 
 from mms import wire
-from mms.backend import sandbox
 from mms.errors import MMSError as Error
-from mms.workers import forkserver
 from mms.workers.process import reap_orphans
-from tests.conftest import MakeArchive, Server, eventually, free_ports, mms, scratch, server, start_arguments
-from tests.processes.test_pool import Serve, Served, serve, subreaper, until
+from tests.conftest import MakeArchive
+from tests.faults.misbehaving import dies, serves, tell
+from tests.processes.pools import Serve, serve, subreaper, until
+from tests.servers import Server, server
+from tests.waiting import eventually
 
 __all__ = ["serve", "subreaper"]
-
-NOBODY = 65534
-MODULES = ("asyncio", "subprocess", "tempfile", "encodings.idna")  # the Python of the tests may be closed to others
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-restricted = pytest.mark.skipif(sandbox.landlock_abi() < sandbox.LANDLOCK_ABI, reason="this kernel has no Landlock 3")
-
-
-@pytest.fixture
-def make_folder_public(tmp_path: Path) -> None:
-    """Other users may pass through the folders of this test to what is theirs."""
-    for folder in (tmp_path, *tmp_path.parents):
-        if not folder.stat().st_mode & 0o001:
-            folder.chmod(0o711)
-
-
-async def tell(served: Served, what: str) -> Any:
-    """What a worker of `misbehaves` answers."""
-    return json.loads(await asyncio.wait_for(served.submit(what.encode()), 10))
-
-
-async def dies(served: Served, what: str) -> Error:
-    """The error of a request that ends its workers."""
-    with pytest.raises(Error) as caught:
-        await asyncio.wait_for(served.submit(what.encode()), 10)
-    return caught.value
-
-
-async def serves(served: Served) -> bool:
-    return bool((await tell(served, "echo fine"))["result"] == "fine")
-
-
-# what every worker lacks
-
-
-@pytest.mark.parametrize("start", ["forked", "spawned"])
-def test_s12_workers_have_limits_and_no_privileges_to_gain(serve: Serve, start: str) -> None:
-    own = int(Path("/proc/self/oom_score_adj").read_text())
-
-    async def scenario() -> None:
-        async with serve("misbehaves", interpreter=sys.executable if start == "spawned" else None) as served:
-            facts = (await tell(served, "facts"))["result"]
-            assert facts["session"] == facts["pid"]
-            assert facts["no_new_privs"] == "1"
-            assert facts["umask"] == "0077"
-            assert facts["core"] == [0, 0]
-            most = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-            assert facts["nofile"] == [most, most]
-            assert facts["oom_score"] == min(1000, own + 500)
-            assert facts["nice"] == os.nice(0)
-
-    uvloop.run(scenario())
-
-
-def test_s12_a_worker_sees_no_variable_that_is_not_allowed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a secret of the server")
-
-    async def scenario() -> None:
-        async with serve("misbehaves") as served:
-            seen = (await tell(served, "env"))["result"]
-            assert "secret" not in json.dumps(seen)
-            assert seen["own"]["PYTHONUNBUFFERED"] == "1"
-
-    uvloop.run(scenario())
-
-
-def test_s12_each_worker_has_a_scratch_folder_that_goes_with_it(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve("misbehaves", workers=2) as served:
-            files = {Path((await tell(served, "scratch"))["result"]) for _ in range(6)}
-            for file in files:
-                assert file.parent.stat().st_mode & 0o777 == 0o700
-            (root,) = {file.parent.parent for file in files}
-            assert len(list(root.iterdir())) == 2
-            folders = {file.parent for file in files}
-            for pid in served.pids:
-                os.kill(pid, signal.SIGKILL)
-            await until(lambda: not any(folder.exists() for folder in folders))
-            assert await serves(served)
-
-    uvloop.run(scenario())
-
-
-# the sandbox
-
-
-@restricted
-def test_s12_a_restricted_worker_reads_its_archive_and_writes_its_scratch_folder_only(
-    serve: Serve, tmp_path: Path
-) -> None:
-    secret, allowed = tmp_path / "secret", tmp_path / "allowed"
-    secret.write_text("x")
-    allowed.write_text("x")
-
-    async def scenario() -> None:
-        async with serve("misbehaves", sandbox=wire.Sandbox(files=True, read=(str(allowed),))) as served:
-            facts = (await tell(served, "facts"))["result"]
-            archive = facts["cwd"]
-            for what in (f"read {secret}", f"write {secret}", f"truncate {secret}", f"write {allowed}",
-                         f"write {tmp_path}/new", f"write {archive}/new", "write /tmp/mms-test-new",
-                         f"read /proc/{os.getpid()}/environ"):  # fmt: skip
-                assert (await tell(served, what)).get("error") == "Permission denied", what
-            for what in (f"read {allowed}", f"read {archive}/misbehaves.py", "read /etc/passwd", "read /proc/self/stat",
-                         "read /dev/urandom", "write /dev/null"):  # fmt: skip
-                assert "error" not in await tell(served, what), what
-            assert (await tell(served, "scratch"))["result"].startswith(facts["scratch"])
-            assert facts["home"] == facts["scratch"]
-            assert (await tell(served, f"run cat {secret} || id -u"))["result"] == f"{os.getuid()}\n", "children, too"
-
-    uvloop.run(scenario())
-
-
-@restricted
-@pytest.mark.skipif(sandbox.landlock_abi() < 6, reason="signals are scoped from Landlock 6 on")
-def test_s12_a_restricted_worker_cannot_signal_the_server(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve("misbehaves", sandbox=wire.Sandbox(files=True)) as served:
-            assert (await tell(served, f"run kill -0 {os.getpid()} || echo refused"))["result"] == "refused\n"
-            (pid,) = served.pids
-            os.kill(pid, signal.SIGKILL)
-            await until(lambda: served.pids not in ([], [pid]))
-
-    uvloop.run(scenario())
-
-
-def test_s12_a_worker_without_network_has_unix_sockets_only(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve("misbehaves", sandbox=wire.Sandbox(network=False)) as served:
-            for family in ("AF_INET", "AF_INET6", "AF_NETLINK", "AF_PACKET"):
-                assert (await tell(served, f"connect {family}"))["error"] == "Permission denied"
-            assert "error" not in await tell(served, "connect AF_UNIX")
-            assert "error" not in await tell(served, "pair")
-            python = "/usr/bin/env python3 -c 'import socket; socket.socket()' 2>&1 | tail -1"
-            assert "Permission denied" in (await tell(served, f"run {python}"))["result"], "children, too"
-
-    uvloop.run(scenario())
-
-
-@as_root
-def test_s12_workers_of_another_user_have_none_of_roots_powers(serve: Serve, make_folder_public: None) -> None:
-    async def scenario() -> None:
-        box = wire.Sandbox(uid=NOBODY, gid=NOBODY, groups=(NOBODY,))
-        async with serve("misbehaves", sandbox=box, preload=MODULES) as served:
-            facts = (await tell(served, "facts"))["result"]
-            assert (facts["uids"], facts["groups"]) == ([NOBODY] * 3, [NOBODY])
-            assert int(facts["capabilities"], 16) == 0
-            assert facts["no_new_privs"] == "1"
-            assert (await tell(served, "read /etc/shadow"))["error"] == "Permission denied"
-            file = (await tell(served, "scratch"))["result"]
-            assert (os.stat(file).st_uid, facts["home"]) == (NOBODY, facts["scratch"])
-
-    uvloop.run(scenario())
-
-
-@as_root
-def test_s12_a_worker_of_another_user_ends_with_the_server(serve: Serve, make_folder_public: None) -> None:
-    """A change of user clears the signal at the parent's death; it must be asked for again."""
-
-    async def scenario() -> None:
-        box = wire.Sandbox(uid=NOBODY, gid=NOBODY, groups=())
-        async with serve("misbehaves", sandbox=box, preload=MODULES) as served:
-            assert (await tell(served, "parent_death_signal"))["result"] == signal.SIGKILL
-
-    uvloop.run(scenario())
-
-
-def test_s12_address_space_is_bounded_on_request(serve: Serve) -> None:
-    async def scenario() -> None:
-        limit = 2 << 30
-        async with serve("misbehaves", sandbox=wire.Sandbox(memory=limit, nice=3)) as served:
-            facts = (await tell(served, "facts"))["result"]
-            assert (facts["memory"], facts["nice"]) == ([limit, limit], os.nice(0) + 3)
-            assert (await tell(served, f"allocate {limit}"))["error"] == "MemoryError"
-            assert await serves(served)
-
-    uvloop.run(scenario())
-
-
-def test_all_of_it_at_once(serve: Serve, make_folder_public: None) -> None:
-    async def scenario() -> None:
-        root = os.geteuid() == 0
-        box = wire.Sandbox(
-            uid=NOBODY if root else -1, gid=NOBODY if root else -1, files=sandbox.landlock_abi() >= 3, network=False,
-            memory=4 << 30,
-        )  # fmt: skip
-        async with serve("misbehaves", workers=2, sandbox=box, preload=MODULES) as served:
-            assert await serves(served)
-            assert (await tell(served, "connect AF_INET"))["error"] == "Permission denied"
-
-    uvloop.run(scenario())
-
-
-# faults
 
 
 def test_f7_fifty_poisons_in_a_row_cost_two_workers_and_no_other_request(serve: Serve) -> None:
@@ -396,14 +202,15 @@ def test_f19_a_worker_that_daemonises_itself_is_dead_and_its_stray_is_killed(ser
     uvloop.run(scenario())
 
 
-def test_f21_a_worker_that_replaces_its_descriptors_is_killed(serve: Serve) -> None:
+def test_f21_f108_a_worker_that_has_lost_its_channel_or_its_gpu_is_replaced(serve: Serve) -> None:
     async def scenario() -> None:
         async with serve("misbehaves", retry=0) as served:
-            (pid,) = served.pids
-            error = await dies(served, "replace_descriptors")
-            assert error.type == "WorkerDiedException"
-            assert await serves(served)
-            assert not psutil.pid_exists(pid)
+            for what in "replace_descriptors", "break_device":
+                (pid,) = served.pids
+                error = await dies(served, what)
+                assert error.type == "WorkerDiedException"
+                assert await serves(served)
+                assert not psutil.pid_exists(pid)
 
     uvloop.run(scenario())
 
@@ -491,108 +298,6 @@ def test_f34_workers_that_take_every_cpu_do_not_stop_the_server(serve: Serve) ->
     uvloop.run(scenario())
 
 
-# fork servers
-
-
-def test_f39_a_stopped_fork_server_is_replaced(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forkserver, "REPLY_LIMIT", 0.3)
-
-    async def scenario() -> None:
-        async with serve("misbehaves") as served:
-            (stopped,) = served.forkservers.pids()
-            os.kill(stopped, signal.SIGSTOP)
-            assert await serves(served)
-            await served.scale(2)
-            assert served.forkservers.pids() != [stopped]
-            assert [facts.last_cause for facts in served.forkservers.facts()] == ["no answer"]
-            assert not psutil.pid_exists(stopped)
-
-    uvloop.run(scenario())
-
-
-def test_a_fork_server_that_cannot_be_kept_is_done_without(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    async def scenario() -> None:
-        async with serve("misbehaves") as served:
-            for _ in range(forkserver.DEATHS + 1):
-                (pid,) = served.forkservers.pids()
-                os.kill(pid, signal.SIGKILL)
-                await until(lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]  # mypy cannot infer it
-                await served.scale(1)
-                await served.scale(2)
-            assert served.forkservers.pids() == []
-            assert (served.pool.ready, served.pool.forkserver_deaths) == (2, forkserver.DEATHS + 1)
-            assert 0 < served.pool.forkserver_back_in <= forkserver.DEATH_WINDOW
-            (facts,) = served.forkservers.facts()
-            assert (facts.spent, facts.causes) == (True, {"signal 9 (SIGKILL)": forkserver.DEATHS + 1})
-            assert await serves(served)
-
-    with caplog.at_level(logging.WARNING, "mms"):
-        uvloop.run(scenario())
-    lines = [record.message for record in caplog.records if "as fresh interpreters" in record.message]
-    assert len(lines) == 1
-
-
-def test_f41_what_a_preload_prints_is_not_in_the_workers_logs(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "talkative.py").write_text("print('from the preload', end='')\n")
-    monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}")
-
-    async def scenario() -> None:
-        async with serve("misbehaves", workers=2, preload=("talkative",)) as served:
-            assert await serves(served)
-
-    with caplog.at_level(logging.INFO, "mms"):
-        uvloop.run(scenario())
-    assert "from the preload" not in caplog.text
-
-
-def test_f42_a_preload_that_starts_threads_is_not_forked_from(
-    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "threaded.py").write_text(
-        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}")
-
-    async def scenario() -> None:
-        async with serve("misbehaves", preload=("threaded",)) as served:
-            assert await serves(served)
-
-    with caplog.at_level(logging.WARNING, "mms"):
-        uvloop.run(scenario())
-    assert "preloading threaded started threads; its workers start as fresh interpreters" in caplog.text
-
-
-def test_f43_a_fork_that_fails_is_a_cause_and_no_more(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve("misbehaves") as served:
-            (pid,) = served.forkservers.pids()
-            limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (5, limits[1]))  # no room for a pidfd
-            await served.scale(2)
-            assert await serves(served)
-
-    uvloop.run(scenario())
-
-
-def test_f44_each_worker_gets_its_own_variables(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve("tells_threads", cpu_threads=3) as served:
-            assert await served.submit(b"") == b"3"
-
-    uvloop.run(scenario())
-
-
-def test_f45_the_fork_server_has_no_address_that_others_could_connect_to(serve: Serve) -> None:
-    async def scenario() -> None:
-        async with serve("misbehaves") as served:
-            (pid,) = served.forkservers.pids()
-            assert all(not connection.laddr for connection in psutil.Process(pid).net_connections("all"))
-
-    uvloop.run(scenario())
-
-
 # a whole server
 
 
@@ -601,25 +306,6 @@ def bare(make_archive: MakeArchive) -> Iterator[Server]:
     """A server whose workers have no network; tests restart its workers, but leave its settings."""
     with server(make_archive("misbehaves"), worker_network="none") as running:
         yield running
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (("--worker-user", "no-such-user"), "worker_user = no-such-user: there is no such user"),
-        (("--worker-user", "root"), "worker_user = root: that is root, whom workers should not run as"),
-        (("--worker-network", "off"), "one of open, none is needed"),
-    ],
-)
-@as_root
-def test_s12_a_sandbox_that_cannot_be_had_is_refused_at_start(settings: tuple[str, str], words: str) -> None:
-    with scratch() as folder:
-        addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
-        command = start_arguments(folder, addresses)
-        done = mms(*command[command.index("start") :], *settings)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_s12_the_description_says_what_is_in_force_and_a_model_can_only_be_stricter(bare: Server) -> None:

@@ -10,8 +10,10 @@ import msgspec
 import pytest
 
 from mms import wire
-from tests.conftest import MakeGate, digest, eventually
+from tests.asking import digest
+from tests.conftest import MakeGate
 from tests.processes.conftest import HEADERS, Start
+from tests.waiting import eventually
 
 
 @pytest.mark.parametrize(("name", "style"), [("echo", "request"), ("rows", "batch")])

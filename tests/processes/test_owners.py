@@ -16,7 +16,7 @@ from mms.instances import InstanceGroup
 from mms.workers.gpus import Gpu
 from mms.workers.owners import Owners
 from mms.workers.placement import Place, Placement
-from tests.processes.test_pool import Serve, Served, serve, subreaper, until
+from tests.processes.pools import Serve, Served, serve, subreaper, until
 from tests.processes.test_template import facts, private
 
 __all__ = ["serve", "subreaper"]

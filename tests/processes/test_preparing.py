@@ -10,7 +10,7 @@ import uvloop
 from mms import wire
 from mms.errors import ModelLoadError
 from mms.samples import WarmupSample
-from tests.processes.test_pool import Serve, serve, subreaper
+from tests.processes.pools import Serve, serve, subreaper
 
 __all__ = ["serve", "subreaper"]
 

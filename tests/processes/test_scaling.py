@@ -23,8 +23,9 @@ from mms.rundir import CacheDirectory
 from mms.workers.autoscaler import Bounds
 from mms.workers.gpus import Gpu
 from mms.workers.placement import Place, Placement
-from tests.conftest import Gate, MakeArchive, MakeGate
-from tests.processes.test_pool import Serve, Served, serve, subreaper, until
+from tests.conftest import MakeArchive, MakeGate
+from tests.gates import Gate
+from tests.processes.pools import Serve, Served, serve, subreaper, until
 
 __all__ = ["serve", "subreaper"]
 
@@ -91,6 +92,23 @@ def test_the_first_request_brings_a_worker_and_idleness_takes_it(serve: Serve) -
                 await until(lambda: not served.pool.workers)
                 assert served.pool.scaling.asleep
             assert served.metrics.scalings == {"up": 2, "down": 2}
+
+    uvloop.run(scenario())
+
+
+def test_f114_who_is_woken_waits_for_others_that_load_and_who_is_replaced_does_not(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("poison", workers=0, parallel_loads=1) as served:
+            served.pool.set_target(0, Bounds(0, 1, on_request=True))
+            await served.loads.acquire()  # another model loads
+            served.pool.rouse()
+            waiting = served.submit(b"x")
+            await asyncio.sleep(0)
+            served.loads.release()
+            assert served.loads.locked(), "it did not wait for its turn"
+            assert await asyncio.wait_for(waiting, 5) == b"x"
+            async with served.loads:
+                await replaced(served, served.pids[0])
 
     uvloop.run(scenario())
 

@@ -17,8 +17,8 @@ import uvloop
 from mms import wire
 from mms.backend.sandbox import LANDLOCK_ABI, landlock_abi
 from mms.errors import ModelLoadError
-from tests.faults.test_workers import MODULES, make_folder_public
-from tests.processes.test_pool import Serve, Served, serve, subreaper, until
+from tests.faults.misbehaving import MODULES, make_folder_public
+from tests.processes.pools import Serve, Served, serve, subreaper, until
 
 __all__ = ["make_folder_public", "serve", "subreaper"]
 

@@ -83,13 +83,13 @@ def deflated(name: str, data: bytes, **changes: Any) -> Entry:
 
 
 def zip_bytes(*entries: Entry, count: int | None = None, document: bytes = DOCUMENT) -> bytes:
-    data, central = b"", b""
+    data, central = bytearray(), bytearray()
     entries = (entry(MANIFEST, document), *entries)
     for each in entries:
         central += each.central_bytes(len(data))
         data += each.local_bytes()
     total = len(entries) if count is None else count
-    return data + central + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, total, total, len(central), len(data), 0)
+    return bytes(data) + central + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, total, total, len(central), len(data), 0)
 
 
 def tar_entry(name: str, data: bytes = b"", kind: bytes = b"0", mode: int = 0o644, size: bytes | None = None) -> bytes:

@@ -302,13 +302,12 @@ def test_inspect_shows_names_as_text_not_as_markup(folder: Path) -> None:
         ("import os\nprint('last words', flush=True)\nos._exit(0)\n", ["status 0", "last words"]),
         ("raise SystemExit(0)\n", ["status 0"]),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n", ["status -9"]),
-        ("import threading\nthreading.Event().wait()\n", ["more than 2 s"]),
     ],
 )
 def test_verify_names_what_keeps_the_handler_from_being_imported(folder: Path, source: str, words: list[str]) -> None:
     (folder / "handler.py").write_text(SERVICE + source)
     packed("--handler", "handler.py")
-    fails(call("verify", "store/cat.mar", "--timeout", "2"), 1, "cat.mar: ", *words)
+    fails(call("verify", "store/cat.mar"), 1, "cat.mar: ", *words)
 
 
 def test_verify_names_a_changed_file(folder: Path) -> None:
@@ -330,7 +329,7 @@ def test_verify_takes_warmup_samples_of_the_archive(folder: Path) -> None:
     assert call("verify", "store/cat.mar").exit_code == 0
 
 
-def test_verify_ends_what_the_handler_started(folder: Path) -> None:
+def test_verify_ends_a_handler_that_does_not_end_and_what_it_has_started(folder: Path) -> None:
     """The handler's child holds the write end of a FIFO; reading it ends when the child has gone."""
     os.mkfifo(folder / "fifo")
     start = (
@@ -340,7 +339,7 @@ def test_verify_ends_what_the_handler_started(folder: Path) -> None:
     packed("--handler", "handler.py")
     reader = threading.Thread(target=(folder / "fifo").read_bytes, daemon=True)
     reader.start()
-    fails(call("verify", "store/cat.mar", "--timeout", "2"), 1, "more than 2 s")
+    fails(call("verify", "store/cat.mar", "--timeout", "2"), 1, "cat.mar: ", "more than 2 s")
     reader.join(10)
     assert not reader.is_alive()
 
@@ -408,7 +407,7 @@ def test_the_command_works_in_a_process_of_its_own(folder: Path) -> None:
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_packing_leaves_nothing_behind(folder: Path, signal_: signal.Signals) -> None:
-    (folder / "big").write_bytes(os.urandom(1 << 20) * 300)
+    (folder / "big").write_bytes(os.urandom(1 << 20) * 60)
     with run(
         "--model-name", "cat", "--handler", "handler.py", "--extra-files", "big", "--export-path", "store"
     ) as process:

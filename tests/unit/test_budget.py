@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mms.workers.budget import Budget
-from tests.conftest import eventually
+from tests.waiting import eventually
 
 
 def test_more_deaths_than_the_limit_spend_it_until_the_oldest_is_long_ago() -> None:

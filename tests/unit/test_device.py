@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
 from mms.backend.device import MAX_PINNED, Staging, modes, own_lane
 
-torch = pytest.importorskip("torch")
+torch: Any = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """By the tests that run, not by each process that collects them all: torch takes seconds."""
+    global torch
+    torch = pytest.importorskip("torch")
 
 
 class Steps:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
-from tests.conftest import environment
+from tests.servers import environment
 
-pytest.importorskip("torch")
+pytestmark = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 
 
 def test_the_table_has_a_row_per_batch_size_and_number_of_threads() -> None:

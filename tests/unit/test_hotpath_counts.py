@@ -21,12 +21,12 @@ from mms.archive import ModelArchive
 from mms.backend.channel import Channel
 from mms.backend.loop import Loop
 from mms.backend.stages import BatchStages
-from mms.config import ModelSettings
 from mms.dataplane import DataPlane
 from mms.handler import Context
 from mms.http.limits import Limits
 from mms.http.listener import HttpServer
 from mms.metrics import VersionMetrics
+from mms.model_settings import ModelSettings
 from mms.models.readiness import Readiness
 from mms.models.registry import ModelRegistry
 from mms.models.version import ModelVersion

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from mms.archive import ModelArchive
-from mms.config import ModelSettings
 from mms.errors import (
     ConflictError,
     ModelNotFoundError,
@@ -16,6 +15,7 @@ from mms.errors import (
     QueueFullError,
     ServiceUnavailableError,
 )
+from mms.model_settings import ModelSettings
 from mms.models.registry import ModelRegistry
 from mms.models.version import ModelVersion, VersionState
 from mms.wire import RequestFacts

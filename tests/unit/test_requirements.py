@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mms import wire
+from mms.workers.environments import Environments
 from mms.workers.requirements import Installer
 
 
@@ -24,8 +25,9 @@ def requirements(tmp_path: Path) -> Path:
 def digest(requirements: Path) -> str:
     folder = requirements.parent
     how = Installer(
-        venvs=folder, scratch=folder, sandbox=wire.Sandbox(), worker_env=(), wheelhouse=None, require_hashes=False
-    )
+        environments=Environments(folder, folder, None), scratch=folder, sandbox=wire.Sandbox(), worker_env=(),
+        wheelhouse=None, require_hashes=False,
+    )  # fmt: skip
     return how._digest(requirements)
 
 

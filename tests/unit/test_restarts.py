@@ -9,7 +9,7 @@ import pytest
 
 from mms.workers import restarts
 from mms.workers.restarts import DEATH_PAUSE_LIMIT, MAX_RESTARTS, RESTART_PAUSE, BackOff, Restarts
-from tests.conftest import eventually
+from tests.waiting import eventually
 
 
 def test_too_many_deaths_hold_replacements_back_and_are_one_line_each_way(

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mms.config import ModelSettings, merge_settings
 from mms.errors import ConfigError
+from mms.model_settings import ModelSettings, merge_settings
 from mms.samples import WarmupSample, parse_samples
 
 

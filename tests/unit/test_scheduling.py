@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from mms.config import MAX_TIMEOUT, ModelSettings, merge_settings
 from mms.errors import (
     BadRequestError,
     ConfigError,
@@ -18,6 +17,7 @@ from mms.errors import (
     SubstituteError,
 )
 from mms.http.response import error_response
+from mms.model_settings import MAX_TIMEOUT, ModelSettings, merge_settings
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import InFlight
 from mms.workers.job import Job, Terms
@@ -199,6 +199,15 @@ def test_a_retry_keeps_its_deadline() -> None:
     take(queue, worker)
     assert queue.lose(worker, 1, "signal 6 (SIGABRT)", NOW) == [] and queue.depth == 1
     assert numbers(queue.expire(NOW + 0.5)) == [1] and queue.depth == 0
+
+
+def test_a_retry_goes_before_higher_priorities_and_what_was_only_sent_ahead_does_not() -> None:
+    queue, worker = make_queue(levels=2, batch_size=2), make_worker(QUICK)
+    submit(queue, 1, 2, 3, 4, terms=LOW)
+    assert take(queue, worker) == [1, 2, 3, 4]
+    submit(queue, 5, 6, terms=HIGH)
+    assert queue.lose(worker, 1, "signal 6 (SIGABRT)", NOW) == []
+    assert [take(queue, make_worker(SLOW)) for _ in range(4)] == [[1], [5, 6], [2, 3], [4]]
 
 
 def test_requests_without_a_deadline_cost_no_timer() -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mms.archive import ModelArchive
-from mms.config import Config, ModelSettings
+from mms.config import Config
+from mms.model_settings import ModelSettings
 from mms.models.version import ModelVersion
 from mms.server import ModelServer
 from tests.conftest import MakeArchive

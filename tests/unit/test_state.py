@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from mms.errors import StartError
+from mms.config import Config
+from mms.controlplane import ControlPlane
+from mms.errors import ConfigError, StartError
+from mms.models.registry import ModelRegistry
+from mms.models.store import ModelStore
+from mms.rundir import CacheDirectory
 from mms.state import MAX_FILE, SavedModel, SavedVersion, Saver, State, decode, encode, read, write
+from tests.conftest import MakeArchive
 
 
 def state(*names: str) -> State:
@@ -136,3 +144,45 @@ def test_f78_a_pipe_in_the_place_of_the_file_holds_nothing_up(tmp_path: Path) ->
         read(file)
     with pytest.raises(OSError, match="it is not a plain file"):
         write(file, b"{}")
+
+
+@contextlib.asynccontextmanager
+async def control_plane(store: Path, folder: Path) -> AsyncIterator[ControlPlane]:
+    cache = CacheDirectory(folder)
+    cache.acquire(None)
+    config = Config(model_store=store, run_dir=folder)
+    control = ControlPlane(config, ModelRegistry(), ModelStore(store), cache, folder / "state.json")
+    yield control
+    await control.close(0)
+    cache.release()
+
+
+def test_a_saved_setting_that_is_none_any_more_names_the_file_and_the_model(
+    make_archive: MakeArchive, tmp_path: Path
+) -> None:
+    archive = make_archive("echo")
+    saved = SavedVersion(version="1.0", archive=archive.name, sha256="", settings={"batch_size": 0})
+
+    async def scene() -> None:
+        async with control_plane(archive.parent, tmp_path) as control:
+            control.announce([SavedModel(name="cat", default="1.0", versions=[saved])])
+            with pytest.raises(ConfigError) as caught:
+                await control.restore("cat", "1.0")
+        text = f"cat 1.0 in {tmp_path}/state.json (--fresh ignores it): batch_size = 0: must be at least 1"
+        assert str(caught.value) == text
+
+    asyncio.run(scene())
+
+
+def test_what_is_saved_during_a_stop_is_what_was_registered_before(make_archive: MakeArchive, tmp_path: Path) -> None:
+    archive = make_archive("echo")
+
+    async def scene() -> State:
+        async with control_plane(archive.parent, tmp_path) as control:
+            await control.register(archive.name, changes={"min_workers": 0})
+            before = control.snapshot()
+        assert control.snapshot() == before
+        return before
+
+    (model,) = asyncio.run(scene()).models
+    assert [saved.archive for saved in model.versions] == [archive.name]

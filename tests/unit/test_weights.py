@@ -15,7 +15,14 @@ from mms.backend import handles
 from mms.backend.weights import Borrowed, offer, slots
 from mms.errors import ModelLoadError
 
-torch = pytest.importorskip("torch")
+torch: Any = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """By the tests that run, not by each process that collects them all: torch takes seconds."""
+    global torch
+    torch = pytest.importorskip("torch")
 
 
 def network(value: float = 0.0) -> Any:
