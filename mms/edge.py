@@ -1,6 +1,6 @@
 """nginx in front of the server: found, started, watched, restarted, reloaded, stopped. Front end's process.
 
-What blocks runs in a thread.
+What blocks for long runs in a thread.
 """
 
 from __future__ import annotations
@@ -115,16 +115,21 @@ class Edge:
         if self._nginx is not None:
             self._nginx.shared = shared
 
-    async def start(self, sockets: Mapping[str, socket.socket] | None = None) -> None:
-        """Return when every public address accepts connections. Raises StartError.
+    def listen(self, sockets: Mapping[str, socket.socket] | None = None) -> None:
+        """Claim the public addresses, before anything else is begun in vain. Raises StartError.
 
         `sockets` are those of another server, by address; they are shared with it.
         """
-        if self._program is None:
+        if self._program is not None:
+            self._nginx = Nginx(self._program, self._run_dir.nginx, self._text(self._config), sockets)
+            self._nginx.listen()
+
+    async def start(self) -> None:
+        """After `listen`: return when every public address accepts connections. Raises StartError."""
+        nginx = self._nginx
+        if nginx is None:
             return
         async with self._turn:
-            text = await asyncio.to_thread(self._text, self._config)
-            nginx = self._nginx = Nginx(self._program, self._run_dir.nginx, text, sockets)
             try:
                 await asyncio.to_thread(nginx.prepare)
                 nginx.spawn()

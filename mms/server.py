@@ -134,6 +134,7 @@ class ModelServer:
             sockets = self._addresses.listen(behind_edge, user[1] if user else None)
             self._catch_signals()
             if self._old is None:
+                self._edge.listen()
                 self._run_dir.record(self._running())
             else:
                 self._old.watch(self._given_up)
@@ -281,7 +282,8 @@ class ModelServer:
         self._readiness.phase = Phase.SERVING
         await self._http.start(sockets[0])
         await self._serve(sockets, applications)
-        await self._edge.start(old.sockets)
+        self._edge.listen(old.sockets)
+        await self._edge.start()
         if not self._stop_asked.is_set():
             self._run_dir.take_over(self._running())
             self._edge.share(False)
