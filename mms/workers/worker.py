@@ -19,6 +19,7 @@ from mms.metrics import VersionMetrics
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import InFlight
 from mms.workers.job import Caller, Job
+from mms.workers.largeframe import LARGE, LARGEST, LargeFrame
 from mms.workers.output import OutputReader
 from mms.workers.placement import Place
 from mms.workers.process import WorkerProcess
@@ -202,6 +203,8 @@ class Worker(asyncio.Protocol):
                     self.failure = wire.decode(wire.Failed, head)
                 else:
                     raise FrameError(f"a worker sent a frame of kind {kind}")
+            if LARGE < self._reader.missing <= LARGEST:
+                LargeFrame(self, self._transport, *self._reader.take())
         except FrameError as error:
             if not self.cause:  # else it is killed already, and may have answered what was taken from it meanwhile
                 log.error("worker %s: %s; killing it", self.pid, error.message)
