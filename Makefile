@@ -7,7 +7,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench bench-engine overload build lock audit clean nginx wrk
+.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench bench-engine bench-cold bench-bodies peers bench-peers overload build lock audit clean nginx wrk
 
 help: ## print this menu
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -49,11 +49,23 @@ format: $(VENV)/.dev ## put the code into its house style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.dev nginx wrk ## measure the server against the floor on this machine
-	@$(BIN)/python -m benchmarks.hotpath
+bench: $(VENV)/.dev nginx wrk ## the server against the floor, and against the committed figures (SAVE=1 commits new ones)
+	@$(BIN)/python -m benchmarks.hotpath $(if $(SAVE),--save)
 
 bench-engine: $(VENV)/.dev wrk ## what threads, overlap, scheduling and the cache bring, as ratios (ONLY=)
 	@$(BIN)/python -m benchmarks.engine $(if $(ONLY),--only $(ONLY))
+
+bench-cold: $(VENV)/.dev nginx wrk ## from the start of the process to the first answer; a new version, live (ONLY=)
+	@$(BIN)/python -m benchmarks.coldstart $(if $(ONLY),--only $(ONLY))
+
+bench-bodies: $(VENV)/.dev wrk ## bodies of 100 KiB and 10 MiB, there and back: CPU time and memory (ONLY=)
+	@$(BIN)/python -m benchmarks.bodies $(if $(ONLY),--only $(ONLY))
+
+peers: $(VENV)/.dev ## install other servers to compare with, each into an environment of its own (PEERS=build/peers)
+	@$(BIN)/python -m benchmarks.peers --install --peers $(or $(PEERS),build/peers)
+
+bench-peers: $(VENV)/.dev wrk ## the same work behind the servers that `make peers` has installed (PEERS=, ONLY=)
+	@$(BIN)/python -m benchmarks.peers --peers $(or $(PEERS),build/peers) $(if $(ONLY),--only $(ONLY))
 
 overload: $(VENV)/.dev ## twice and five times the load that a model can serve: who is answered, and how soon (SECONDS=60)
 	@$(BIN)/python -m benchmarks.overload $(if $(SECONDS),--seconds $(SECONDS))

@@ -1,4 +1,7 @@
-"""`python -m benchmarks.echo ADDRESS`: the least a Python HTTP server can do, httptools and uvloop without a worker."""
+"""`python -m benchmarks.echo ADDRESS [--body]`: the least a Python HTTP server can do, httptools and uvloop, no worker.
+
+Every whole request is answered with `ok`, or with its body.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ from typing import cast
 import httptools
 import uvloop
 
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n"
+ANSWER = HEAD % 2 + b"ok"
 
 
 class Echo(asyncio.Protocol):
-    """One connection: every whole request is answered with `ok`."""
+    """One connection that answers `ok`."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -35,17 +39,25 @@ class Echo(asyncio.Protocol):
         self.transport.write(ANSWER)
 
 
-async def serve(address: str) -> None:
+class BodyEcho(Echo):
+    """One connection that answers with the body."""
+
+    def on_message_complete(self) -> None:
+        self.transport.writelines([HEAD % sum(map(len, self.body)), *self.body])
+        self.body = []
+
+
+async def serve(address: str, protocol: type[Echo]) -> None:
     """Listens on `unix:/path` or `host:port` until it is killed."""
     loop = asyncio.get_running_loop()
     if address.startswith("unix:"):
-        server = await loop.create_unix_server(Echo, address.removeprefix("unix:"), backlog=4096)
+        server = await loop.create_unix_server(protocol, address.removeprefix("unix:"), backlog=4096)
     else:
         host, _, port = address.rpartition(":")
-        server = await loop.create_server(Echo, host, int(port), backlog=4096)
+        server = await loop.create_server(protocol, host, int(port), backlog=4096)
     gc.freeze()
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(sys.argv[1]))
+    uvloop.run(serve(sys.argv[1], BodyEcho if "--body" in sys.argv else Echo))

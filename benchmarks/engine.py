@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import queueing
 from benchmarks.figures import Bench, Figure, background
-from benchmarks.load import LoadError, find_wrk
 from benchmarks.models import Model, change, spec, workers
-from benchmarks.options import names_of
 from benchmarks.servers import Server, ServerError, running, server_environment
+from benchmarks.suite import Scenario, main
 from mms.archive import ModelArchive
 
 PACKAGE = Path(__file__).parents[1] / "examples" / "image_classification" / "package.py"
@@ -31,6 +26,7 @@ REPLACED_WITHIN = 30.0
 BESIDE = 1.5  # times as long as alone
 TURN = 1.0  # seconds: two figures that are compared are measured in turns this short
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+NETWORK_SECONDS = 20.0  # at least: a batch of 8 takes half a second, and what is not ended at the end does not count
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -80,14 +76,15 @@ def network(bench: Bench) -> Iterator[Figure]:
     """EfficientNet-Lite0: JPEG in, top 5 out, beside the same work in a bare loop on as many cores."""
     archive, photo = efficientnet(bench.folder), jpeg(bench.folder)
     folder = bench.folder / "extracted"
+    seconds = max(bench.seconds, NETWORK_SECONDS)
     ModelArchive.open(archive).extract(folder)
     for batch in (1, 8):
         with running(spec(f"batch {batch}", [], archives=[archive], body=photo.read_bytes(), workers=CORES)) as server:
             change(server, archive.stem, batch_size=batch)
             ratios = []
             for _ in range(bench.repeat):
-                base = bare(folder, photo, batch, bench.seconds)
-                load = bench.load(server, 2 * CORES * batch, body=photo)
+                base = bare(folder, photo, batch, seconds)
+                load = bench.load(server, 2 * CORES * batch, body=photo, seconds=seconds)
                 rate = load.requests / load.seconds
                 ratios.append(rate / base)
         detail = f"{rate:.0f}/s, bare loop {base:.0f}/s on {CORES} cores"
@@ -106,7 +103,7 @@ def replacement(bench: Bench) -> Iterator[Figure]:
     yield Figure("a killed torch worker is replaced", f"after {figure:.2f} s, in seconds", figure, 0.5, least=False)
 
 
-SCENARIOS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
+SCENARIOS: dict[str, Scenario] = {
     "overlap": overlap,
     "threads": threads,
     "neighbours": neighbours,
@@ -178,51 +175,5 @@ def bare(folder: Path, photo: Path, batch: int, seconds: float) -> float:
             loop.wait()
 
 
-def table(figures: Sequence[Figure]) -> Table:
-    result = Table(title="The execution engine")
-    for column in ("scenario", "figures", "ratio", "bar", ""):
-        result.add_column(column, justify="right" if column in ("ratio", "bar") else "left")
-    for figure in figures:
-        bar = f"{'at least' if figure.least else 'at most'} {figure.bar:g}"
-        result.add_row(figure.what, figure.detail, f"{figure.ratio:.2f}", bar, "met" if figure.met else "MISSED")
-    return result
-
-
-def run(options: argparse.Namespace) -> list[Figure]:
-    """All figures. Raises ServerError or LoadError."""
-    find_wrk()
-    figures: list[Figure] = []
-    with tempfile.TemporaryDirectory(prefix="bench-engine-") as folder:
-        bench = Bench(options.seconds, options.repeat, Path(folder))
-        for name in options.only:
-            print(f"measuring {name}: {SCENARIOS[name].__doc__}", file=sys.stderr, flush=True)
-            for figure in SCENARIOS[name](bench):
-                print(f"  {figure.what}: {figure.ratio:.2f} ({figure.detail})", file=sys.stderr, flush=True)
-                figures.append(figure)
-    return figures
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 for errors and, with --check, for missed bars; 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of one measurement (default 5)")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds; the median counts (default 3)")
-    parser.add_argument(
-        "--only", type=names_of(SCENARIOS), default=list(SCENARIOS), help=f"some of {','.join(SCENARIOS)}"
-    )
-    parser.add_argument("--check", action="store_true", help="exit 1 when a bar is missed")
-    options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        figures = run(options)
-    except (ServerError, LoadError) as error:
-        print(f"bench-engine failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    Console(width=None if sys.stdout.isatty() else 120).print(table(figures))
-    return 1 if options.check and not all(figure.met for figure in figures) else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("engine", "The execution engine", __doc__, SCENARIOS))

@@ -41,9 +41,12 @@ class Bench:
         self.body = folder / "body"
         self.body.write_bytes(os.urandom(1024))
 
-    def load(self, server: Server, connections: int, *, model: str = "", body: Path | None = None) -> Load:
+    def load(
+        self, server: Server, connections: int, *, model: str = "", body: Path | None = None, seconds: float = 0.0
+    ) -> Load:
+        """For `seconds`, or as long as one measurement takes."""
         self.at_once(server, connections, WARM_UP, model=model, body=body)
-        return self.at_once(server, connections, self.seconds, model=model, body=body)
+        return self.at_once(server, connections, seconds or self.seconds, model=model, body=body)
 
     def at_once(
         self, server: Server, connections: int, seconds: float, *, model: str = "", body: Path | None = None

@@ -24,6 +24,8 @@ class Model:
     name: str
     handler: str = "device.py:Device"
     config: Mapping[str, Any] = field(default_factory=dict)
+    version: str = "1.0"
+    files: Sequence[str] = ()  # more files of that folder
 
 
 def spec(
@@ -62,7 +64,10 @@ def package(model: Model, folder: Path) -> None:
     file, _, entry = model.handler.partition(":")
     config = folder / f"{model.name}.yaml"
     config.write_text(json.dumps(dict(model.config)))  # JSON is YAML
-    words = ["--model-name", model.name, "--handler", f"{HANDLERS / file}:{entry}", "--config-file", str(config)]
+    words = ["--model-name", model.name, "--version", model.version]
+    words += ["--handler", f"{HANDLERS / file}:{entry}", "--config-file", str(config)]
+    if model.files:
+        words += ["--extra-files", ",".join(str(HANDLERS / name) for name in model.files)]
     archiver = [sys.executable, "-c", "from mms_archiver.cli import main; raise SystemExit(main())"]
     command = [*archiver, *words, "--export-path", str(folder), "--force"]
     done = subprocess.run(command, capture_output=True, text=True, env=server_environment(), cwd=folder)
@@ -76,12 +81,17 @@ def workers(server: Server) -> list[dict[str, Any]]:
     return [worker for model in models for worker in model["workers"] if worker["status"] == "READY"]
 
 
+def management(server: Server, method: str, path: str) -> None:
+    """One call that is to succeed. Raises ServerError."""
+    status, body = send(f"unix:{server.folder}/management.sock", method, path)
+    if status != 200:
+        raise ServerError(f"{method} {path}: {body.decode()}")
+
+
 def change(server: Server, model: str, **settings: int) -> None:
     """Change settings of a model that is served. Raises ServerError."""
     query = "&".join(f"{name}={value}" for name, value in settings.items())
-    status, body = send(f"unix:{server.folder}/management.sock", "PUT", f"/models/{model}?{query}")
-    if status != 200:
-        raise ServerError(f"{query} cannot be set: {body.decode()}")
+    management(server, "PUT", f"/models/{model}?{query}")
 
 
 def metric(server: Server, name: str, model: str) -> float:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 from collections.abc import Sequence
 
 import psutil
 
+from benchmarks.memory import Memory
 from benchmarks.openloop import LATENESS, Phase, Request, lateness, percentile, run
 from benchmarks.servers import Server, ServerError, Spec, mms_command, running
 
@@ -30,24 +30,6 @@ NORMAL = 0.05  # seconds within which a request is answered in peace
 WINDOW = 0.5
 SAMPLE = 0.1
 SETTLE = 15.0  # seconds of load before memory counts
-
-
-class Memory(threading.Thread):
-    """Samples the resident memory of a process."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.samples: list[int] = []
-        self._process = psutil.Process(pid)
-        self._end = threading.Event()
-
-    def run(self) -> None:
-        while not self._end.wait(SAMPLE):
-            self.samples.append(self._process.memory_info().rss)
-
-    def stop(self) -> None:
-        self._end.set()
-        self.join()
 
 
 class Report:
@@ -95,7 +77,8 @@ def back_to_normal(requests: Sequence[Request], end: float) -> float:
 
 def twice(server: Server, capacity: float, seconds: float, seed: int, order: str, report: Report) -> None:
     """2 x capacity, then half of it."""
-    memory = Memory(server.pid)
+    process = psutil.Process(server.pid)
+    memory = Memory(lambda: process.memory_info().rss, SAMPLE)
     memory.start()
     requests = _run(server, [Phase(2 * capacity, seconds), Phase(capacity / 2, 10.0)], seed)
     memory.stop()

@@ -23,6 +23,7 @@ from mms_nginx import Listener, edge_user, find_nginx, render
 from benchmarks.cpu import MARK, ProcessTree
 
 READY_TIMEOUT = 60.0
+READY_POLL = 0.05
 STOP_TIMEOUT = 15.0
 HANDLER = "def handle(data, context):\n    return None if data is None else [b'ok'] * len(data)\n"
 
@@ -40,8 +41,8 @@ class Spec:
     name: str
     commands: Callable[[Path, int], list[Command]]
     path: str = "/"
-    ping: str = "/"
-    body: bytes = b"x"  # it answers this with 200 once it is ready
+    ping: str = "/"  # with this, unless it is empty
+    body: bytes = b"x"  # and a POST of this it answers with 200 once it is ready
 
 
 def free_port() -> int:
@@ -88,6 +89,10 @@ def _echo_command(address: str) -> Command:
 
 def _echo(folder: Path, port: int) -> list[Command]:
     return [_echo_command(f"127.0.0.1:{port}")]
+
+
+def _body_echo(folder: Path, port: int) -> list[Command]:
+    return [[*_echo_command(f"127.0.0.1:{port}"), "--body"]]
 
 
 def _proxy(folder: Path, port: int) -> list[Command]:
@@ -154,16 +159,19 @@ def _ours(name: str, batch_size: int, edge: str) -> Spec:
 
 
 FLOOR = Spec("nginx return 200", _floor)
+BODY_ECHO = Spec("httptools echo of the body", _body_echo)
 BATCH_32 = _ours("mms, batch 32", 32, "none")
 BATCH_1 = _ours("mms, batch 1", 1, "none")
+BEHIND_NGINX = _ours("mms, batch 32, behind nginx", 32, "nginx")
+PROXY = Spec("nginx proxy + httptools echo", _proxy)
 SPECS = {
     "floor": FLOOR,
     "echo": Spec("httptools echo", _echo),
-    "proxy": Spec("nginx proxy + httptools echo", _proxy),
+    "proxy": PROXY,
     "edge": Spec("our edge + httptools echo", _edge),
     "mms-32": BATCH_32,
     "mms-1": BATCH_1,
-    "mms-nginx": _ours("mms, batch 32, behind nginx", 32, "nginx"),
+    "mms-nginx": BEHIND_NGINX,
 }
 
 
@@ -182,6 +190,7 @@ class Server:
         self.folder.chmod(0o711)  # nginx's workers run as another user when we are root
         self._log = self.folder / "server.log"
         self._processes: list[subprocess.Popen[bytes]] = []
+        self.ready_after = 0.0  # seconds from the start of its first process on
         self.tree = ProcessTree(set(), uuid.uuid4().hex)
 
     @property
@@ -189,17 +198,19 @@ class Server:
         """Of the first process that was started."""
         return self._processes[0].pid
 
-    def start(self) -> None:
-        """Returns when a POST is answered with 200. Raises ServerError."""
+    def start(self, poll: float = READY_POLL) -> None:
+        """Returns when a POST is answered with 200, tried every `poll` seconds. Raises ServerError."""
+        commands = self.spec.commands(self.folder, self.port)
+        begun = time.monotonic()
         with self._log.open("wb") as log:
-            for command in self.spec.commands(self.folder, self.port):
+            for command in commands:
                 self._spawn(command, log.fileno())
-        deadline = time.monotonic() + READY_TIMEOUT
-        while not (self._answers("GET", self.spec.ping) and self._answers("POST", self.spec.path)):
+        while not self._is_ready():
             ended = [process.args for process in self._processes if process.poll() is not None]
-            if ended or time.monotonic() > deadline:
+            if ended or time.monotonic() - begun > READY_TIMEOUT:
                 raise ServerError(f"{self.spec.name} is not ready{' (it ended)' if ended else ''}:\n{self._tail()}")
-            time.sleep(0.05)
+            time.sleep(poll)
+        self.ready_after = time.monotonic() - begun
 
     def stop(self) -> None:
         """Ends every process of the server by its pid, with patience and then without."""
@@ -229,6 +240,10 @@ class Server:
         self._processes.append(process)
         self.tree.roots.add(process.pid)
 
+    def _is_ready(self) -> bool:
+        pinged = not self.spec.ping or self._answers("GET", self.spec.ping)
+        return pinged and self._answers("POST", self.spec.path)
+
     def _answers(self, method: str, path: str) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
@@ -244,11 +259,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(spec: Spec) -> Iterator[Server]:
+def running(spec: Spec, poll: float = READY_POLL) -> Iterator[Server]:
     """The server, ready; ended in any case."""
     server = Server(spec)
     try:
-        server.start()
+        server.start(poll)
         yield server
     finally:
         server.stop()

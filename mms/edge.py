@@ -1,6 +1,6 @@
 """nginx in front of the server: found, started, watched, restarted, reloaded, stopped. Front end's process.
 
-What blocks runs in a thread, except for the start.
+What blocks for long runs in a thread.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mms_nginx.find import edge_user, find_nginx
+from mms_nginx import Listener, Nginx, edge_user, find_nginx, render
 from mms_nginx.spool import remove_leftovers
 
 from mms.addresses import Addresses
@@ -27,9 +26,6 @@ from mms.rundir import CacheDirectory, RunDirectory
 from mms.secret import read_secret
 from mms.setting import is_loopback
 from mms.workers.budget import Budget, how_it_ended
-
-if TYPE_CHECKING:
-    from mms_nginx.run import Nginx
 
 log = logging.getLogger("mms.server")
 
@@ -119,19 +115,29 @@ class Edge:
         if self._nginx is not None:
             self._nginx.shared = shared
 
-    def start(self, sockets: Mapping[str, socket.socket] | None = None) -> None:
-        """Return when every public address accepts connections. Raises StartError.
+    def listen(self, sockets: Mapping[str, socket.socket] | None = None) -> None:
+        """Claim the public addresses, before anything else is begun in vain. Raises StartError.
 
         `sockets` are those of another server, by address; they are shared with it.
         """
-        if self._program is None:
-            return
-        # jinja2 is needed behind nginx only
-        from mms_nginx.run import Nginx
+        if self._program is not None:
+            self._nginx = Nginx(self._program, self._run_dir.nginx, self._text(self._config), sockets)
+            self._nginx.listen()
 
-        self._nginx = Nginx(self._program, self._run_dir.nginx, self._text(self._config), sockets)
-        self._nginx.start()
-        asyncio.get_running_loop().add_reader(self._nginx.pidfd, self._ended)
+    async def start(self) -> None:
+        """After `listen`: return when every public address accepts connections. Raises StartError."""
+        nginx = self._nginx
+        if nginx is None:
+            return
+        async with self._turn:
+            try:
+                await asyncio.to_thread(nginx.prepare)
+                nginx.spawn()
+            except BaseException:
+                nginx.stop(0)
+                raise
+            await asyncio.to_thread(nginx.wait)
+        asyncio.get_running_loop().add_reader(nginx.pidfd, self._ended)
 
     async def apply(self, config: Config) -> None:
         """Put changed settings in force. Raises ConfigError or StartError; then the old ones stay in force."""
@@ -197,8 +203,6 @@ class Edge:
 
     def _text(self, config: Config) -> str:
         """nginx's configuration."""
-        from mms_nginx.render import Listener, render
-
         listeners = [
             Listener(name, address, (self._run_dir.sockets / f"{name}.sock",), self._tls(name, address))
             for name, address in self._addresses.of.items()

@@ -134,14 +134,19 @@ class ModelServer:
             sockets = self._addresses.listen(behind_edge, user[1] if user else None)
             self._catch_signals()
             if self._old is None:
+                self._edge.listen()
                 self._run_dir.record(self._running())
             else:
                 self._old.watch(self._given_up)
             self._startup.begin(self._config.state)
+            if self._old is None:
+                await self._http.start(sockets[0])
+                await self._edge.start()
+            # aiohttp takes 0.2 s to import: beside the workers' start, and nobody's first prediction waits for it
+            await asyncio.to_thread(_import_applications)
             applications = self._applications()
             if self._old is None:
                 await self._serve(sockets, applications)
-                self._edge.start()
             self._tick()
             await self._startup.wait(self._stop_asked)
             if not self._stop_asked.is_set():
@@ -227,7 +232,6 @@ class ModelServer:
 
     def _applications(self) -> list[web.Application]:
         """Of the management and the metrics port."""
-        # aiohttp takes 0.3 s to import: by now the workers are starting beside it
         from mms.api import management, metrics
         from mms.api.guard import Guard
 
@@ -253,9 +257,9 @@ class ModelServer:
         ]
 
     async def _serve(self, sockets: list[socket.socket], applications: list[web.Application]) -> None:
+        """Let them answer."""
         from aiohttp import web
 
-        await self._http.start(sockets[0])
         for name, application, sock in zip(LISTENERS[1:], applications, sockets[1:], strict=True):
             keepalive = KEEPALIVE if self._edge.wanted else self._config.keepalive_timeout
             runner = web.AppRunner(
@@ -276,8 +280,10 @@ class ModelServer:
         """All that the old server serves is loaded: serve on its sockets beside it, and be the one that runs here."""
         old.stand_alone()
         self._readiness.phase = Phase.SERVING
+        await self._http.start(sockets[0])
         await self._serve(sockets, applications)
-        self._edge.start(old.sockets)
+        self._edge.listen(old.sockets)
+        await self._edge.start()
         if not self._stop_asked.is_set():
             self._run_dir.take_over(self._running())
             self._edge.share(False)
@@ -413,6 +419,11 @@ class ModelServer:
         pools = [(version.queue, version.pool) for version in self._registry.versions() if version.pool is not None]
         waiting = sum(queue.depth + pool.in_flight for queue, pool in pools)
         return f"requests in hand ({waiting} at workers and in queues) have {left:.0f} s left"
+
+
+def _import_applications() -> None:
+    """All that only the management and the metrics port need."""
+    from mms.api import guard, management, metrics  # noqa: F401
 
 
 async def _listen(runner: web.AppRunner, sock: socket.socket) -> None:

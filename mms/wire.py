@@ -440,11 +440,23 @@ class FrameReader:
     """Cuts a stream, fed as it arrives, into frames. A frame that arrives whole is not copied."""
 
     def __init__(self) -> None:
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | bytearray] = []
         self._size = 0
         self._needed = HEADER.size
 
-    def feed(self, data: bytes) -> Iterator[tuple[int, memoryview, memoryview]]:
+    @property
+    def missing(self) -> int:
+        """How many bytes are still to come of the frame that has begun, as far as is known."""
+        return self._needed - self._size
+
+    def take(self) -> tuple[bytes, int]:
+        """The beginning of a frame that has begun, and the size of all of it: somebody else reads the rest."""
+        begun, size = b"".join(self._chunks), self._needed
+        self._chunks.clear()
+        self._size, self._needed = 0, HEADER.size
+        return begun, size
+
+    def feed(self, data: bytes | bytearray) -> Iterator[tuple[int, memoryview, memoryview]]:
         """(kind, head, payloads) for each frame that `data` completes. Raises FrameError."""
         if self._chunks or len(data) < self._needed:
             self._chunks.append(data)

@@ -70,27 +70,36 @@ class InferenceApi:
         generation, next_id = self._registry.generation, self._dataplane.next_id
         by_version: dict[ModelVersion, list[Job]] = {}
         last: Head | None = None  # clients that say the same share one
-        for exchange in exchanges:
-            if exchange.head is not last:
-                last = exchange.head
-                meaning: Meaning | None = last.meaning
-                if meaning is None or meaning.generation != generation:
-                    meaning = self._understand(exchange)
-                    if meaning is None:
-                        last = None
-                        continue
-                version, facts, terms = meaning.version, meaning.facts, meaning.terms
-                jobs = by_version.setdefault(version, []) if meaning.together else None
-            job = Job(
-                next_id(), facts, exchange.request_id, exchange.parts, exchange.size, exchange, exchange.arrived, terms
-            )
-            if jobs is not None:
-                exchange.work = job
-                jobs.append(job)
-            else:
-                self._submit(version, job, exchange)
-        for version, jobs in by_version.items():
-            version.submit_all(jobs)
+        try:
+            for exchange in exchanges:
+                if exchange.head is not last:
+                    last = exchange.head
+                    meaning: Meaning | None = last.meaning
+                    if meaning is None or meaning.generation != generation:
+                        meaning = self._understand(exchange)
+                        if meaning is None:
+                            last = None
+                            continue
+                    version, facts, terms = meaning.version, meaning.facts, meaning.terms
+                    jobs = by_version.setdefault(version, []) if meaning.together else None
+                job = Job(
+                    next_id(),
+                    facts,
+                    exchange.request_id,
+                    exchange.parts,
+                    exchange.size,
+                    exchange,
+                    exchange.arrived,
+                    terms,
+                )
+                if jobs is not None:
+                    exchange.work = job
+                    jobs.append(job)
+                else:
+                    self._submit(version, job, exchange)
+        finally:  # a fault in one must not cost those before it their answers
+            for version, jobs in by_version.items():
+                version.submit_all(jobs)
 
     def _submit(self, version: ModelVersion, job: Job, exchange: Exchange) -> None:
         try:

@@ -13,7 +13,8 @@ from mms.handler import Request
 from mms.handler_metrics import Metrics
 
 READ_SIZE = 256 << 10
-JOIN_BELOW = 128 << 10
+JOIN_BELOW = 32 << 10
+ANSWER_WITHIN = 0.0005  # seconds that a finished answer may wait for others to share its frame
 
 
 class Channel:
@@ -119,7 +120,7 @@ class Channel:
     def write(self, kind: int, head: object, payloads: Sequence[Body], size: int) -> None:
         frame = wire.pack(kind, head, size)
         if size < JOIN_BELOW:
-            self._sock.sendall(frame + b"".join(payloads))
+            self._sock.sendall(b"".join((frame, *payloads)))
             return
         buffers = [memoryview(frame), *(memoryview(payload) for payload in payloads if len(payload))]
         while buffers:

@@ -20,6 +20,24 @@ def modes() -> Callable[[], None]:
     return partial(torch.set_grad_enabled, torch.is_grad_enabled())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there is too little memory, of this machine or the GPU, for what raised it."""
+    torch = sys.modules.get("torch")
+    return isinstance(error, (MemoryError, getattr(torch, "OutOfMemoryError", MemoryError)))
+
+
+def is_lost() -> bool:
+    """Whether all that is asked of the GPU fails, as after a fault in a kernel: only a new process can use it again."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Lane:
     """`move` brings the tensors of a batch to the device; `wait` waits for what was launched so far."""

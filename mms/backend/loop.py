@@ -15,15 +15,13 @@ from functools import partial
 from mms import wire
 from mms.backend import template, weights
 from mms.backend.answers import Answer
-from mms.backend.channel import Channel, requests_of
+from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
 from mms.backend.loader import device_of, load_handler
 from mms.backend.pipeline import Pipeline
 from mms.backend.prepare import prepare
 from mms.backend.stages import RequestStages, Stages
 from mms.backend.streams import Stream, Streams
 from mms.errors import ModelLoadError
-
-ANSWER_WITHIN = 0.0005  # seconds that a finished answer may wait for the next batches of its frame
 
 # A handler may replace functions of these modules; the loop keeps the ones it was imported with.
 _monotonic = time.monotonic

@@ -25,7 +25,7 @@ from queue import SimpleQueue
 
 from mms import wire
 from mms.backend.answers import Answer, Body
-from mms.backend.channel import Channel, requests_of
+from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
 from mms.backend.device import modes, own_lane
 from mms.backend.stages import Prepared, RequestStages, Stages
 from mms.backend.streams import Stream, Streams
@@ -271,44 +271,31 @@ class Pipeline:
                 self._ended.put(ended)
 
     def _reply(self, thread: int, stages: RequestStages) -> None:
-        """postprocess, and the answers of all batches that have ended meanwhile in one frame."""
+        """postprocess, and the answers of batches that have ended meanwhile in one frame, while that is quick."""
         account, ended = self._account, self._ended
-        while (first := ended.get()) is not None:
-            batches = [first]
-            while not ended.empty() and (further := ended.get()) is not None:
-                batches.append(further)
-            tickets: list[Ticket] = []
-            answers: list[Answer] = []
-            times: list[wire.BatchTimes] = []
-            for batch in batches:
-                begun = account.begin(thread, batch.tickets, _preparation(batch.tickets) + batch.inference)
-                stages.context.begin_batch([ticket.request for ticket in batch.tickets])
-                answers += [stages.finish(ticket.prepared) for ticket in batch.tickets if ticket.prepared is not None]
-                tickets += batch.tickets
-                times.append(_times(batch, _monotonic() - begun))
-            if stages.streams:
-                tickets, answers, times = self._hand_over_streams(batches, answers, times)
-            account.idle(thread)
-            if tickets:
-                self._send(tickets, answers, times)
-
-    def _hand_over_streams(
-        self, batches: list[Ended], answers: list[Answer], times: list[wire.BatchTimes]
-    ) -> tuple[list[Ticket], list[Answer], list[wire.BatchTimes]]:
-        """Batches with streams go to the execution threads as they are; what is left is answered here."""
-        whole: tuple[list[Ticket], list[Answer], list[wire.BatchTimes]] = [], [], []
-        at = 0
-        for batch, of_batch in zip(batches, times, strict=True):
-            mine, at = answers[at : at + len(batch.tickets)], at + len(batch.tickets)
-            if any([type(body) is Stream for _, body in mine]):
+        tickets: list[Ticket] = []
+        answers: list[Answer] = []
+        times: list[wire.BatchTimes] = []
+        kept_since = 0.0
+        while (batch := ended.get()) is not None:
+            begun = account.begin(thread, batch.tickets, _preparation(batch.tickets) + batch.inference)
+            stages.context.begin_batch([ticket.request for ticket in batch.tickets])
+            of_batch = [stages.finish(ticket.prepared) for ticket in batch.tickets if ticket.prepared is not None]
+            now = _monotonic()
+            if stages.streams and any([type(body) is Stream for _, body in of_batch]):
                 with self._prepared:
-                    self._streaming.append(Streaming(batch, mine))
+                    self._streaming.append(Streaming(batch, of_batch))
                     self._prepared.notify()
             else:
-                whole[0].extend(batch.tickets)
-                whole[1].extend(mine)
-                whole[2].append(of_batch)
-        return whole
+                if not tickets:
+                    kept_since = begun
+                tickets += batch.tickets
+                answers += of_batch
+                times.append(_times(batch, now - begun))
+            account.idle(thread)
+            if tickets and (ended.empty() or now - kept_since > ANSWER_WITHIN):
+                self._send(tickets, answers, times)
+                tickets, answers, times = [], [], []
 
     def _stream(
         self, thread: int, batch: list[Ticket], answers: list[Answer], times: Callable[[], wire.BatchTimes]

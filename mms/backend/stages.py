@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
@@ -10,6 +11,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from mms.backend import device
 from mms.backend.answers import PLAIN_BYTES, Answer, Streamed, answer, failure, is_error_status
 from mms.backend.streams import Steps, Stream
 from mms.errors import HandlerError, MMSError
@@ -105,13 +107,18 @@ class BatchStages:
         try:
             results = self._handle(rows, context)
         except BaseException as error:
-            if self._isolate and len(rows) > 1:
-                half = len(rows) // 2
-                return self._call(requests[:half], rows[:half]) + self._call(requests[half:], rows[half:])
-            return [failure(client_error(error, requests))] * len(rows)
-        if not isinstance(results, list) or len(results) != len(rows):
-            return [failure(client_error(HandlerError(miscount(results, len(rows), "handle")), requests))] * len(rows)
-        if context.responses:
+            if not self._isolate or len(rows) == 1:
+                return [failure(client_error(error, requests))] * len(rows)
+        else:
+            return self._answers(results, requests)
+        half = len(rows) // 2  # here, not above: what was raised keeps all that the batch has allocated
+        return self._call(requests[:half], rows[:half]) + self._call(requests[half:], rows[half:])
+
+    def _answers(self, results: Any, requests: list[Request]) -> list[Answer]:
+        count = len(requests)
+        if not isinstance(results, list) or len(results) != count:
+            return [failure(client_error(HandlerError(miscount(results, count, "handle")), requests))] * count
+        if self._context.responses:
             return [self._answer(index, result, requests) for index, result in enumerate(results)]
         limit = self._limit
         try:
@@ -219,15 +226,17 @@ class RequestStages:
                 raise HandlerError(fault)
             for one, output in zip(batch, outputs, strict=True):
                 one.item = output
+            return
         except BaseException as error:
-            if self._isolate and len(batch) > 1:
-                half = len(batch) // 2
-                self.infer(batch[:half], move)
-                self.infer(batch[half:], move)
+            if not self._isolate or len(batch) == 1:
+                failed = failure(client_error(error, [one.request for one in batch]))
+                for one in batch:
+                    one.answer = failed
                 return
-            failed = failure(client_error(error, [one.request for one in batch]))
-            for one in batch:
-                one.answer = failed
+        collated = outputs = None  # they, and what was raised, keep all that the batch has allocated
+        half = len(batch) // 2
+        self.infer(batch[:half], move)
+        self.infer(batch[half:], move)
 
     def _take_steps(self, outputs: Iterator[Any], batch: list[Prepared]) -> None:
         """`inference` yields: each item is answered with a stream. Raises as the first step does."""
@@ -324,6 +333,10 @@ def client_error(error: BaseException, requests: Sequence[Request]) -> MMSError 
     text = "".join(traceback.format_exception(error))
     sys.stderr.write(f"requests {ids}: the handler failed\n{text}")
     sys.stderr.flush()
-    if isinstance(error, MemoryError):
+    if isinstance(error, RuntimeError) and device.is_lost():
+        sys.stderr.write("the GPU does nothing any more for this process, which ends\n")
+        sys.stderr.flush()
+        os._exit(70)  # EX_SOFTWARE: each further request would fail as well
+    if device.is_out_of_memory(error):
         return HandlerError("out of memory", status=507)
     return HandlerError(f"the handler raised {type(error).__name__}; the traceback is in the model's log")

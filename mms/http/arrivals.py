@@ -29,11 +29,17 @@ class Arrivals:
         """Called by the event loop between reading and reading again."""
         exchanges = self.exchanges[:]
         self.exchanges.clear()
+        self._hand(exchanges)
+
+    def _hand(self, exchanges: list[Exchange]) -> None:
         try:
             self._application.handle(exchanges)
-        except Exception as error:  # a fault of ours: nobody waits for an answer that will not come
-            fault = {"message": "requests could not be handled", "exception": error}
-            asyncio.get_running_loop().call_exception_handler(fault)
+        except Exception as error:  # a fault of ours: only who has met it goes without an answer
+            if len(exchanges) == 1:
+                fault = {"message": "a request could not be handled", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(fault)
+                exchanges[0].connection.abort()
+                return
             for exchange in exchanges:
-                if exchange.work is None:
-                    exchange.connection.give_up(exchange)
+                if exchange.work is None and exchange.connection.owes(exchange):
+                    self._hand([exchange])

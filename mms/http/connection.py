@@ -314,10 +314,9 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         self._transport.abort()
 
-    def give_up(self, exchange: Exchange) -> None:
-        """There will be no answer to this one, if there was none."""
-        if exchange in self._pending and exchange.response is None:
-            self.abort()
+    def owes(self, exchange: Exchange) -> bool:
+        """Whether it waits for its answer, and its client for it."""
+        return exchange in self._pending and exchange.response is None
 
     def forget_heads(self) -> None:
         """The next request is looked at as a whole, whatever was known."""
@@ -404,6 +403,7 @@ class Connection(asyncio.Protocol):
         for exchange in self._pending:
             if exchange.work is not None:
                 exchange.work.cancel()
+                exchange.work = exchange.stream = None  # as in Exchange.answer
         if self._arrived:
             self._arrivals.forget(self)
         self._pending.clear()

@@ -27,7 +27,10 @@ class Application(Protocol):
     """What the requests are handed to. Nothing here may block or raise."""
 
     def handle(self, exchanges: list[Exchange]) -> None:
-        """Each of the requests that have arrived together is to be answered, now or later."""
+        """Each of the requests that have arrived together is to be answered, now or later.
+
+        Those that it has begun have their `work`, or their answer.
+        """
         ...
 
     def objection(self, head: Head, size: int) -> MMSError | None:

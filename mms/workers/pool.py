@@ -321,7 +321,7 @@ class WorkerPool(Feeder):
 
     def _stop_when_idle(self, worker: Worker) -> None:
         """With no worker to stay, those that go take what waits; nobody else comes to wait."""
-        if self._queue.depth and not self.target and not self._draining:
+        if self._queue.depth and not self.target and not self._draining and worker.connected:
             now = time.monotonic()
             self._expire(now)
             self._feed(worker, now)

@@ -25,6 +25,7 @@ from typing import Protocol
 import msgspec
 
 from mms import wire
+from mms.allocator import keep_freed_memory
 from mms.workers.budget import how_it_ended
 from mms.workers.forkserver import UnsafeFork
 from mms.workers.sandbox import new_scratch
@@ -222,10 +223,13 @@ def _remove(scratch: Path) -> None:
 
 
 def prepare_process() -> None:
-    """Orphans of a fork server become children of this process, which gets as many descriptors as the system allows."""
+    """Orphans of a fork server become children of this process, which gets as many descriptors as the system allows,
+    and keeps memory for large bodies.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    keep_freed_memory()
 
 
 def reap_orphans(known: set[int]) -> list[int]:

@@ -16,6 +16,7 @@ from mms.metrics import VersionMetrics
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import InFlight
 from mms.workers.job import Caller, Job
+from mms.workers.largeframe import LARGE, LARGEST, LargeFrame
 from mms.workers.output import OutputReader
 from mms.workers.placement import Place
 from mms.workers.process import WorkerProcess
@@ -107,6 +108,11 @@ class Worker(asyncio.Protocol):
         """The number of its GPU."""
         return self.place.gpu.index if self.place.gpu is not None else None
 
+    @property
+    def connected(self) -> bool:
+        """Whether what is sent to it may arrive."""
+        return self._transport is not None and not self._transport.is_closing()
+
     def send(self, batch_size: int, jobs: list[Job]) -> None:
         """One PREDICT frame with all of `jobs`."""
         ids, request_ids = [job.id for job in jobs], [job.request_id for job in jobs]
@@ -129,7 +135,7 @@ class Worker(asyncio.Protocol):
         """Take no more jobs, leave when those in hand are answered; killed when that takes over `grace` seconds."""
         if self.state in (WorkerState.STARTING, WorkerState.READY):
             self.state = WorkerState.STOPPING
-        if not self.in_flight.jobs and self._transport is not None and not self._transport.is_closing():
+        if not self.in_flight.jobs and self.connected:
             self._transport.write(wire.pack(wire.STOP, None))
         if self._patience is None and not self._gone:
             loop = asyncio.get_running_loop()
@@ -161,6 +167,8 @@ class Worker(asyncio.Protocol):
                     self.failure = wire.decode(wire.Failed, head)
                 else:
                     raise FrameError(f"a worker sent a frame of kind {kind}")
+            if LARGE < self._reader.missing <= LARGEST:
+                LargeFrame(self, self._transport, *self._reader.take())
         except FrameError as error:
             if not self.cause:  # else it is killed already, and may have answered what was taken from it meanwhile
                 log.error("worker %s: %s; killing it", self.pid, error.message)

@@ -8,8 +8,10 @@ import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jinja2
+if TYPE_CHECKING:
+    import jinja2
 
 MAX_CONNECTIONS = 10_240
 MAX_PROCESSES = 2
@@ -101,6 +103,8 @@ def _limits() -> tuple[int, int]:
 
 
 def _template() -> jinja2.Template:
+    import jinja2  # takes 25 ms, which a server without nginx need not wait for
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mms_nginx", "."),
         undefined=jinja2.StrictUndefined,

@@ -1,8 +1,7 @@
 """One nginx, as a child of the server process: check, start, reload, reopen, stop.
 
-Everything here blocks but `spawn` and `give_up`, `start` for some 50 ms. `spawn`, and so `start`, must be called in the
-main thread: nginx gets SIGTERM when the thread that started it ends (PR_SET_PDEATHSIG), so that it never outlives the
-server.
+Everything here blocks but `listen`, `spawn` and `give_up`. `spawn`, and so `start`, must be called in the main thread:
+nginx gets SIGTERM when the thread that started it ends (PR_SET_PDEATHSIG), so that it never outlives the server.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ START_TIMEOUT = 5.0
 TERM_TIMEOUT = 2.0
 KILL_TIMEOUT = 2.0
 GIVEN_UP = "nginx is being stopped"
-_POLL = 0.01
+_POLL = 0.005
 
 # Runs in the child before nginx does. A parent that died before prctl sends no signal, hence the second look.
 _SHIM = (
@@ -86,13 +85,17 @@ class Nginx:
             raise
         self.wait()
 
-    def prepare(self) -> None:
-        """The first part of a start: its sockets, and what can be known before. Raises StartError."""
+    def listen(self) -> None:
+        """Its sockets, as far as there are none yet. Raises StartError."""
         for address in listen_addresses(self._text):
             if address in self.sockets and has_lost_its_file(address):
                 self.sockets.pop(address).close()
             if address not in self.sockets:
                 self.sockets[address] = listen(address)  # with a better reason than nginx's
+
+    def prepare(self) -> None:
+        """The first part of a start: its sockets, and what can be known before. Raises StartError."""
+        self.listen()
         self.check()
         (self._directory / "nginx.pid").unlink(missing_ok=True)
 

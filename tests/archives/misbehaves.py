@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 
 from mms.handler import Handler
 
@@ -157,6 +158,17 @@ def segfault(_):
     sys.setrecursionlimit(10**9)
     gc.disable()
     ctypes.CDLL(None).memset(0, 0, 1)
+
+
+def break_device(_):
+    """As a fault in a kernel does: from then on, every call of CUDA fails."""
+
+    def fail():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=fail)
+    sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+    fail()
 
 
 def event_loop(_):

@@ -202,14 +202,15 @@ def test_f19_a_worker_that_daemonises_itself_is_dead_and_its_stray_is_killed(ser
     uvloop.run(scenario())
 
 
-def test_f21_a_worker_that_replaces_its_descriptors_is_killed(serve: Serve) -> None:
+def test_f21_f108_a_worker_that_has_lost_its_channel_or_its_gpu_is_replaced(serve: Serve) -> None:
     async def scenario() -> None:
         async with serve("misbehaves", retry=0) as served:
-            (pid,) = served.pids
-            error = await dies(served, "replace_descriptors")
-            assert error.type == "WorkerDiedException"
-            assert await serves(served)
-            assert not psutil.pid_exists(pid)
+            for what in "replace_descriptors", "break_device":
+                (pid,) = served.pids
+                error = await dies(served, what)
+                assert error.type == "WorkerDiedException"
+                assert await serves(served)
+                assert not psutil.pid_exists(pid)
 
     uvloop.run(scenario())
 

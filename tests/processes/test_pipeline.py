@@ -114,6 +114,18 @@ def test_a_batch_runs_while_the_one_before_is_postprocessed(start: Start, reques
     assert set(backend.results(2)) == {1, 2}
 
 
+def test_an_answer_does_not_wait_for_the_postprocess_of_the_next_batch(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    first, second, third = (request_().hold("postprocess") for _ in range(3))
+    for held in first, second, third:
+        backend.send(held.body, batch_size=1)
+    reaches(third, "inference")
+    for id, held in enumerate((first, second, third), 1):
+        reaches(held, "postprocess")
+        held.let_go()
+        assert list(backend.results(1)) == [id]
+
+
 @pytest.mark.parametrize("preprocess_threads", [0, 1])
 def test_only_requests_of_one_bucket_share_a_batch(start: Start, request_: Requests, preprocess_threads: int) -> None:
     backend = begin(start, preprocess_threads=preprocess_threads)

@@ -292,6 +292,22 @@ def test_f20_f33_a_worker_that_breaks_its_channel_is_killed(serve: Serve, body: 
     uvloop.run(scenario())
 
 
+def test_f20_scaling_to_0_sends_nothing_to_a_worker_that_has_closed_its_channel(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("closes_descriptors") as served:
+            for _ in range(20):  # quick ones, so that it would be sent work ahead
+                await served.submit(b"good")
+            outcomes = [served.submit(b"close")]
+            await until(lambda: not served.pool.ready)
+            outcomes.append(served.submit(b"good"))
+            served.pool.set_target(0)
+            for outcome in outcomes:
+                with pytest.raises(ServiceUnavailableError, match="has no workers"):
+                    await asyncio.wait_for(outcome, 5)
+
+    uvloop.run(scenario())
+
+
 def test_closing_waits_for_what_is_in_hand(serve: Serve, make_gate: MakeGate) -> None:
     async def scenario(gates: list[Gate]) -> None:
         async with serve("gate") as served:

@@ -42,6 +42,7 @@ TIMEOUT = 3.0
 RESPONSE_TIMEOUT = 1.0
 SERIAL = (1, 0)  # threads and preprocess threads of a worker
 RARITIES = (
+    "together",
     "newest first",
     "passed over",
     "several at a time",
@@ -81,6 +82,7 @@ class Simulation:
         self.poison_share = self.pick((0.0, 0.0, 0.1, 0.5))
         self.hang_share = self.pick((0.0, 0.0, 0.1))
         self.clients: dict[int, Client] = {}
+        self.numbers = itertools.count(1)
         self.live: set[int] = set()
         self.cancelled: set[int] = set()
         self.seen: Counter[str] = Counter()  # how often the rarer things came to pass
@@ -137,35 +139,52 @@ class Simulation:
     # events
 
     def submit(self) -> None:
-        for _ in range(self.pick((1, 1, 1, 4, 12))):
-            self.submit_one()
+        clients = [self.new_client() for _ in range(self.pick((1, 1, 1, 4, 12)))]
+        jobs = [client.job for client in clients]
+        if self.chance() < 0.5 and not any([job.terms for job in jobs]) and self.queue.submit_all(jobs):
+            self.events.append(("submit together", [job.id for job in jobs]))
+            queue = self.queue
+            assert not queue.closed and queue.depth <= queue.room and queue.bytes <= queue.max_bytes
+            self.seen["together"] += len(jobs) > 1
+            for client in clients:
+                self.accept(client)
+        else:
+            for client in clients:
+                self.submit_one(client)
 
-    def submit_one(self) -> None:
+    def new_client(self) -> Client:
         client = Client()
-        number = len(self.clients) + 1
+        number = next(self.numbers)
         client.poison = self.chance() < self.poison_share
         client.hangs = self.chance() < self.hang_share
         size = self.pick((10, 10, 10, 10, 700_000))
         body = b"poison" if client.poison else b"%d" % number
         client.job = Job(number, FACTS, b"", [body], size, client, self.now, self.terms())
-        queue, terms = self.queue, client.job.terms
-        full = queue.depth >= queue.room or bool(queue.depth and queue.bytes + size > queue.max_bytes)
+        self.events.append(("arrives", number, "poison" * client.poison, "hangs" * client.hangs))
+        return client
+
+    def submit_one(self, client: Client) -> None:
+        queue, job, terms = self.queue, client.job, client.job.terms
+        full = queue.depth >= queue.room or bool(queue.depth and queue.bytes + job.size > queue.max_bytes)
         if terms is not None:
-            full = is_full(queue, terms, size)
+            full = is_full(queue, terms, job.size)
             self.events.append(("terms", terms))
-        self.events.append(("submit", number, "poison" * client.poison, "hangs" * client.hangs))
+        self.events.append(("submit", job.id))
         try:
-            self.queue.submit(client.job)
+            queue.submit(job)
         except OverloadError as error:
             assert full and 1 <= error.retry_after <= MAX_RETRY_AFTER
         except ServiceUnavailableError:
-            assert self.queue.closed
+            assert queue.closed
         except WorkerDiedError:
             assert client.poison, "a good request is taken for a poison"
         else:
-            assert not full and not self.queue.closed
-            self.clients[number] = client
-            self.live.add(number)
+            assert not full and not queue.closed
+            self.accept(client)
+
+    def accept(self, client: Client) -> None:
+        self.clients[client.job.id] = client
+        self.live.add(client.job.id)
 
     def dispatch(self) -> None:
         """Offer work to every worker, in any order; as the pool does, after what is too late was taken out."""
@@ -375,7 +394,7 @@ class Simulation:
     def drain(self) -> None:
         """Refuse new jobs, finish those there are."""
         self.queue.close("the model is being unloaded")
-        self.submit_one()
+        self.submit_one(self.new_client())
         for _ in range(10_000):
             if not self.live:
                 return

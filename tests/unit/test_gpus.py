@@ -68,7 +68,7 @@ def test_the_kernels_list_is_read_in_pci_order(tmp_path: Path) -> None:
     assert read_proc(tmp_path / "nothing") == []
 
 
-def test_nvidia_smi_is_asked_where_nvml_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f112_nvidia_smi_is_asked_where_nvml_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\ntest \"$1\" = -L && cat <<'END'\n{LISTING}END\n")
     program.chmod(0o755)

@@ -26,6 +26,8 @@ from mms.http.limits import (
 from mms.http.listener import HttpServer
 from mms.http.request import Head
 from mms.http.response import error_response
+from mms.wire import RequestFacts
+from mms.workers.job import Job
 
 LIMITS = Limits(max_request_size=100_000, max_connections=3, header_timeout=10, body_timeout=60, keepalive_timeout=75)
 GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -1104,3 +1106,18 @@ def test_the_parser_of_a_connection_that_has_ended_is_freed_without_the_collecto
     parser = client.connection._reader._parser
     client.connection.connection_lost(None)
     assert sys.getrefcount(parser) == 2  # this function's and its own argument
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_request_whose_client_has_left_is_freed_without_the_collector(streams: bool) -> None:
+    client = connect(at_once=False)
+    client.send(GET)
+    exchange = client.application.exchanges.pop()
+    facts = RequestFacts("", "", b"", False, [])
+    exchange.work = job = Job(1, facts, b"", exchange.parts, 0, exchange, 0.0)
+    if streams:
+        job.caller = exchange.begin(200, b"content-type: text/plain\r\n")
+        job.caller.chunk(b"a")
+    client.connection.connection_lost(None)
+    assert job.settled and exchange.stream is None
+    assert sys.getrefcount(job) == 2

@@ -182,7 +182,7 @@ def test_uuids_and_their_beginnings_mean_the_gpus_that_cuda_means() -> None:
         (GPUS, {"deviceIds": [3]}, "gpus: 3 does not exist"),
     ],
 )
-def test_devices_that_are_not_there_are_refused_with_those_that_are(
+def test_f111_devices_that_are_not_there_are_refused_with_those_that_are(
     gpus: list[Gpu], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"{message}; this server sees: 0 .GPU-aa1., 1 .GPU-ab2., 2 .MIG-c3."):

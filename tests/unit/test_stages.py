@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -163,6 +166,50 @@ def test_out_of_memory_is_507() -> None:
         raise MemoryError
 
     assert run_batch(handle, make_requests("a")) == [(507, b"", b"out of memory", "HandlerException")]
+
+
+def test_f107_out_of_memory_on_the_gpu_is_507(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = SimpleNamespace(
+        OutOfMemoryError=type("OutOfMemoryError", (RuntimeError,), {}),
+        cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=lambda: None),
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+
+    def handle(data: Any, context: Context) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    assert run_batch(handle, make_requests("a")) == [(507, b"", b"out of memory", "HandlerException")]
+
+
+@pytest.mark.parametrize("style", ["batch", "request"])
+def test_f107_a_batch_that_failed_holds_no_memory_while_its_halves_run(style: str) -> None:
+    class Tensor:
+        """What a batch allocates."""
+
+    tensors: list[weakref.ref[Tensor]] = []
+
+    def run(batch: list[Any]) -> list[Any]:
+        assert not any(tensor() for tensor in tensors)
+        tensor = Tensor()
+        tensors.append(weakref.ref(tensor))
+        if len(batch) > 1:
+            raise MemoryError
+        return batch
+
+    class Large(Handler):
+        def preprocess(self, request: Request) -> Any:
+            return request.body
+
+        def inference(self, batch: Any) -> Any:
+            return run(batch)
+
+    if style == "request":
+        answers = run_requests(Large(), "a", "b", "c")
+    else:
+        answers = run_batch(
+            lambda data, context: [str(row) for row in run(data)], make_requests("a", "b"), isolate=True
+        )
+    assert set(statuses(answers)) == {200}
 
 
 def test_a_prediction_error_for_the_batch_is_everybodys() -> None:

@@ -133,6 +133,15 @@ def test_garbage_behind_a_frame_is_refused_after_it() -> None:
         next(stream)
 
 
+def test_a_frame_that_has_begun_can_be_finished_by_somebody_else() -> None:
+    reader, payload = FrameReader(), bytes(range(250))
+    data = wire.pack(wire.RESULT, RESULT, len(payload)) + payload
+    assert not list(reader.feed(data[:40])) and not list(reader.feed(data[40:99]))
+    assert reader.missing == len(data) - 99
+    assert reader.take() == (data[:99], len(data))
+    assert [bytes(found) for _, _, found in reader.feed(bytearray(data))] == [payload]
+
+
 @given(st.binary(max_size=200), st.integers(1, 50))
 def test_garbage_is_nothing_but_a_frame_error(data: bytes, step: int) -> None:
     try:

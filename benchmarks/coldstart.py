@@ -1,0 +1,138 @@
+"""`make bench-cold`: how long a start takes until the first right answer, and what a new version of a model costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from mms_nginx import find_nginx
+
+from benchmarks.engine import efficientnet, jpeg
+from benchmarks.figures import Bench, Figure
+from benchmarks.models import Model, management, package, spec
+from benchmarks.servers import Server, Spec, running, server_environment
+from benchmarks.suite import Scenario, main
+
+POLL = 0.002
+TURN = 1.0  # seconds: usual latency and latency beside a load are measured in turns this short
+LOADS = 0.2  # seconds that benchmarks/handlers/torch_model.py takes
+PLAIN_BAR = 0.6
+DEMO_BAR = 1.0
+SECOND_BAR = 0.5
+BESIDE_BAR = 1.5
+
+
+def plain(bench: Bench) -> Iterator[Figure]:
+    """From the start of the process to the first right answer, a model without torch."""
+    for edge in ("none", "nginx"):
+        what = f"a model without torch, {'behind nginx' if edge == 'nginx' else 'without nginx'}"
+        if edge == "nginx" and find_nginx("nginx") is None:
+            print(f"  not measured: {what}: nginx is not installed", file=sys.stderr)
+            continue
+        server = spec("plain", [Model("plain")], edge=edge, workers=1)
+        figure, detail = middle([first_answer(server) for _ in range(bench.repeat + 1)][1:])
+        yield Figure(what, detail, figure, PLAIN_BAR, least=False)
+
+
+def demo(bench: Bench) -> Iterator[Figure]:
+    """The same for the image classification example, beside the imports that it needs in a bare interpreter."""
+    missing = [name for name in ("torch", "torchvision") if importlib.util.find_spec(name) is None]
+    if "torch" in missing:
+        print("  not measured: torch is not installed", file=sys.stderr)
+        return
+    modules = "torch" if missing else "torch, torchvision"
+    if missing:
+        server = spec("torch", [Model("torch", "torch_model.py:TorchModel", {"preload": ["torch"]})], workers=1)
+    else:
+        archive, photo = efficientnet(bench.folder), jpeg(bench.folder)
+        server = spec("demo", [], archives=[archive], body=photo.read_bytes(), workers=1)
+    first_answer(server)
+    beyond, details = [], []
+    for _ in range(bench.repeat):
+        bare = import_time(modules)
+        took = first_answer(server)
+        beyond.append(took - bare)
+        details.append(f"{took:.2f} s, import {modules} {bare:.2f} s")
+    what = "a torch model (no torchvision here)" if missing else "the image classification example"
+    figure = statistics.median(beyond)
+    yield Figure(f"{what}, beyond the imports", details[beyond.index(nearest(beyond))], figure, DEMO_BAR, least=False)
+
+
+def second(bench: Bench) -> Iterator[Figure]:
+    """A second version of a torch model is registered live; a model of 2 ms is asked meanwhile."""
+    model = Model("torch", "torch_model.py:TorchModel", {"preload": ["torch"]})
+    fast = Model("fast", config={"device_model": {"inference": 2}})
+    usual, beside, beyond = [], [], []
+    with running(spec("live", [fast, model], workers=1)) as server, ThreadPoolExecutor(1) as executor:
+        package(dataclasses.replace(model, version="2.0"), bench.folder)
+        shutil.move(bench.folder / "torch.mar", server.folder / "second.mar")
+        bench.load(server, 1)
+        for _ in range(max(1, round(bench.seconds * bench.repeat))):
+            beyond.append(registered_after(server) - LOADS)
+            usual.append(bench.at_once(server, 1, TURN).p99)
+            loads = executor.submit(register_for, server, TURN)
+            beside.append(bench.at_once(server, 1, TURN).p99)
+            loads.result()
+    figure, detail = middle(beyond)
+    yield Figure("a second version, live, beyond its load time", detail, figure, SECOND_BAR, least=False)
+    with_it, without = statistics.median(beside), statistics.median(usual)
+    spread = max(usual) / min(usual)
+    void = f"; void: usually it varies by {spread:.1f}" if spread > BESIDE_BAR else ""
+    detail = f"p99 {with_it / 1000:.1f} ms, usually {without / 1000:.1f} ms{void}"
+    yield Figure("another model meanwhile", detail, with_it / without, BESIDE_BAR, least=False)
+
+
+SCENARIOS: dict[str, Scenario] = {"plain": plain, "demo": demo, "second": second}
+
+
+def first_answer(server: Spec) -> float:
+    """Seconds from the start of the process to the first right answer."""
+    with running(dataclasses.replace(server, ping=""), POLL) as started:
+        return started.ready_after
+
+
+def import_time(modules: str) -> float:
+    """Seconds that a bare interpreter takes to start, import the modules and end."""
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-c", f"import os, {modules}; os._exit(0)"], env=server_environment(), check=True)
+    return time.monotonic() - begun
+
+
+def registered_after(server: Server) -> float:
+    """Seconds that the second version takes from the call to its answer; it is gone afterwards."""
+    begun = time.monotonic()
+    management(server, "POST", "/models?url=second.mar&synchronous=true&min_workers=1")
+    took = time.monotonic() - begun
+    management(server, "DELETE", "/models/torch/2.0")
+    return took
+
+
+def register_for(server: Server, seconds: float) -> None:
+    """One load after the other for so long."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        registered_after(server)
+
+
+def nearest(values: Sequence[float]) -> float:
+    """The one of them that is nearest to their median."""
+    return min(values, key=lambda value: abs(value - statistics.median(values)))
+
+
+def middle(seconds: Sequence[float]) -> tuple[float, str]:
+    """The median, and what it is the median of."""
+    return statistics.median(seconds), f"{min(seconds):.2f} to {max(seconds):.2f} s, in seconds"
+
+
+if __name__ == "__main__":
+    # users' modules are compiled when they are installed: the first start compiles, those that count do not
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.exit(main("coldstart", "Cold start", __doc__, SCENARIOS))

@@ -1,0 +1,108 @@
+"""What the benchmarks make of their figures; nothing is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import guard
+from benchmarks.coldstart import nearest
+from benchmarks.figures import Figure
+from benchmarks.hotpath import BESIDE_IDLE, Point, missed_bars, ratios
+from benchmarks.peers import PEERS, against_the_best
+from benchmarks.servers import BATCH_1, BATCH_32, BEHIND_NGINX, FLOOR, PROXY
+
+GOOD = [
+    Point(name, connections, cpu, 1.0, 100.0, 200.0)
+    for name, connections, cpu in (
+        (FLOOR.name, 1, 50.0),
+        (BATCH_32.name, 1, 90.0),
+        (BATCH_1.name, 1, 90.0),
+        (FLOOR.name, 64, 10.0),
+        (BATCH_32.name, 64, 20.0),
+        (BESIDE_IDLE, 64, 21.0),
+        (BATCH_1.name, 64, 39.0),
+        (PROXY.name, 64, 30.0),
+        (BEHIND_NGINX.name, 64, 54.0),
+        (BATCH_32.name, 256, 23.0),
+    )
+]
+
+
+def changed(server: str, connections: int, cpu: float) -> list[Point]:
+    return [
+        Point(server, connections, cpu, 1.0, 100.0, 200.0) if (point.server, point.connections) == (server, connections)
+        else point
+        for point in GOOD
+    ]  # fmt: skip
+
+
+def test_no_bar_is_missed_when_all_are_met() -> None:
+    assert not missed_bars(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("server", "connections", "cpu", "said"),
+    [
+        (BATCH_32.name, 64, 22.5, "2.25 x, the bar is 2.2 x"),
+        (BATCH_1.name, 64, 41.0, "4.10 x, the bar is 4 x"),
+        (BEHIND_NGINX.name, 64, 56.0, "1.20 x, the bar is 1.15 x"),
+        (BATCH_32.name, 256, 25.0, "1.25 x, the bar is 1.2 x"),
+        (BESIDE_IDLE, 64, 23.0, "1.15 x, the bar is 1.1 x"),
+    ],
+)
+def test_a_missed_bar_is_named(server: str, connections: int, cpu: float, said: str) -> None:
+    (line,) = missed_bars(changed(server, connections, cpu))
+    assert server in line and line.endswith(said)
+
+
+def test_what_was_not_measured_is_no_bar_that_is_met() -> None:
+    assert len(missed_bars([])) == 6 and all("not measured" in line for line in missed_bars([]))
+
+
+def test_a_figure_is_compared_with_the_committed_one(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    assert guard.load(file) == {}
+    guard.save(ratios(GOOD), file)
+    before = guard.load(file)
+    assert before[f"{BATCH_32.name}, 64 connections"] == 2.0 and not any(FLOOR.name in name for name in before)
+    assert not guard.changes_for_the_worse(ratios(changed(BATCH_32.name, 64, 22.9)), before)
+    (line,) = guard.changes_for_the_worse(ratios(changed(BATCH_32.name, 64, 23.2)), before)
+    assert line == f"{BATCH_32.name}, 64 connections: 2.32 x the floor, committed are 2.00 (+16%)"
+
+
+def test_what_was_not_measured_stays_committed(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    guard.save({"a": 1.0, "b": 2.0}, file)
+    guard.save({"b": 3.0}, file)
+    assert guard.load(file) == {"a": 1.0, "b": 3.0}
+
+
+def test_a_bar_is_at_least_or_at_most() -> None:
+    assert Figure("", "", 1.0, 0.9).met and not Figure("", "", 1.0, 0.9, least=False).met
+
+
+def test_the_round_that_is_shown_is_the_one_at_the_median() -> None:
+    assert nearest([9.0, 1.0, 2.0, 2.6]) == 2.0
+
+
+def test_we_are_held_against_the_best_peer_in_each_round() -> None:
+    points = [
+        Point(name, 64, cpu, rate, 1.0, 1.0)
+        for name, rounds in (
+            ("mms", [(10.0, 300.0), (30.0, 100.0), (10.0, 300.0)]),
+            ("quick", [(20.0, 100.0), (60.0, 50.0), (20.0, 100.0)]),
+            ("slow", [(90.0, 10.0), (90.0, 10.0), (90.0, 10.0)]),
+        )
+        for cpu, rate in rounds
+    ]
+    rate, cpu = (against_the_best("", points, 64, figure, 1.0) for figure in ("rate", "cpu"))
+    assert (rate.ratio, rate.least, rate.detail) == (3.0, True, "300/s, quick 100/s")
+    assert (cpu.ratio, cpu.least) == (0.5, False)
+
+
+def test_a_peer_that_takes_json_only_gets_the_body_in_an_object() -> None:
+    assert len(json.loads(PEERS["litserve"].body("noop"))["body"]) == 1024
+    assert len(json.loads(PEERS["litserve"].body("mlp"))["body"]) == 64
