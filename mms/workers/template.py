@@ -191,6 +191,7 @@ class Kept:
         if loading is not None:
             loading.cancel()
             await asyncio.wait([loading])
+        self.release()
         for each in list(self._processes):
             each.kill("stopped")
             await each.gone.wait()
