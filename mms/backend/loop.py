@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from mms import wire
+from mms.allocator import keep_freed_memory
 from mms.backend import template, weights
 from mms.backend.answers import Answer
 from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
@@ -147,6 +148,7 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
         return weights.serve(sock, stages)
     gc.collect()
     gc.freeze()
+    keep_freed_memory()  # not before: what the load has used goes back
     prepares = load.preprocess_threads if isinstance(stages, RequestStages) else 0
     ready = wire.Ready(stages.style, _perf_counter() - begun, load.threads, prepares, borrowed.size, borrowed.fault)
     channel.write(wire.READY, ready, [], 0)
