@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 
-from mms import wire
+from mms import sharedpage, wire
 from mms.allocator import keep_freed_memory
 from mms.backend import template, weights
 from mms.backend.answers import Answer
@@ -27,7 +27,7 @@ from mms.errors import ModelLoadError
 # A handler may replace functions of these modules; the loop keeps the ones it was imported with.
 _monotonic = time.monotonic
 _perf_counter = time.perf_counter
-_pack_progress = wire.PROGRESS.pack_into
+_pack_progress = sharedpage.PROGRESS.pack_into
 
 
 class Replies:

@@ -23,7 +23,7 @@ from functools import partial
 from operator import attrgetter
 from queue import SimpleQueue
 
-from mms import wire
+from mms import sharedpage, wire
 from mms.backend.answers import Answer, Body
 from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
 from mms.backend.device import modes, own_lane
@@ -34,7 +34,7 @@ from mms.handler import Request
 FAIR_TURN = 10  # times what a worker runs and prepares at a time: so many of a higher priority may overtake a request
 
 _monotonic = time.monotonic
-_write_counts = struct.Struct("<QQ").pack_into  # the first two fields of wire.PROGRESS
+_write_counts = struct.Struct("<QQ").pack_into  # the first two fields of sharedpage.PROGRESS
 
 _RANK = attrgetter("rank")
 _GONE: Answer = wire.Outcome(499, b"", "Cancelled"), b""  # for the server's account: nobody reads it
@@ -88,7 +88,7 @@ class Account:
         """
         now = _monotonic()
         places = [ticket.place for ticket in tickets]
-        wire.write_slot(self._page, thread, now - spent, places)
+        sharedpage.write_slot(self._page, thread, now - spent, places)
         if places[-1] >= self._started:
             with self._lock:
                 self._started = max(self._started, places[-1] + 1)
@@ -96,7 +96,7 @@ class Account:
         return now
 
     def idle(self, thread: int) -> None:
-        wire.clear_slot(self._page, thread)
+        sharedpage.clear_slot(self._page, thread)
 
     def done(self, tickets: list[Ticket]) -> None:
         """Their answers are about to be sent."""
@@ -139,7 +139,7 @@ class Pipeline:
         self._ended: SimpleQueue[Ended | None] = SimpleQueue()
         self._streaming: deque[Streaming] = deque()
         self._page = page
-        self._cancelled = wire.Cancelled(page)
+        self._cancelled = sharedpage.Cancelled(page)
         self._replying = threading.Lock()
 
     def run(self) -> None:
