@@ -55,7 +55,7 @@ def read_slots(page: mmap.mmap) -> Iterator[tuple[float, tuple[int, ...]]]:
                 yield begun_at, places
 
 
-def write_cancelled(page: mmap.mmap, job: int) -> None:
+def write_cancelled(page: mmap.mmap | bytearray, job: int) -> None:
     """Nobody waits for this job any more. The server is the only one that writes here."""
     count: int = CANCELLED_COUNT.unpack_from(page, CANCELLED_AT)[0]
     CANCELLED_COUNT.pack_into(page, CANCELLED_JOBS_AT + count % CANCELLED_KEPT * CANCELLED_COUNT.size, job)
