@@ -17,6 +17,7 @@ from mms.allocator import keep_freed_memory
 from mms.backend import template, weights
 from mms.backend.answers import Answer
 from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
+from mms.backend.device import lane
 from mms.backend.loader import device_of, load_handler
 from mms.backend.pipeline import Pipeline
 from mms.backend.prepare import prepare
@@ -135,7 +136,11 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
         if not (load.preparation.template or load.preparation.owner):
             channel.metrics = stages.metrics
             channel.send_metrics()  # what `initialize` has counted; nothing of a warm-up is
+            ours = lane(device_of(load))
+            if isinstance(stages, RequestStages):
+                stages.move = ours.move
             prepare(stages, load)
+            ours.wait()
     except BaseException as error:
         text = "".join(traceback.format_exception(error))
         channel.write(wire.FAILED, wire.Failed(_reason(error), text), [], 0)

@@ -206,6 +206,8 @@ class Pipeline:
         """Whole batches, in the order in which they came."""
         account = self._account
         with own_lane(self._device) as lane:
+            if isinstance(stages, RequestStages):
+                stages.move = lane.move
             while batch := self._next_batch():
                 begun = account.begin(thread, batch)
                 answers = stages.run([ticket.request for ticket in batch])
@@ -250,6 +252,7 @@ class Pipeline:
         account = self._account
         begin_batch = stages.context.begin_batch
         with own_lane(self._device) as lane:
+            stages.move = lane.move
             while batch := self._next_batch():
                 begin_batch([ticket.request for ticket in batch])
                 if isinstance(batch, Streaming):
@@ -258,7 +261,7 @@ class Pipeline:
                     continue
                 begun = account.begin(thread, batch, _preparation(batch))
                 prepared = [ticket.prepared for ticket in batch if ticket.prepared is not None]
-                stages.infer(prepared, lane.move)
+                stages.infer(prepared)
                 lane.wait()
                 now = _monotonic()
                 ended = Ended(batch, begun, now - begun)

@@ -27,7 +27,7 @@ class Faults(Handler):
                 torch.cuda._sleep(int(order["sleep"] * torch.cuda.clock_rate() * 1e6))
                 torch.cuda.current_stream().synchronize()
             if "assert" in order:
-                torch.zeros(1, device=self.device)[torch.tensor(9, device=self.device)].item()
+                torch.zeros(1, device=self.device)[torch.tensor([9], device=self.device)].cpu()
         del space
         stream = torch.cuda.current_stream().stream_id
         return [{"pid": os.getpid(), "batch": len(batch), "stream": stream}] * len(batch)

@@ -130,7 +130,13 @@ def test_threads_compute_at_the_same_time_each_in_a_stream_of_its_own(make_archi
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_cuda_graphs_answer_as_the_network_does(make_archive: MakeArchive, eager: Server, threads: int) -> None:
-    how = {"cuda_graphs": [1, 2, 4], "warmup": WARMUP, "batch_size": 8, "max_batch_delay": 50, "threads": threads}
+    how: dict[str, Any] = {
+        "cuda_graphs": [1, 2, 4],
+        "warmup": WARMUP,
+        "batch_size": 8,
+        "max_batch_delay": 50,
+        "threads": threads,
+    }
     with server(make_archive("gpu_network", model_name="graphs", **how)) as running:
         assert "cuda_graphs" not in running.output
         for _ in range(5):
@@ -144,7 +150,7 @@ def test_cuda_graphs_answer_as_the_network_does(make_archive: MakeArchive, eager
 
 
 def test_a_compiled_network_answers_as_the_network_does(make_archive: MakeArchive, eager: Server) -> None:
-    how = {"compile": True, "warmup": WARMUP, "startup_timeout": 120}
+    how: dict[str, Any] = {"compile": True, "warmup": WARMUP, "startup_timeout": 120}
     archive = make_archive("gpu_network", model_name="compiled", **how)
     with server(archive) as running:
         assert "compile failed" not in running.output
@@ -153,7 +159,12 @@ def test_a_compiled_network_answers_as_the_network_does(make_archive: MakeArchiv
 
 def test_share_weights_keeps_one_copy_per_gpu_and_outlives_the_owner(make_archive: MakeArchive, eager: Server) -> None:
     large = 1 << 30
-    how = {"share_weights": True, "large": large, "instances": [{"kind": "gpu", "count": 3, "gpus": [0]}]}
+    how: dict[str, Any] = {
+        "share_weights": True,
+        "large": large,
+        "min_workers": -1,
+        "instances": [{"kind": "gpu", "count": 3, "gpus": [0]}],
+    }
     with server(make_archive("gpu_network", model_name="shared", **how)) as running:
         described = running.describe("shared")
         (owner,) = described["weightOwners"]
