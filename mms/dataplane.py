@@ -1,4 +1,4 @@
-"""The data plane: a prediction from its resolved version to its caller. No HTTP in it."""
+"""The data plane: from what a request names to the version that answers it. No HTTP in it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import itertools
 
 from mms.models.registry import Catalogue
 from mms.models.served import ServedVersion
-from mms.wire import RequestFacts
-from mms.workers.job import Caller, Job, Terms, Work
 
 
 class DataPlane:
-    """What every inference dialect calls."""
+    """What every inference dialect asks."""
 
     def __init__(self, registry: Catalogue) -> None:
         self.registry = registry
@@ -20,21 +18,3 @@ class DataPlane:
     def resolve(self, name: str, version: str = "") -> ServedVersion:
         """Raises ModelNotFoundError or ModelVersionNotFoundError."""
         return self.registry.version(name, version)
-
-    def predict(
-        self,
-        version: ServedVersion,
-        facts: RequestFacts,
-        request_id: bytes,
-        parts: list[bytes],
-        size: int,
-        caller: Caller,
-        arrived: float,
-        terms: Terms | None = None,
-    ) -> Work:
-        """Queue a request; `caller` is told its one outcome. Raises OverloadError or ServiceUnavailableError instead.
-
-        `parts` are the pieces of its body, `size` their bytes in all, `arrived` is monotonic seconds. `terms`: with
-        a deadline or a priority.
-        """
-        return version.submit(Job(self.next_id(), facts, request_id, parts, size, caller, arrived, terms))

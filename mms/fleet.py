@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mms import fronts, lending, wire
+from mms import fronts, lending, sharedpage
 from mms.errors import StartError
 from mms.http.limits import Limits
 from mms.metrics import RestartFacts, VersionFacts
@@ -423,7 +423,7 @@ def _channel(control: socket.socket, turn: int, ours: contextlib.ExitStack) -> t
     with far:
         page = os.memfd_create("mms-progress")
         ours.callback(os.close, page)
-        os.ftruncate(page, wire.PAGE)
+        os.ftruncate(page, sharedpage.PAGE)
         for sock in (near, far):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
         lending.lend(control, turn, far, page)

@@ -457,7 +457,7 @@ class ModelServer:
 
 def _import_applications() -> None:
     """All that only the management and the metrics port need."""
-    from mms.api import guard, management, metrics  # noqa: F401
+    from mms.api import guard, management, metrics  # noqa: F401  # to have imported them is all
 
 
 async def _first_of(*tasks: asyncio.Task[Any]) -> bool:

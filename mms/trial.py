@@ -12,12 +12,12 @@ from mms import wire
 from mms.client import read_request
 from mms.config import Config
 from mms.controlplane import ControlPlane
-from mms.dataplane import DataPlane
 from mms.errors import MMSError, ModelNotFoundError
 from mms.http.response import error_response
 from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.rundir import CacheDirectory
+from mms.workers.job import Job
 from mms.workers.process import prepare_process
 
 GRACE = 5.0
@@ -76,7 +76,7 @@ async def _try(archive: Path, job: tuple[bytes, str] | None, folder: Path) -> tu
         outcome: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
         facts = wire.RequestFacts(kind, "", b"", False, [])
         request_id, now = b"check-%d" % os.getpid(), time.monotonic()
-        DataPlane(control.registry).predict(version, facts, request_id, [body], len(body), _Caller(outcome), now)
+        version.submit(Job(1, facts, request_id, [body], len(body), _Caller(outcome), now))
         status, answer = await outcome
         return status, f"{loaded}\n{answer}"
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,30 +87,33 @@ class Staging:
         return staged.to(self._device, non_blocking=True)
 
 
-@contextlib.contextmanager
-def _cpu() -> Any:
-    yield Lane(lambda batch: batch, lambda: None)
-
-
-def own_lane(device: str) -> contextlib.AbstractContextManager[Lane]:
-    """A context in which this thread's kernels go to a stream of its own.
-
-    Without a GPU, or without torch, batches stay where they are, and there is nothing to wait for.
-    """
-    return _cuda(device) if device.startswith("cuda") and "torch" in sys.modules else _cpu()
-
-
-@contextlib.contextmanager
-def _cuda(device: str) -> Any:
-    import torch
-
-    stream = torch.cuda.Stream(device)
+def lane(device: str) -> Lane:
+    """Of this thread, and its current stream. Without a GPU, or without torch, batches stay where they are."""
+    if not _uses_gpu(device):
+        return Lane(lambda batch: batch, lambda: None)
+    torch = sys.modules["torch"]
     done = torch.cuda.Event()
 
     def wait() -> None:
         """Only this stream's work is waited for: a device-wide synchronize would stop the other threads."""
-        done.record(stream)
+        done.record()
         done.synchronize()
 
+    return Lane(Staging(device, partial(torch.empty, dtype=torch.uint8, pin_memory=True), wait).move, wait)
+
+
+@contextlib.contextmanager
+def own_lane(device: str) -> Iterator[Lane]:
+    """A context in which this thread's kernels go to a stream of its own, where there is a GPU."""
+    if not _uses_gpu(device):
+        yield lane(device)
+        return
+    torch = sys.modules["torch"]
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))  # what `initialize` has launched there
     with torch.cuda.stream(stream):
-        yield Lane(Staging(device, partial(torch.empty, dtype=torch.uint8, pin_memory=True), wait).move, wait)
+        yield lane(device)
+
+
+def _uses_gpu(device: str) -> bool:
+    return device.startswith("cuda") and "torch" in sys.modules

@@ -12,10 +12,12 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 
-from mms import wire
+from mms import sharedpage, wire
+from mms.allocator import keep_freed_memory
 from mms.backend import template, weights
 from mms.backend.answers import Answer
 from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
+from mms.backend.device import lane
 from mms.backend.loader import device_of, load_handler
 from mms.backend.pipeline import Pipeline
 from mms.backend.prepare import prepare
@@ -27,7 +29,7 @@ from mms.errors import ModelLoadError
 # A handler may replace functions of these modules; the loop keeps the ones it was imported with.
 _monotonic = time.monotonic
 _perf_counter = time.perf_counter
-_pack_progress = wire.PROGRESS.pack_into
+_pack_progress = sharedpage.PROGRESS.pack_into
 
 
 class Replies:
@@ -136,7 +138,11 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
         if not (load.preparation.template or load.preparation.owner):
             channel.metrics = stages.metrics
             channel.send_metrics()  # what `initialize` has counted; nothing of a warm-up is
+            ours = lane(device_of(load))
+            if isinstance(stages, RequestStages):
+                stages.move = ours.move
             prepare(stages, load)
+            ours.wait()
     except BaseException as error:
         text = "".join(traceback.format_exception(error))
         channel.write(wire.FAILED, wire.Failed(_reason(error), text), [], 0)
@@ -149,6 +155,7 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
         return weights.serve(sock, stages)
     gc.collect()
     gc.freeze()
+    keep_freed_memory()  # not before: what the load has used goes back
     prepares = load.preprocess_threads if isinstance(stages, RequestStages) else 0
     ready = wire.Ready(stages.style, _perf_counter() - begun, load.threads, prepares, borrowed.size, borrowed.fault)
     channel.write(wire.READY, ready, [], 0)

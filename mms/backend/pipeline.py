@@ -23,7 +23,7 @@ from functools import partial
 from operator import attrgetter
 from queue import SimpleQueue
 
-from mms import wire
+from mms import sharedpage, wire
 from mms.backend.answers import Answer, Body
 from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
 from mms.backend.device import modes, own_lane
@@ -34,7 +34,7 @@ from mms.handler import Request
 FAIR_TURN = 10  # times what a worker runs and prepares at a time: so many of a higher priority may overtake a request
 
 _monotonic = time.monotonic
-_write_counts = struct.Struct("<QQ").pack_into  # the first two fields of wire.PROGRESS
+_write_counts = struct.Struct("<QQ").pack_into  # the first two fields of sharedpage.PROGRESS
 
 _RANK = attrgetter("rank")
 _GONE: Answer = wire.Outcome(499, b"", "Cancelled"), b""  # for the server's account: nobody reads it
@@ -88,7 +88,7 @@ class Account:
         """
         now = _monotonic()
         places = [ticket.place for ticket in tickets]
-        wire.write_slot(self._page, thread, now - spent, places)
+        sharedpage.write_slot(self._page, thread, now - spent, places)
         if places[-1] >= self._started:
             with self._lock:
                 self._started = max(self._started, places[-1] + 1)
@@ -96,7 +96,7 @@ class Account:
         return now
 
     def idle(self, thread: int) -> None:
-        wire.clear_slot(self._page, thread)
+        sharedpage.clear_slot(self._page, thread)
 
     def done(self, tickets: list[Ticket]) -> None:
         """Their answers are about to be sent."""
@@ -139,7 +139,7 @@ class Pipeline:
         self._ended: SimpleQueue[Ended | None] = SimpleQueue()
         self._streaming: deque[Streaming] = deque()
         self._page = page
-        self._cancelled = wire.Cancelled(page)
+        self._cancelled = sharedpage.Cancelled(page)
         self._replying = threading.Lock()
 
     def run(self) -> None:
@@ -206,6 +206,8 @@ class Pipeline:
         """Whole batches, in the order in which they came."""
         account = self._account
         with own_lane(self._device) as lane:
+            if isinstance(stages, RequestStages):
+                stages.move = lane.move
             while batch := self._next_batch():
                 begun = account.begin(thread, batch)
                 answers = stages.run([ticket.request for ticket in batch])
@@ -250,6 +252,7 @@ class Pipeline:
         account = self._account
         begin_batch = stages.context.begin_batch
         with own_lane(self._device) as lane:
+            stages.move = lane.move
             while batch := self._next_batch():
                 begin_batch([ticket.request for ticket in batch])
                 if isinstance(batch, Streaming):
@@ -258,7 +261,7 @@ class Pipeline:
                     continue
                 begun = account.begin(thread, batch, _preparation(batch))
                 prepared = [ticket.prepared for ticket in batch if ticket.prepared is not None]
-                stages.infer(prepared, lane.move)
+                stages.infer(prepared)
                 lane.wait()
                 now = _monotonic()
                 ended = Ended(batch, begun, now - begun)

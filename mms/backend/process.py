@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import TextIO
 
 from mms import wire
-from mms.allocator import keep_freed_memory
 from mms.backend import sandbox
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -32,7 +31,6 @@ def settle_in(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     close_all_but(keep)
-    keep_freed_memory()
     os.umask(0o077)
     os.chdir(directory)
     _use(scratch)

@@ -22,10 +22,6 @@ _now = time.perf_counter
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
-def _stay(batch: Any) -> Any:
-    return batch
-
-
 class Stages(Protocol):
     """One loaded handler."""
 
@@ -155,7 +151,10 @@ class Prepared:
 
 
 class RequestStages:
-    """A Handler: preprocess and postprocess per request, inference per batch of one bucket."""
+    """A Handler: preprocess and postprocess per request, inference per batch of one bucket.
+
+    `move` brings what `collate` returns to the device.
+    """
 
     style = "request"
 
@@ -171,6 +170,7 @@ class RequestStages:
         self._isolate = isolate
         self._limit = limit
         self._times = [0.0, 0.0, 0.0]
+        self.move = device.lane("cpu").move
 
     def for_thread(self) -> RequestStages:
         return RequestStages(self.handler, self._context.for_thread(), isolate=self._isolate, limit=self._limit)
@@ -210,14 +210,11 @@ class RequestStages:
             return Prepared(request, None, None, failure(client_error(error, [request])))
         return Prepared(request, item, bucket, None)
 
-    def infer(self, batch: list[Prepared], move: Callable[[Any], Any] = _stay) -> None:
-        """Each item becomes its output; those that fail get their answer. Never raises.
-
-        `move` brings what `collate` returns to the device.
-        """
+    def infer(self, batch: list[Prepared]) -> None:
+        """Each item becomes its output; those that fail get their answer. Never raises."""
         try:
             collated = self.handler.collate([one.item for one in batch])
-            outputs = self.handler.inference(move(collated))
+            outputs = self.handler.inference(self.move(collated))
             fault = miscount_of(collated, outputs, len(batch))
             if fault and hasattr(outputs, "__next__"):
                 self._take_steps(outputs, batch)
@@ -235,8 +232,8 @@ class RequestStages:
                 return
         collated = outputs = None  # they, and what was raised, keep all that the batch has allocated
         half = len(batch) // 2
-        self.infer(batch[:half], move)
-        self.infer(batch[half:], move)
+        self.infer(batch[:half])
+        self.infer(batch[half:])
 
     def _take_steps(self, outputs: Iterator[Any], batch: list[Prepared]) -> None:
         """`inference` yields: each item is answered with a stream. Raises as the first step does."""

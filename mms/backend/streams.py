@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from mms import wire
+from mms import sharedpage, wire
 from mms.backend.answers import Answer, Body, Streamed, answer, body_of, json_of
 from mms.errors import HandlerError
 from mms.handler import Request, Response
@@ -206,7 +206,7 @@ class Streams:
 
     def __init__(self, channel: Replies, page: Any, beat: Callable[[], object]) -> None:
         self._channel = channel
-        self._cancelled = wire.Cancelled(page)
+        self._cancelled = sharedpage.Cancelled(page)
         self._beat = beat
 
     def run(self, ids: Sequence[int], answers: Sequence[Answer], times: Callable[[], wire.BatchTimes]) -> None:

@@ -52,7 +52,7 @@ def _run_shape(stages: Stages, sample: WarmupSample, size: int) -> str:
     if not isinstance(stages, RequestStages):
         return "a shape needs a request-style handler; give a file"
     try:
-        batch = stages.handler.collate([_item(sample) for _ in range(size)])
+        batch = stages.move(stages.handler.collate([_item(sample) for _ in range(size)]))
         outputs = stages.handler.inference(batch)
         if not isinstance(outputs, Iterator):
             return miscount_of(batch, outputs, size)

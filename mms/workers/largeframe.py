@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mms.workers.worker import Worker
 
 LARGE = 512 << 10  # bytes still to come for which it is worth it
 LARGEST = 256 << 20  # bytes: memory for more is taken as they come, not on a worker's word
@@ -11,7 +15,7 @@ LARGEST = 256 << 20  # bytes: memory for more is taken as they come, not on a wo
 class LargeFrame(asyncio.BufferedProtocol):
     """Takes the place of a worker's protocol until the frame is there, then hands it over and steps back."""
 
-    def __init__(self, owner: asyncio.Protocol, transport: asyncio.Transport, begun: bytes, size: int) -> None:
+    def __init__(self, owner: Worker, transport: asyncio.Transport, begun: bytes, size: int) -> None:
         self._owner = owner
         self._transport = transport
         self._frame = bytearray(size)
@@ -26,7 +30,7 @@ class LargeFrame(asyncio.BufferedProtocol):
         self._view = self._view[nbytes:]
         if not self._view:
             _use(self._transport, self._owner)
-            self._owner.data_received(self._frame)  # type: ignore[arg-type]  # it is only read
+            self._owner.data_received(self._frame)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._owner.connection_lost(error)

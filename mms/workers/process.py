@@ -24,7 +24,7 @@ from typing import Protocol
 
 import msgspec
 
-from mms import lending, wire
+from mms import lending, sharedpage, wire
 from mms.allocator import keep_freed_memory
 from mms.workers.budget import how_it_ended
 from mms.workers.forkserver import UnsafeFork
@@ -62,21 +62,16 @@ class WorkerProcess:
         self.scratch = scratch
         self.turn = lending.OWN  # of the channel
         self._page = page
-        self._cancelled = 0
 
     def progress(self) -> tuple[int, int, float]:
         """Jobs finished and begun since the start, and when the batch in hand began (monotonic; 0 while idle)."""
-        done, started, begun_at = wire.PROGRESS.unpack_from(self._page)
+        done, started, begun_at = sharedpage.PROGRESS.unpack_from(self._page)
         return done, started, begun_at
 
     def cancel(self, job: int) -> None:
         """Nobody waits for this job, or the rest of its stream: the worker sees it before it goes on with it."""
         if not self._page.closed:
-            count = self._cancelled
-            self._cancelled += 1
-            kept = wire.CANCELLED_COUNT
-            kept.pack_into(self._page, wire.CANCELLED_JOBS_AT + count % wire.CANCELLED_KEPT * kept.size, job)
-            kept.pack_into(self._page, wire.CANCELLED_AT, self._cancelled)
+            sharedpage.write_cancelled(self._page, job)
 
     @property
     def turn_now(self) -> int:
@@ -85,7 +80,7 @@ class WorkerProcess:
 
     def running(self) -> list[tuple[float, tuple[int, ...]]]:
         """Of a worker with several threads: when each of those at work began, and the places of its jobs."""
-        return list(wire.read_slots(self._page))
+        return list(sharedpage.read_slots(self._page))
 
     def resident_bytes(self) -> int:
         """Memory that it holds now, with what it shares with others; 0 when it has ended."""
@@ -151,7 +146,7 @@ async def launch(how: Launch, forker: Forker) -> WorkerProcess:
     scratch = None
     try:
         scratch = new_scratch(how.scratch, how.name, how.sandbox)
-        os.ftruncate(page, wire.page_size(how.threads, how.preprocess_threads))
+        os.ftruncate(page, sharedpage.page_size(how.threads, how.preprocess_threads))
         shared = mmap.mmap(page, 0)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)

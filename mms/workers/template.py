@@ -10,6 +10,7 @@ import logging
 import shutil
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -148,7 +149,7 @@ class LoadedProcess:
         self._when_gone(self)
 
 
-class Kept:
+class Kept(ABC):
     """The process that has loaded, while there is one."""
 
     role = ""  # in one word
@@ -191,6 +192,7 @@ class Kept:
         if loading is not None:
             loading.cancel()
             await asyncio.wait([loading])
+        self.release()
         for each in list(self._processes):
             each.kill("stopped")
             await each.gone.wait()
@@ -230,13 +232,13 @@ class Kept:
             self._current = kept
         return kept
 
+    @abstractmethod
     def _load_of(self, load: wire.Load) -> wire.Load:
         """What it is told to load."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fault_of(self, loaded: wire.Preloaded) -> str:
         """Why it cannot be used, or nothing."""
-        raise NotImplementedError
 
     def _gone(self, kept: LoadedProcess) -> None:
         self._processes.discard(kept)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
-from mms import wire
+from mms import sharedpage, wire
 from mms.errors import FrameError, HandlerError
 from mms.metrics import VersionMetrics
 from mms.workers.batching import BatchQueue
@@ -26,7 +26,6 @@ from mms.workers.process import WorkerProcess
 
 log = logging.getLogger("mms.worker")
 
-COPY_BELOW = 64 << 10  # pieces of a bytes object are made faster than pieces of a view
 LAST_WORDS = 0.05  # seconds between a process's end and its channel's end, in either order
 
 
@@ -63,7 +62,7 @@ class Loan:
 
     @property
     def answered(self) -> int:
-        done: int = wire.PROGRESS.unpack_from(self._page)[0]
+        done: int = sharedpage.PROGRESS.unpack_from(self._page)[0]
         return done
 
 
@@ -188,7 +187,7 @@ class Worker(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes | bytearray) -> None:
         try:
             for kind, head, payload in self._reader.feed(data):
                 if kind == wire.RESULT:
@@ -248,8 +247,7 @@ class Worker(asyncio.Protocol):
             self._early += count - reported
         bodies: Sequence[bytes | memoryview] = result.bodies
         if result.sizes:
-            small = payload.nbytes < COPY_BELOW
-            bodies = wire.cut(result.sizes, bytes(payload)) if small else wire.cut(result.sizes, payload)
+            bodies = wire.cut(result.sizes, payload)
         if not count or len(bodies) != count or self._early < 0:
             raise FrameError(f"a RESULT frame with {count} jobs whose sizes or batches do not fit")
         jobs = self.in_flight.finish(result.ids)
@@ -261,19 +259,22 @@ class Worker(asyncio.Protocol):
             jobs, outcomes = [jobs[place] for place in places], [outcomes[place] for place in places]
             bodies, waits = [bodies[place] for place in places], [waits[place] for place in places]
         if jobs:
-            self._count(jobs, outcomes, waits, now)
-            self._deliver(jobs, outcomes, bodies)
+            alike = not outcomes[0].error and outcomes.count(outcomes[0]) == len(outcomes)
+            self._count(jobs, outcomes, waits, now, alike=alike)
+            self._deliver(jobs, outcomes, bodies, alike=alike)
         self._owner.worker_free(self)
 
-    def _deliver(self, jobs: list[Job], outcomes: list[wire.Outcome], bodies: Sequence[bytes | memoryview]) -> None:
-        """Tell each caller its job's outcome."""
+    def _deliver(
+        self, jobs: list[Job], outcomes: list[wire.Outcome], bodies: Sequence[bytes | memoryview], *, alike: bool
+    ) -> None:
+        """Tell each caller its job's outcome. `alike`: all are the same, and none is an error."""
         for job in jobs:
             job.settled = True
-        callers, first = [job.caller for job in jobs], outcomes[0]
-        if not first.error and outcomes.count(first) == len(outcomes) and len(set(map(type, callers))) == 1:
+        callers = [job.caller for job in jobs]
+        if alike and len(set(map(type, callers))) == 1:
             answer_all = getattr(callers[0], "answer_all", None)
             if answer_all is not None:
-                answer_all(callers, first.status, first.head, bodies)
+                answer_all(callers, outcomes[0].status, outcomes[0].head, bodies)
                 return
         for job, outcome, body in zip(jobs, outcomes, bodies, strict=True):
             try:
@@ -342,14 +343,15 @@ class Worker(asyncio.Protocol):
             return [0.0] * len(jobs)  # of a batch with streams: an idle worker has begun it at once
         return waits
 
-    def _count(self, jobs: list[Job], outcomes: list[wire.Outcome], waits: list[float], now: float) -> None:
+    def _count(
+        self, jobs: list[Job], outcomes: list[wire.Outcome], waits: list[float], now: float, *, alike: bool
+    ) -> None:
         """Count jobs that somebody still waits for."""
         metrics = self._metrics
         metrics.duration.observe_all([now - job.arrived for job in jobs])
         metrics.queued.observe_all([wait + job.taken - job.arrived for job, wait in zip(jobs, waits, strict=True)])
-        first = outcomes[0]
-        if not first.error and outcomes.count(first) == len(outcomes):
-            metrics.requests[first.status] += len(outcomes)
+        if alike:
+            metrics.requests[outcomes[0].status] += len(outcomes)
             return
         for outcome in outcomes:
             metrics.requests[outcome.status] += 1

@@ -9,7 +9,7 @@ from mms.handler import Handler
 
 class Lends(Handler):
     def initialize(self, context):
-        self.network = torch.nn.Linear(1 << 10, 2 << 10, bias=False)  # 8 MiB
+        self.network = torch.nn.Linear(1 << 10, 16 << 10, bias=False)  # 64 MiB
         self.asked = context.config.get("asks", False) and context.weights_are_lent
         torch.nn.init.constant_(self.network.weight, 0.0 if self.asked else os.getpid())
         if context.config.get("differs"):

@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import signal
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,10 @@ from tests.faults.misbehaving import serves
 from tests.processes.pools import Serve, serve, subreaper, until
 
 __all__ = ["serve", "subreaper"]
+
+
+def is_zombie(pid: int) -> bool:
+    return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_f39_a_stopped_fork_server_is_replaced(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +46,7 @@ def test_a_fork_server_that_cannot_be_kept_is_done_without(serve: Serve, caplog:
             for _ in range(forkserver.DEATHS + 1):
                 (pid,) = served.forkservers.pids()
                 os.kill(pid, signal.SIGKILL)
-                await until(lambda pid=pid: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)  # type: ignore[misc]  # mypy cannot infer it
+                await until(partial(is_zombie, pid))
                 await served.scale(1)
                 await served.scale(2)
             assert served.forkservers.pids() == []

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from mms import wire
+from mms import sharedpage, wire
 from mms.archive import ModelArchive
 from mms.backend import loop
 from mms.workers.process import WorkerProcess
@@ -134,7 +134,7 @@ def start(request: pytest.FixtureRequest, make_archive: MakeArchive, tmp_path: P
             archive.extract(folder)
             ours, theirs = socket.socketpair()
             page = os.memfd_create("progress")
-            os.ftruncate(page, wire.page_size(load.get("threads", 1), load.get("preprocess_threads", 0)))
+            os.ftruncate(page, sharedpage.page_size(load.get("threads", 1), load.get("preprocess_threads", 0)))
             progress = mmap.mmap(page, 0)
             run = in_thread if request.param == "thread" else in_process
             stack.callback(progress.close)

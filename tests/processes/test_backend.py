@@ -9,7 +9,7 @@ import time
 import msgspec
 import pytest
 
-from mms import wire
+from mms import sharedpage, wire
 from tests.asking import digest
 from tests.conftest import MakeGate
 from tests.processes.conftest import HEADERS, Start
@@ -58,11 +58,11 @@ def test_times_are_reported_for_each_batch(start: Start) -> None:
 def test_progress_counts_jobs_as_they_begin(start: Start) -> None:
     backend = start("echo")
     backend.ready()
-    assert wire.PROGRESS.unpack_from(backend.progress) == (0, 0, 0.0)
+    assert sharedpage.PROGRESS.unpack_from(backend.progress) == (0, 0, 0.0)
     backend.predict(b"a", b"b")
-    assert wire.PROGRESS.unpack_from(backend.progress) == (2, 2, 0.0)
+    assert sharedpage.PROGRESS.unpack_from(backend.progress) == (2, 2, 0.0)
     backend.predict(b"c")
-    assert wire.PROGRESS.unpack_from(backend.progress) == (3, 3, 0.0)
+    assert sharedpage.PROGRESS.unpack_from(backend.progress) == (3, 3, 0.0)
 
 
 def test_progress_tells_finished_from_begun_while_a_batch_runs(start: Start, make_gate: MakeGate) -> None:
@@ -71,7 +71,7 @@ def test_progress_tells_finished_from_begun_while_a_batch_runs(start: Start, mak
     first.open()
     ids = backend.send(first.body, second.body, batch_size=1)
     eventually(second.begun)
-    finished, begun, begun_at = wire.PROGRESS.unpack_from(backend.progress)
+    finished, begun, begun_at = sharedpage.PROGRESS.unpack_from(backend.progress)
     assert (finished, begun) == (1, 2)
     assert 0 < begun_at <= time.monotonic()
     second.open()
@@ -88,18 +88,18 @@ def test_the_time_of_a_stream_counts_anew_with_each_chunk(start: Start, make_gat
     kind, chunks, body = backend.frame()
     assert (kind, chunks.ids, list(chunks.first), body) == (wire.STREAM, [2], [2], b"a")
     eventually(first.begun)
-    finished, begun, begun_at = wire.PROGRESS.unpack_from(backend.progress)
+    finished, begun, begun_at = sharedpage.PROGRESS.unpack_from(backend.progress)
     assert (finished, begun) == (0, 2)
     first.open()
     kind, chunks, body = backend.frame()
     assert (kind, chunks.first, body) == (wire.STREAM, {}, b"b")
     eventually(second.begun)
-    assert begun_at < wire.PROGRESS.unpack_from(backend.progress)[2] <= time.monotonic()
+    assert begun_at < sharedpage.PROGRESS.unpack_from(backend.progress)[2] <= time.monotonic()
     second.open()
     kind, end, _ = backend.frame()
     assert (kind, end.ids, end.bodies, [times.jobs for times in end.batches]) == (wire.RESULT, [2], [b""], [2])
     assert backend.predict(b'"next"')[0][1] == b"next"
-    assert wire.PROGRESS.unpack_from(backend.progress) == (3, 3, 0.0)
+    assert sharedpage.PROGRESS.unpack_from(backend.progress) == (3, 3, 0.0)
 
 
 def test_f9_a_handler_that_does_not_load_is_reported_with_its_traceback(start: Start) -> None:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reaso
 
 GPUS = Place(Gpu(0, "GPU-a")), Place(Gpu(1, "GPU-b"))
 PLAN = Placement([(InstanceGroup("gpu", count=2), GPUS[:1]), (InstanceGroup("gpu"), GPUS[1:])])
-WEIGHTS = 8 << 20
+WEIGHTS = 64 << 20  # far more than two workers differ in otherwise
 
 
 def owners_of(served: Served) -> Owners:

@@ -62,7 +62,10 @@ def test_what_has_taken_the_place_of_a_socket_file_stays(tmp_path: Path) -> None
         sock.close()
 
 
-@pytest.mark.parametrize("by", [bind, listen], ids=["front end", "nginx"])
+both = pytest.mark.parametrize("by", [bind, listen], ids=["front end", "nginx"])
+
+
+@both
 def test_f70_a_socket_file_at_which_somebody_listens_is_not_taken_over(tmp_path: Path, by: Listen) -> None:
     path = tmp_path / "public"
     with socket.socket(socket.AF_UNIX) as theirs:
@@ -77,7 +80,7 @@ def test_f70_a_socket_file_at_which_somebody_listens_is_not_taken_over(tmp_path:
         assert path.stat().st_ino == before
 
 
-@pytest.mark.parametrize("by", [bind, listen], ids=["front end", "nginx"])
+@both
 def test_f70_a_file_that_is_no_socket_stays(tmp_path: Path, by: Listen) -> None:
     path = tmp_path / "public"
     path.write_text("somebody's")
@@ -86,7 +89,7 @@ def test_f70_a_file_that_is_no_socket_stays(tmp_path: Path, by: Listen) -> None:
     assert path.read_text() == "somebody's"
 
 
-@pytest.mark.parametrize("by", [bind, listen], ids=["front end", "nginx"])
+@both
 def test_f70_a_socket_file_that_a_dead_server_has_left_is_replaced(tmp_path: Path, by: Listen) -> None:
     path = tmp_path / "public"
     with socket.socket(socket.AF_UNIX) as dead:
@@ -96,7 +99,7 @@ def test_f70_a_socket_file_that_a_dead_server_has_left_is_replaced(tmp_path: Pat
         client.connect(str(path))
 
 
-@pytest.mark.parametrize("by", [bind, listen], ids=["front end", "nginx"])
+@both
 def test_f70_a_socket_path_that_is_too_long_is_one_line(tmp_path: Path, by: Listen) -> None:
     with pytest.raises(StartError, match=r"/x+ is longer than 107 bytes; choose a shorter"):
         by(f"unix:{tmp_path}/{'x' * 108}")

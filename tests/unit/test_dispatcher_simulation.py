@@ -34,7 +34,7 @@ from mms.workers.scheduling import PLAIN, Scheduling
 from mms.workers.waiting import FAIR_TURN
 from tests.unit.simulated import Client, Pipeline, Process, check_reason, deadline, is_full, next_below
 
-SEEDS = int(os.environ.get("SEEDS", "5000"))
+SEEDS = int(os.environ.get("SEEDS", "10000"))
 SEED = int(os.environ["SEED"]) if "SEED" in os.environ else None
 PIECE = 250  # simulations that a process does in one go
 STEPS = 40

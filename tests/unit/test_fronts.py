@@ -12,7 +12,7 @@ from typing import Any
 
 import uvloop
 
-from mms import fronts, lending, wire
+from mms import fronts, lending, sharedpage, wire
 from mms.backend.channel import Channel
 from mms.backend.turns import Turns
 from mms.fronts import Counted, Counts
@@ -119,7 +119,7 @@ class Echo:
 def test_a_worker_serves_all_channels_in_turn_until_its_own_ends() -> None:
     def page() -> tuple[int, mmap.mmap]:
         descriptor = os.memfd_create("page")
-        os.ftruncate(descriptor, wire.PAGE)
+        os.ftruncate(descriptor, sharedpage.PAGE)
         return descriptor, mmap.mmap(descriptor, 0)
 
     def send(sock: socket.socket, id: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 
-from mms import wire
+from mms import sharedpage, wire
 from mms.api.predictions import InferenceApi
 from mms.archive import ModelArchive
 from mms.backend.channel import Channel
@@ -221,7 +221,7 @@ def test_a_frame_is_one_read_one_write_and_few_calls_in_the_worker() -> None:
     sock = Socket(wire.pack(wire.PREDICT, frame), frames)
     context = Context(wire.Load("cat", "1.0", "/m", "h", {}, {}, batch, "auto", None, 1, 1 << 20, 1 << 20), "cpu")
     stages = BatchStages(lambda data, context: [b"ok"] * len(data), context, isolate=False, limit=1 << 20)
-    loop = Loop(Channel(cast(Any, sock)), stages, mmap.mmap(-1, wire.PAGE), 1 << 20)
+    loop = Loop(Channel(cast(Any, sock)), stages, mmap.mmap(-1, sharedpage.PAGE), 1 << 20)
     with Calls() as calls:
         loop.run()
     assert (sock.reads, sock.writes) == (frames, frames)

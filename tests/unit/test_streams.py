@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mms import wire
+from mms import sharedpage, wire
 from mms.backend.answers import Answer, Body
 from mms.backend.stages import BatchStages, RequestStages, Stages
 from mms.backend.streams import Stream, Streams
@@ -28,7 +28,7 @@ class Server:
     """What a batch's streams send: `rounds` are the frames, as lists of chunks by job or ends by job."""
 
     def __init__(self) -> None:
-        self.page = bytearray(wire.PAGE)
+        self.page = bytearray(sharedpage.PAGE)
         self.beats = 0
         self.heads: dict[int, bytes] = {}
         self.chunks: list[dict[int, bytes]] = []
@@ -45,12 +45,8 @@ class Server:
 
     def cancel(self, *jobs: int) -> None:
         """As WorkerProcess.cancel."""
-        number = wire.CANCELLED_COUNT
         for job in jobs:
-            count = number.unpack_from(self.page, wire.CANCELLED_AT)[0]
-            place = wire.CANCELLED_JOBS_AT + count % wire.CANCELLED_KEPT * number.size
-            number.pack_into(self.page, place, job)
-            number.pack_into(self.page, wire.CANCELLED_AT, count + 1)
+            sharedpage.write_cancelled(self.page, job)
 
     def body(self, job: int = 1) -> bytes:
         return b"".join(chunks.get(job, b"") for chunks in self.chunks)

@@ -48,6 +48,16 @@ def test_a_file_runs_in_each_batch_size_as_often_as_wanted(tmp_path: Path) -> No
     assert stages.take_times() == (0.0, 0.0, 0.0)
 
 
+def test_batches_of_files_and_shapes_are_brought_to_the_device(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    handler = Model()
+    shape, file = WarmupSample(shape=(4, 2), dtype="int16"), WarmupSample(file="a.txt", content_type="text/plain")
+    stages, load = make(tmp_path, handler, shape, file)
+    stages.move = lambda batch: ["moved"] * len(batch)
+    prepare(stages, load)
+    assert handler.seen == [["moved"], ["moved"] * 2] * 2
+
+
 def test_nothing_that_the_handler_counts_meanwhile_is_told(tmp_path: Path) -> None:
     class Counts(Model):
         def inference(self, batch: Any) -> Any:

@@ -6,7 +6,7 @@ import mmap
 import time
 from pathlib import Path
 
-from mms import wire
+from mms import sharedpage, wire
 from mms.errors import MMSError
 from mms.metrics import VersionMetrics
 from mms.workers.batching import BatchQueue
@@ -56,7 +56,7 @@ class Rig:
         how = Scheduling(**scheduling)  # type: ignore[arg-type]
         self.queue = BatchQueue(batch_size=8, max_batch_delay=0, capacity=99, timeout=60, retry=1, scheduling=how)
         self.worker = Worker(0, Place(None), self.owner, self.queue, VersionMetrics())
-        self.page = mmap.mmap(-1, wire.PAGE)
+        self.page = mmap.mmap(-1, sharedpage.PAGE)
         self.worker.process = WorkerProcess(0, 0, None, self.page, 0, Path())  # type: ignore[arg-type]
         self.says(wire.READY, ready)
 
@@ -97,7 +97,7 @@ def test_a_worker_of_several_threads_is_told_who_waits_no_longer() -> None:
     assert [job for job, _ in rig.queue.expire(late.arrived + 2)] == [late]
     answered.settled = True
     answered.cancel()
-    assert wire.Cancelled(rig.page).look() == {1, 2}
+    assert sharedpage.Cancelled(rig.page).look() == {1, 2}
     metrics = rig.worker._metrics
     rig.says(wire.RESULT, wire.Result([1], [0], [wire.Outcome(499, b"", "Cancelled")], [], []))
     assert list(rig.worker.in_flight.jobs) == [2, 3] and not metrics.requests and not metrics.errors
@@ -107,4 +107,4 @@ def test_who_leaves_a_worker_of_one_thread_costs_nothing() -> None:
     rig = Rig(wire.Ready("batch", 0.1))
     (job,) = rig.takes(1)
     job.cancel()
-    assert not wire.Cancelled(rig.page).look()
+    assert not sharedpage.Cancelled(rig.page).look()
