@@ -38,6 +38,7 @@ DEATHS = 5  # with more within DEATH_WINDOW, the server ends
 DEATH_WINDOW = 60.0
 SILENCE = 15.0  # seconds without a word after which a front end is ended and started again
 LOOK_LIMIT = 1.0  # seconds that a scrape waits for what they have counted
+STRAYS_FOR = 1.0  # seconds after the end of a front end in which a worker may still begin what that has sent
 SHUT_LIMIT = 3.0
 END_LIMIT = 1.0
 
@@ -132,12 +133,11 @@ class Fleet:
         self._lent: dict[int, tuple[Worker, int]] = {}  # workers that are ready, with their versions' numbers
         self._numbers: dict[Worker, int] = {}
         self._next_worker = itertools.count(1).__next__
-        self._next_turn = itertools.count(lending.OWN + 1).__next__
         self._changed: dict[int, Callable[[], None]] = {}  # of versions that are being unloaded
         self._heard = asyncio.Event()
         self._budget = Budget(DEATHS, DEATH_WINDOW)
         self.totals = Totals(self._counts)
-        self._strays: dict[Worker, tuple[int, float]] = {}  # at a frame of a front end that has ended, and since when
+        self._strays: list[tuple[Worker, int, Loan, float]] = []  # of front ends that have ended, and when
         self._timer: asyncio.TimerHandle | None = None
         self._last_tick = 0.0
         self._closing = False
@@ -232,8 +232,10 @@ class Fleet:
             front.cut.set_result(0)
         if front.counts is not None:
             self.totals.keep(front.counts)
-        for worker, _ in list(self._lent.values()):
-            worker.left(front.number)
+        for worker, version in list(self._lent.values()):
+            if front.number in worker.elsewhere:
+                self._strays.append((worker, version, worker.elsewhere[front.number], time.monotonic()))
+                worker.left(front.number)
         for number in front.leaving:
             self._changed[number]()
         self._heard.set()
@@ -268,15 +270,11 @@ class Fleet:
 
     def _end_strays(self, now: float) -> None:
         """Nobody else watches a worker that is at what a front end has sent which has ended since."""
-        for worker, number in self._lent.values():
-            turn = worker.process.turn_now
-            if turn in (0, lending.OWN, *(loan.turn for loan in worker.elsewhere.values())):
-                self._strays.pop(worker, None)
-                continue
-            seen, since = self._strays.setdefault(worker, (turn, now))
-            if seen != turn:
-                self._strays[worker] = turn, now
-            elif now - since > self._response_timeout(number):
+        if not self._strays:
+            return
+        self._strays = [(w, v, loan, at) for w, v, loan, at in self._strays if loan.begun_at or now - at < STRAYS_FOR]
+        for worker, version, loan, _ in self._strays:
+            if loan.begun_at and now - loan.begun_at > self._response_timeout(version):
                 worker.kill("response_timeout")
 
     def _response_timeout(self, number: int) -> float:
@@ -311,7 +309,7 @@ class Fleet:
         if number is None:
             return
         del self._lent[number]
-        self._strays.pop(worker, None)
+        self._strays = [stray for stray in self._strays if stray[0] is not worker]
         for front in worker.elsewhere:
             self._fronts[front].tell(fronts.Gone(number, worker.cause))
         worker.elsewhere.clear()
@@ -336,12 +334,12 @@ class Fleet:
     def _lend(self, front: Front, known: int, worker: Worker, number: int) -> None:
         if worker.control is None or worker.state is not WorkerState.READY:
             return
-        turn = self._next_turn()
+        threads = worker.in_flight.threads, worker.in_flight.preprocess_threads
         try:
             with contextlib.ExitStack() as ours:
-                channel, page = _channel(worker.control, turn, ours)
-                worker.elsewhere[front.number] = Loan(turn, mmap.mmap(page, 0))
-                front.tell(fronts.Lent(known, number, worker.pid or 0, turn), [channel.fileno(), page])
+                channel, page = _channel(worker.control, sharedpage.page_size(*threads), ours)
+                worker.elsewhere[front.number] = Loan(mmap.mmap(page, 0))
+                front.tell(fronts.Lent(known, number, worker.pid or 0, *threads), [channel.fileno(), page])
         except (BrokenPipeError, ConnectionResetError):
             return  # it has ended: that is seen soon
         except OSError as error:  # no descriptor is left
@@ -416,17 +414,17 @@ class Fleet:
         return [front.counts for front in self._fronts.values() if front.counts is not None]
 
 
-def _channel(control: socket.socket, turn: int, ours: contextlib.ExitStack) -> tuple[socket.socket, int]:
-    """A channel to the worker and its page, which `ours` closes. Raises OSError."""
+def _channel(control: socket.socket, size: int, ours: contextlib.ExitStack) -> tuple[socket.socket, int]:
+    """A channel to the worker and its page of that size, which `ours` closes. Raises OSError."""
     near, far = socket.socketpair()
     ours.enter_context(near)
     with far:
         page = os.memfd_create("mms-progress")
         ours.callback(os.close, page)
-        os.ftruncate(page, sharedpage.PAGE)
+        os.ftruncate(page, size)
         for sock in (near, far):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
-        lending.lend(control, turn, far, page)
+        lending.lend(control, far, page)
     return near, page
 
 

@@ -88,7 +88,8 @@ class Lent(msgspec.Struct, tag=True, frozen=True):
     worker: int
     number: int
     pid: int
-    turn: int
+    threads: int
+    preprocess_threads: int
 
 
 class Recall(msgspec.Struct, tag=True, frozen=True):

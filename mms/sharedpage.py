@@ -16,6 +16,10 @@ _SLOT = struct.Struct("<dI")
 MAX_PLACES = (PAGE - _SLOT.size) // 8
 _write_time = struct.Struct("<d").pack_into
 
+# Where several front ends use a worker, each has a page of this kind, on which places count the jobs that it has sent.
+# On all of them stands whether the worker is at work at all: then jobs that it has not begun wait for those of others.
+BUSY_AT = 32
+
 # Further on in its first page, what the server tells the worker while it is at work: how many jobs were cancelled so
 # far (streams, and those that wait in a worker of several threads), and the last CANCELLED_KEPT of them.
 CANCELLED_AT = 64
@@ -53,6 +57,14 @@ def read_slots(page: mmap.mmap) -> Iterator[tuple[float, tuple[int, ...]]]:
             places = struct.unpack_from(f"<{min(count, MAX_PLACES)}Q", page, at + _SLOT.size)
             if _SLOT.unpack_from(page, at)[0] == begun_at:  # else the thread has just gone on to other work
                 yield begun_at, places
+
+
+def write_busy(page: mmap.mmap, busy: bool) -> None:
+    page[BUSY_AT] = busy
+
+
+def read_busy(page: mmap.mmap) -> bool:
+    return page[BUSY_AT] != 0
 
 
 def write_cancelled(page: mmap.mmap | bytearray, job: int) -> None:

@@ -20,6 +20,8 @@ ANSWER_WITHIN = 0.0005  # seconds that a finished answer may wait for others to 
 class Channel:
     """The worker's end of its socket to the server. Blocking."""
 
+    lent = False  # to a further front end
+
     def __init__(self, sock: socket.socket) -> None:
         self.metrics: Metrics | None = None  # the handler's, once it is loaded
         self._sock = sock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import mmap
 import os
@@ -23,7 +24,7 @@ from mms.backend.pipeline import Pipeline
 from mms.backend.prepare import prepare
 from mms.backend.stages import RequestStages, Stages
 from mms.backend.streams import Stream, Streams
-from mms.backend.turns import Turns
+from mms.backend.turns import Busy, Source, Turns
 from mms.errors import ModelLoadError
 
 # A handler may replace functions of these modules; the loop keeps the ones it was imported with.
@@ -62,17 +63,12 @@ class Replies:
 class Loop:
     """A loaded handler and its channel: one batch at a time."""
 
-    def __init__(self, channel: Channel, stages: Stages, progress: mmap.mmap, max_request_size: int) -> None:
+    def __init__(self, stages: Stages, max_request_size: int, channel: Channel, progress: mmap.mmap) -> None:
         self._channel = channel
         self._stages = stages
         self._progress = progress
         self._limit = max_request_size
         self._started = 0
-
-    def run(self) -> None:
-        """Until the server closes the channel or says STOP."""
-        for frame, payload, at in self._channel.predictions():
-            self.predict(frame, payload, at)
 
     def predict(self, frame: wire.PredictView, payload: bytearray, at: int) -> None:
         """Run the frame's jobs; their bodies lie back to back in `payload`, from `at` on."""
@@ -101,6 +97,10 @@ class Loop:
             begun = ended
         _pack_progress(progress, 0, self._started, self._started, 0.0)
         replies.flush()
+
+    def close(self) -> None:
+        """Of a further front end that has gone."""
+        self._channel.close()
 
     def _stream(self, ids: list[int], answers: list[Answer], done: int, received: float, begun: float) -> None:
         """The rest of a batch that answers with streams."""
@@ -159,12 +159,20 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
     prepares = load.preprocess_threads if isinstance(stages, RequestStages) else 0
     ready = wire.Ready(stages.style, _perf_counter() - begun, load.threads, prepares, borrowed.size, borrowed.fault)
     channel.write(wire.READY, ready, [], 0)
-    if further is not None:
-        Turns(channel, further, page, lambda channel, page: Loop(channel, stages, page, load.max_request_size)).run()
-    elif load.threads > 1 or prepares:
-        Pipeline(channel, stages, page, load, preprocess_threads=prepares, device=device_of(load)).run()
-    else:
-        Loop(channel, stages, page, load.max_request_size).run()
+    busy = Busy() if further is not None else None
+    with contextlib.ExitStack() as ended:
+        if load.threads > 1 or prepares:
+            pipeline = Pipeline(stages, load, preprocess_threads=prepares, device=device_of(load), busy=busy)
+            ended.callback(pipeline.close)
+            make: Callable[[Channel, mmap.mmap], Source] = pipeline.source
+        else:
+            make = partial(Loop, stages, load.max_request_size)
+        if further is not None and busy is not None:
+            Turns(channel, further, page, make, busy).run()
+        else:
+            predict = make(channel, page).predict
+            for frame, payload, at in channel.predictions():
+                predict(frame, payload, at)
     return 0
 
 

@@ -3,55 +3,42 @@
 The main thread reads. Preprocess threads (request style only) take requests in the order in which they came; each
 execution thread forms a batch from what is ready when it is free; one more thread postprocesses and replies. Without
 preprocess threads a batch passes through all its stages in its execution thread. Answers leave as batches end; a batch
-with streams is driven to its end by an execution thread.
+with streams is driven to its end by an execution thread. Several front ends have a Source each; a batch is of one.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import mmap
 import os
-import struct
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from queue import SimpleQueue
 
-from mms import sharedpage, wire
-from mms.backend.answers import Answer, Body
+from mms import wire
+from mms.backend.answers import Answer
 from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
 from mms.backend.device import modes, own_lane
-from mms.backend.stages import Prepared, RequestStages, Stages
+from mms.backend.sources import Source, Ticket
+from mms.backend.stages import RequestStages, Stages
 from mms.backend.streams import Stream, Streams
-from mms.handler import Request
+from mms.backend.turns import Busy
 
 FAIR_TURN = 10  # times what a worker runs and prepares at a time: so many of a higher priority may overtake a request
 
 _monotonic = time.monotonic
-_write_counts = struct.Struct("<QQ").pack_into  # the first two fields of sharedpage.PROGRESS
 
 _RANK = attrgetter("rank")
+_SOURCE = attrgetter("source")
 _GONE: Answer = wire.Outcome(499, b"", "Cancelled"), b""  # for the server's account: nobody reads it
-
-
-class Ticket:
-    """A request in the worker; `place` counts all that the worker was ever sent, `rank` is its place in the order."""
-
-    __slots__ = ("id", "place", "prepared", "preprocess", "rank", "received", "request")
-
-    def __init__(self, place: int, id: int, request: Request, received: float) -> None:
-        self.place = self.rank = place
-        self.id = id
-        self.request = request
-        self.received = received
-        self.preprocess = 0.0  # seconds
-        self.prepared: Prepared | None = None
 
 
 @dataclass(slots=True)
@@ -72,59 +59,14 @@ class Streaming(list[Ticket]):
         self.answers = answers
 
 
-class Account:
-    """What the server reads of this worker's progress: jobs done and begun, and the work of each thread."""
-
-    def __init__(self, page: mmap.mmap) -> None:
-        self._page = page
-        self._lock = threading.Lock()
-        self._started = 0
-        self._done = 0  # all places below are done
-        self._done_beyond: set[int] = set()
-
-    def begin(self, thread: int, tickets: list[Ticket], spent: float = 0.0) -> float:
-        """They are taken for the first time, or again at the next stage after `spent` seconds in others: the server's
-        time limit is for all of them together, without the waiting in between. Returns the time.
-        """
-        now = _monotonic()
-        places = [ticket.place for ticket in tickets]
-        sharedpage.write_slot(self._page, thread, now - spent, places)
-        if places[-1] >= self._started:
-            with self._lock:
-                self._started = max(self._started, places[-1] + 1)
-                _write_counts(self._page, 0, self._done, self._started)
-        return now
-
-    def idle(self, thread: int) -> None:
-        sharedpage.clear_slot(self._page, thread)
-
-    def done(self, tickets: list[Ticket]) -> None:
-        """Their answers are about to be sent."""
-        with self._lock:
-            beyond = self._done_beyond
-            beyond.update([ticket.place for ticket in tickets])
-            while self._done in beyond:
-                beyond.remove(self._done)
-                self._done += 1
-            _write_counts(self._page, 0, self._done, self._started)
-
-
 class Pipeline:
-    """A loaded handler and its channel, with threads that are kept as long as the worker lives."""
+    """A loaded handler, with threads that are kept as long as the worker lives."""
 
     def __init__(
-        self,
-        channel: Channel,
-        stages: Stages,
-        page: mmap.mmap,
-        load: wire.Load,
-        *,
-        preprocess_threads: int,
-        device: str,
+        self, stages: Stages, load: wire.Load, *, preprocess_threads: int, device: str, busy: Busy | None = None
     ) -> None:
-        self._channel = channel
+        self._busy = busy
         self._stages = stages
-        self._account = Account(page)
         self._limit = load.max_request_size
         self._threads = load.threads
         self._preprocess_threads = preprocess_threads
@@ -138,35 +80,37 @@ class Pipeline:
         self._ready: deque[Ticket] = deque()
         self._ended: SimpleQueue[Ended | None] = SimpleQueue()
         self._streaming: deque[Streaming] = deque()
-        self._page = page
-        self._cancelled = sharedpage.Cancelled(page)
-        self._replying = threading.Lock()
-
-    def run(self) -> None:
-        """Until the server closes the channel or says STOP."""
+        self._replying = threading.Lock()  # one for all: what the handler has counted goes to the first channel
+        self._taken = 0
         self._start_threads()
+
+    def source(self, channel: Channel, page: mmap.mmap) -> Source:
+        return Source(channel, page, self._busy, self._replying, self._take)
+
+    def _take(self, source: Source, first: int, frame: wire.PredictView, payload: bytearray, at: int) -> None:
+        """Line up what has come; `first` is the place of the first job among the source's."""
+        now = _monotonic()
+        requests = requests_of(frame, payload, at, self._limit)
+        numbered = enumerate(zip(frame.ids, requests, strict=True))
+        rank = self._taken
+        tickets = [Ticket(source, first + n, rank + n, id, request, now) for n, (id, request) in numbered]
+        self._taken += len(tickets)
+        if frame.levels:
+            self._rank(tickets, frame)
         ready, waiting = (self._arrived, self._waiting) if self._preprocess_threads else (self._prepared, self._ready)
-        place = 0
-        try:
-            for frame, payload, at in self._channel.predictions():
-                now = _monotonic()
-                requests = requests_of(frame, payload, at, self._limit)
-                numbered = enumerate(zip(frame.ids, requests, strict=True), place)
-                tickets = [Ticket(number, id, request, now) for number, (id, request) in numbered]
-                place += len(tickets)
-                if frame.levels:
-                    self._rank(tickets, frame)
-                with ready:
-                    self._batch_size = frame.batch_size
-                    for ticket in tickets:
-                        _line_up(waiting, ticket)
-                    ready.notify(len(tickets))
-        finally:
-            with ready:
-                self._closed = True
-                self._arrived.notify_all()
-                self._prepared.notify_all()
-            self._ended.put(None)
+        with ready:
+            self._batch_size = frame.batch_size
+            for ticket in tickets:
+                _line_up(waiting, ticket)
+            ready.notify(len(tickets))
+
+    def close(self) -> None:
+        """The threads end when they have done what they have in hand."""
+        with self._arrived:  # the lock of both
+            self._closed = True
+            self._arrived.notify_all()
+            self._prepared.notify_all()
+        self._ended.put(None)
 
     def _rank(self, tickets: list[Ticket], frame: wire.PredictView) -> None:
         """By priority. How many may overtake a request is bounded, so none starves."""
@@ -204,11 +148,11 @@ class Pipeline:
 
     def _execute(self, thread: int, stages: Stages) -> None:
         """Whole batches, in the order in which they came."""
-        account = self._account
         with own_lane(self._device) as lane:
             if isinstance(stages, RequestStages):
                 stages.move = lane.move
             while batch := self._next_batch():
+                account = batch[0].source.account
                 begun = account.begin(thread, batch)
                 answers = stages.run([ticket.request for ticket in batch])
                 lane.wait()
@@ -222,7 +166,7 @@ class Pipeline:
 
     def _prepare(self, thread: int, stages: RequestStages) -> None:
         """preprocess, one request at a time."""
-        account, arrived, waiting = self._account, self._arrived, self._waiting
+        arrived, waiting = self._arrived, self._waiting
         begin_batch = stages.context.begin_batch
         while True:
             with arrived:
@@ -231,10 +175,12 @@ class Pipeline:
                         return
                     arrived.wait()
                 ticket = waiting.popleft()
-                gone = ticket.id in self._cancelled.look()
+                source = ticket.source
+                gone = source.gone or ticket.id in source.cancelled.look()
             if gone:
                 self._send([ticket], [_GONE], [])
                 continue
+            account = source.account
             begun = account.begin(thread, [ticket])
             begin_batch([ticket.request])
             prepared = ticket.prepared = stages.prepare(ticket.request)
@@ -249,11 +195,11 @@ class Pipeline:
 
     def _infer(self, thread: int, stages: RequestStages) -> None:
         """inference, on batches of what is prepared."""
-        account = self._account
         begin_batch = stages.context.begin_batch
         with own_lane(self._device) as lane:
             stages.move = lane.move
             while batch := self._next_batch():
+                account = batch[0].source.account
                 begin_batch([ticket.request for ticket in batch])
                 if isinstance(batch, Streaming):
                     begun = account.begin(thread, batch)
@@ -275,12 +221,16 @@ class Pipeline:
 
     def _reply(self, thread: int, stages: RequestStages) -> None:
         """postprocess, and the answers of batches that have ended meanwhile in one frame, while that is quick."""
-        account, ended = self._account, self._ended
+        ended = self._ended
         tickets: list[Ticket] = []
         answers: list[Answer] = []
         times: list[wire.BatchTimes] = []
         kept_since = 0.0
         while (batch := ended.get()) is not None:
+            if tickets and tickets[0].source is not batch.tickets[0].source:
+                self._send(tickets, answers, times)
+                tickets, answers, times = [], [], []
+            account = batch.tickets[0].source.account
             begun = account.begin(thread, batch.tickets, _preparation(batch.tickets) + batch.inference)
             stages.context.begin_batch([ticket.request for ticket in batch.tickets])
             of_batch = [stages.finish(ticket.prepared) for ticket in batch.tickets if ticket.prepared is not None]
@@ -304,9 +254,14 @@ class Pipeline:
         self, thread: int, batch: list[Ticket], answers: list[Answer], times: Callable[[], wire.BatchTimes]
     ) -> None:
         """Send the answers of a batch, and drive those of them that are streams."""
-        account = self._account
-        streams = Streams(self, self._page, partial(account.begin, thread, batch))
-        streams.run([ticket.id for ticket in batch], answers, times)
+        source = batch[0].source
+        account = source.account
+        streams = Streams(source, source.page, partial(account.begin, thread, batch))
+        try:
+            streams.run([ticket.id for ticket in batch], answers, times)
+        except ConnectionError:
+            if not source.lost():
+                raise
         account.idle(thread)
         account.done(batch)
 
@@ -323,41 +278,44 @@ class Pipeline:
                         return []
                     prepared.wait()
                 batch, gone = self._take_ready()
-            if gone:
-                self._send(gone, [_GONE] * len(gone), [])
+            for _, some in itertools.groupby(gone, _SOURCE):
+                tickets = list(some)
+                self._send(tickets, [_GONE] * len(tickets), [])
         return batch
 
     def _take_ready(self) -> tuple[list[Ticket], list[Ticket]]:
         """A batch, and those for which nobody waits any more."""
-        ready, size, cancelled = self._ready, self._batch_size, self._cancelled.look()
+        ready, size = self._ready, self._batch_size
+        source: Source | None = None
+        cancelled: frozenset[int] = frozenset()
         bucket: set[object] = set()  # a set, as what has a hash may compare in ways of its own: nan, tensors
         batch: list[Ticket] = []
         gone: list[Ticket] = []
         others: list[Ticket] = []
         while ready and len(batch) < size:
             ticket = ready.popleft()
-            if ticket.id in cancelled:
+            if ticket.source is not source:
+                source = ticket.source
+                cancelled = source.cancelled.look()
+            if source.gone or ticket.id in cancelled:
                 gone.append(ticket)
                 continue
             if not batch:
                 bucket.add(_bucket(ticket))
-            (batch if _bucket(ticket) in bucket else others).append(ticket)
+            fits = _bucket(ticket) in bucket and (not batch or batch[0].source is source)
+            (batch if fits else others).append(ticket)
         ready.extendleft(reversed(others))
         return batch, gone
 
     def _send(self, tickets: list[Ticket], answers: list[Answer], times: list[wire.BatchTimes]) -> None:
-        self._account.done(tickets)
-        self.reply([ticket.id for ticket in tickets], answers, times)
-
-    def reply(self, ids: Sequence[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
-        """As Channel.reply, from any thread."""
-        with self._replying:
-            self._channel.reply(ids, answers, batches)
-
-    def write(self, kind: int, head: object, payloads: list[Body], size: int) -> None:
-        """As Channel.write, from any thread."""
-        with self._replying:
-            self._channel.write(kind, head, payloads, size)
+        """Of one source."""
+        source = tickets[0].source
+        source.account.done(tickets)
+        try:
+            source.reply([ticket.id for ticket in tickets], answers, times)
+        except ConnectionError:
+            if not source.lost():
+                raise
 
 
 def _line_up(line: deque[Ticket], ticket: Ticket) -> None:

@@ -1,25 +1,68 @@
-"""The loop of a worker that several front ends use: a frame of each channel in turn. Runs in the worker process."""
+"""The channels of a worker that several front ends use: a frame of each in turn. Runs in the worker process."""
 
 from __future__ import annotations
 
 import mmap
 import select
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from mms import lending
+from mms import lending, sharedpage
 from mms.backend.channel import Channel
 
+_MAIN_THREAD = -1  # others count from 0
 
-class Predicts(Protocol):
-    """The loop of one channel (Loop)."""
+
+class Source(Protocol):
+    """What takes the frames of one channel (Loop, or the pipeline's)."""
 
     def predict(self, frame: Any, payload: bytearray, at: int) -> None: ...
+
+    def close(self) -> None:
+        """The front end has gone: nobody waits for what it has sent."""
+        ...
+
+
+class Busy:
+    """Says on the pages of all front ends whether any thread of the worker is at work."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pages: list[mmap.mmap] = []
+        self._threads: set[int] = set()
+
+    def add(self, page: mmap.mmap) -> None:
+        with self._lock:
+            self._pages.append(page)
+            sharedpage.write_busy(page, bool(self._threads))
+
+    def remove(self, page: mmap.mmap) -> None:
+        with self._lock:
+            self._pages.remove(page)
+
+    def begin(self, thread: int) -> None:
+        with self._lock:
+            if not self._threads:
+                self._write(True)
+            self._threads.add(thread)
+
+    def end(self, thread: int) -> None:
+        with self._lock:
+            self._threads.discard(thread)
+            if not self._threads:
+                self._write(False)
+
+    def _write(self, busy: bool) -> None:
+        for page in self._pages:
+            sharedpage.write_busy(page, busy)
 
 
 class LentChannel(Channel):
     """A further front end's; what the handler has counted goes to the main process."""
+
+    lent = True
 
     def __init__(self, sock: socket.socket, main: Channel) -> None:
         super().__init__(sock)
@@ -29,12 +72,11 @@ class LentChannel(Channel):
         self._main.send_metrics()
 
 
-class _Source:
-    def __init__(self, number: int, channel: Channel, page: mmap.mmap, loop: Predicts) -> None:
-        self.number = number
-        self.page = page
+class _Line:
+    def __init__(self, channel: Channel, page: mmap.mmap, source: Source) -> None:
         self.channel = channel
-        self.loop = loop
+        self.page = page
+        self.source = source
         self.frames: Iterator[tuple[Any, bytearray, int]] = channel.predictions()
 
 
@@ -46,69 +88,77 @@ class Turns:
         channel: Channel,
         control: socket.socket,
         page: mmap.mmap,
-        make: Callable[[Channel, mmap.mmap], Predicts],
+        make: Callable[[Channel, mmap.mmap], Source],
+        busy: Busy,
     ) -> None:
         self._main = channel
         self._control = control
         self._make = make
+        self._busy = busy
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
-        self._sources: dict[int, _Source] = {}  # by descriptor
-        self._add(_Source(lending.OWN, channel, page, make(channel, page)))
+        self._lines: dict[int, _Line] = {}  # by descriptor
+        self._add(channel, page)
 
     def run(self) -> None:
-        """Until the main process closes its channel or says STOP."""
+        """Until the main process closes its channel or says STOP; then all others are closed."""
+        try:
+            self._run()
+        finally:
+            self._control.close()
+            for line in self._lines.values():
+                if line.channel.lent:
+                    line.source.close()
+
+    def _run(self) -> None:
         control = self._control.fileno()
         while True:
-            begun = {number for number, source in self._sources.items() if source.channel.pending}
+            begun = {number for number, line in self._lines.items() if line.channel.pending}
             events = dict(self._poll.poll(0 if begun else None))
             if events.pop(control, 0) and not self._borrow():
                 return
             for number in begun.union(events):
-                source = self._sources[number]
-                lent = source.number != lending.OWN
+                line = self._lines[number]
+                lent = line.channel.lent
                 if lent and events.get(number, 0) & (select.POLLHUP | select.POLLERR):
-                    self._drop(source)  # that front end has gone: nobody waits for what it has sent
-                elif not self._serve(source):
+                    self._drop(line)
+                elif not self._serve(line):
                     if not lent:
                         return
-                    self._drop(source)
+                    self._drop(line)
 
-    def _serve(self, source: _Source) -> bool:
-        """Run one frame; False when its channel has ended."""
+    def _serve(self, line: _Line) -> bool:
+        """Take one frame; False when its channel has ended."""
         try:
-            frame = next(source.frames, None)
+            frame = next(line.frames, None)
             if frame is not None:
-                self._note(source.number)
-                source.loop.predict(*frame)
-        except (BrokenPipeError, ConnectionResetError):
-            if source.number == lending.OWN:
+                self._busy.begin(_MAIN_THREAD)
+                line.source.predict(*frame)
+        except ConnectionError:
+            if not line.channel.lent:
                 raise
             frame = None
         finally:
-            self._note(0)
+            self._busy.end(_MAIN_THREAD)
         return frame is not None
 
     def _borrow(self) -> bool:
         lent = lending.borrow(self._control)
         if lent is None:
             return False
-        number, sock, page = lent
-        channel = LentChannel(sock, self._main)
-        self._add(_Source(number, channel, page, self._make(channel, page)))
+        sock, page = lent
+        self._add(LentChannel(sock, self._main), page)
         return True
 
-    def _note(self, turn: int) -> None:
-        for source in self._sources.values():
-            lending.write_turn(source.page, turn)
-
-    def _add(self, source: _Source) -> None:
-        number = source.channel.fileno()
-        self._sources[number] = source
+    def _add(self, channel: Channel, page: mmap.mmap) -> None:
+        number = channel.fileno()
+        self._busy.add(page)
+        self._lines[number] = _Line(channel, page, self._make(channel, page))
         self._poll.register(number, select.POLLIN)
 
-    def _drop(self, source: _Source) -> None:
-        number = source.channel.fileno()
+    def _drop(self, line: _Line) -> None:
+        number = line.channel.fileno()
         self._poll.unregister(number)
-        del self._sources[number]
-        source.channel.close()
+        del self._lines[number]
+        self._busy.remove(line.page)
+        line.source.close()

@@ -38,7 +38,6 @@ class LentProcess(WorkerProcess):
         shared = mmap.mmap(page, 0)
         os.close(page)  # the map keeps a descriptor of its own
         super().__init__(lent.pid, -1, socket.socket(fileno=channel), shared, -1, Path())
-        self.turn = lent.turn
 
     def close(self, *, keep_scratch: bool = False) -> None:
         self._page.close()
@@ -51,7 +50,9 @@ class LentWorker(Worker):
         super().__init__(lent.worker, Place(None), pool, version.queue, version.metrics)
         self.process = process
         self.state = WorkerState.READY
-        self.in_flight = version.queue.new_worker()
+        self.in_flight = version.queue.new_worker(lent.threads, lent.preprocess_threads)
+        if self.in_flight.overlaps:
+            self.in_flight.cancel = process.cancel
         self._tell = tell
 
     async def join(self) -> None:

@@ -54,11 +54,11 @@ class Lateness:
         return self._queue.timed_out(worker.in_flight, started, limit, done=done)
 
     def _standing_since(self, worker: Worker, done: int, now: float) -> float:
-        """When the worker was first seen to have finished as many jobs as now, and to be at nobody else's: until then
-        it was at work.
+        """When the worker was first seen to have finished as many jobs as now, and not to be at those of other front
+        ends: until then it was at work.
         """
         seen, since = self._standing.get(worker, (0, 0.0))
-        if seen != done or worker.process.turn_now not in (0, worker.process.turn):
+        if seen != done or worker.process.busy:
             since = now
         self._standing[worker] = done, since
         return since

@@ -54,7 +54,6 @@ class FrontEnds(Protocol):
 
 def check_shared(settings: ModelSettings) -> None:
     """Raises ConfigError when several front ends cannot serve a model with these settings."""
-    grouped = any((group.threads or 1) > 1 for group in settings.instances)
     most = settings.worker_limit
     problem = (
         "cache: each would keep answers of its own"
@@ -63,8 +62,6 @@ def check_shared(settings: ModelSettings) -> None:
         if settings.latency_objective_ms
         else "priority_levels: each has a queue of its own"
         if settings.priority_levels > 1
-        else "threads and preprocess_threads: a worker answers one front end at a time"
-        if settings.threads > 1 or settings.preprocess_threads > 0 or grouped
         else f"max_workers {most} with min_workers {settings.min_workers}: the load of all is not known in one place"
         if most > settings.min_workers > 0 or settings.load_on_request
         else ""

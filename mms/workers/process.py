@@ -24,7 +24,7 @@ from typing import Protocol
 
 import msgspec
 
-from mms import lending, sharedpage, wire
+from mms import sharedpage, wire
 from mms.allocator import keep_freed_memory
 from mms.workers.budget import how_it_ended
 from mms.workers.forkserver import UnsafeFork
@@ -60,7 +60,6 @@ class WorkerProcess:
         self.channel = channel
         self.output = output
         self.scratch = scratch
-        self.turn = lending.OWN  # of the channel
         self._page = page
 
     def progress(self) -> tuple[int, int, float]:
@@ -74,9 +73,9 @@ class WorkerProcess:
             sharedpage.write_cancelled(self._page, job)
 
     @property
-    def turn_now(self) -> int:
-        """Of the channel whose frame the worker is at, where several front ends use it; 0 otherwise."""
-        return lending.read_turn(self._page)
+    def busy(self) -> bool:
+        """Whether the worker is at work, be it for another front end; False while it has only one."""
+        return sharedpage.read_busy(self._page)
 
     def running(self) -> list[tuple[float, tuple[int, ...]]]:
         """Of a worker with several threads: when each of those at work began, and the places of its jobs."""

@@ -82,7 +82,7 @@ class Starter:
             threads=place.threads,
         )
         if load.preprocess_threads < 0:
-            load.preprocess_threads = PREPROCESS_THREADS if place.gpu is not None and not self._shared else 0
+            load.preprocess_threads = PREPROCESS_THREADS if place.gpu is not None else 0
         try:
             how = self._launch_of(worker, load)
             if self.owners is not None and worker.gpu is not None:

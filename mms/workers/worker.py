@@ -54,16 +54,21 @@ class Owner(Protocol):
 
 
 class Loan:
-    """A worker's use by a further front end: the number of the channel, and the page that this has."""
+    """A worker's use by a further front end, and the page that this has."""
 
-    def __init__(self, turn: int, page: mmap.mmap) -> None:
-        self.turn = turn
+    def __init__(self, page: mmap.mmap) -> None:
         self._page = page
 
     @property
     def answered(self) -> int:
         done: int = sharedpage.PROGRESS.unpack_from(self._page)[0]
         return done
+
+    @property
+    def begun_at(self) -> float:
+        """When the oldest of the work in hand was begun (monotonic; 0 without any)."""
+        begun_at: float = sharedpage.PROGRESS.unpack_from(self._page)[2]
+        return begun_at or min([at for at, _ in sharedpage.read_slots(self._page)], default=0.0)
 
 
 class Lender(Protocol):

@@ -75,13 +75,18 @@ def test_another_default_version_is_known_to_all_of_them(two: Server) -> None:
         assert two.manage("DELETE", "/models/echo/2.0").status == 200
 
 
-@pytest.mark.parametrize(
-    "setting", ["cache={}", "latency_objective_ms=5", "priority_levels=2", "max_workers=2", "threads=2"]
-)
+@pytest.mark.parametrize("setting", ["cache={}", "latency_objective_ms=5", "priority_levels=2", "max_workers=2"])
 def test_what_several_front_ends_cannot_do_is_refused(two: Server, setting: str) -> None:
     reply = two.manage("POST", f"/models?url=spare-1.0.mar&initial_workers=1&{setting}")
     assert reply.status == 400
     assert setting.partition("=")[0] in reply.message
+
+
+def test_a_worker_of_several_threads_answers_all_of_them(two: Server) -> None:
+    assert two.manage("POST", "/models?url=echo-2.0.mar&threads=2&preprocess_threads=1").status == 200
+    replies = ask_all(two, "echo/2.0")
+    assert statuses(replies) == {200} and len(front_ends(replies)) == 2
+    assert two.manage("DELETE", "/models/echo/2.0").status == 200
 
 
 def test_f1_a_killed_worker_costs_no_answer_at_any_front_end(two: Server) -> None:

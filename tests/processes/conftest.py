@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from mms import sharedpage, wire
+from mms import lending, sharedpage, wire
 from mms.archive import ModelArchive
 from mms.backend import loop
 from mms.workers.process import WorkerProcess
@@ -27,20 +27,14 @@ from tests.conftest import MakeArchive
 HEADERS: list[bytes] = [b"X-Asked", b"this"]
 
 
-class Backend:
-    """The server's end of one worker's channel."""
+class FrontEnd:
+    """A front end's end of its channel to a worker."""
 
-    def __init__(self, sock: socket.socket, progress: mmap.mmap, folder: Path, **load: Any) -> None:
+    def __init__(self, sock: socket.socket, progress: mmap.mmap) -> None:
         sock.settimeout(20)
         self.progress = progress
         self._sock = sock
         self._ids = 0
-        defaults = {
-            "model_name": "m", "version": "1.0", "directory": str(folder), "handler": "", "manifest": {},
-            "model_config": {}, "batch_size": 8, "isolate_errors": "auto", "gpu": None, "cpu_threads": 1,
-            "max_request_size": 1 << 20, "max_response_size": 1 << 20,
-        }  # fmt: skip
-        sock.sendall(wire.pack(wire.LOAD, wire.Load(**{**defaults, **load})))
 
     def frame(self) -> tuple[int, Any, bytes]:
         """The next frame: kind, head, payloads."""
@@ -120,6 +114,43 @@ class Backend:
         return data
 
 
+class Backend(FrontEnd):
+    """The main process's end. With `shared`, others get channels, too."""
+
+    def __init__(
+        self, sock: socket.socket, progress: mmap.mmap, folder: Path, *, shared: bool = False, **load: Any
+    ) -> None:
+        super().__init__(sock, progress)
+        defaults = {
+            "model_name": "m", "version": "1.0", "directory": str(folder), "handler": "", "manifest": {},
+            "model_config": {}, "batch_size": 8, "isolate_errors": "auto", "gpu": None, "cpu_threads": 1,
+            "max_request_size": 1 << 20, "max_response_size": 1 << 20,
+        }  # fmt: skip
+        frame = wire.pack(wire.LOAD, wire.Load(**{**defaults, **load}))
+        if shared:
+            self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                socket.send_fds(sock, [frame[:1]], [theirs.fileno()])
+            frame = frame[1:]
+        sock.sendall(frame)
+
+    def lend(self) -> FrontEnd:
+        """Another front end with a channel of its own; close it."""
+        ours, theirs = socket.socketpair()
+        page = os.memfd_create("progress")
+        os.ftruncate(page, len(self.progress))
+        with theirs:
+            lending.lend(self._control, theirs, page)
+        progress = mmap.mmap(page, 0)
+        os.close(page)
+        return FrontEnd(ours, progress)
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "_control"):
+            self._control.close()
+
+
 Start = Callable[..., Backend]
 
 
@@ -140,8 +171,8 @@ def start(request: pytest.FixtureRequest, make_archive: MakeArchive, tmp_path: P
             stack.callback(progress.close)
             stack.callback(os.close, page)
             stack.enter_context(run(theirs, page, folder))
-            stack.callback(ours.close)
             backend = Backend(ours, progress, folder, **{"handler": archive.manifest.handler, **load})
+            stack.callback(backend.close)
             return backend
 
         yield begin

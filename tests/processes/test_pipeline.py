@@ -294,6 +294,45 @@ def test_the_context_of_initialize_shows_each_thread_its_requests(start: Start, 
         assert json.loads(body) == [[f"id-{number}"], [f"id-{number}"], "this", [f"id-{number}"]]
 
 
+def test_front_ends_that_share_a_pipeline_have_batches_and_accounts_of_their_own(
+    start: Start, request_: Requests
+) -> None:
+    backend = begin(start, preprocess_threads=1, shared=True)
+    other = backend.lend()
+    first = request_().hold("inference")
+    backend.send(first.body)
+    reaches(first, "inference")
+    other.send(request_().body)
+    backend.send(request_().body)
+    other.send(request_().body)
+    reaches(request_.made[-1], "preprocess")
+    eventually(lambda: len(list(sharedpage.read_slots(backend.progress))) == 1)
+    assert not list(sharedpage.read_slots(other.progress)) and sharedpage.read_busy(other.progress)
+    first.let_go()
+    assert [body for _, body in other.results(2).values()] == [b"2", b"2"]
+    assert [body for _, body in backend.results(2).values()] == [b"1", b"1"]
+    pages = backend.progress, other.progress
+    eventually(lambda: all(sharedpage.PROGRESS.unpack_from(page)[:2] == (2, 2) for page in pages))
+    eventually(lambda: not any(map(sharedpage.read_busy, pages)))
+    other.close()
+
+
+def test_a_front_end_that_ends_takes_only_its_own_requests_along(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1, shared=True)
+    other = backend.lend()
+    running, waiting, last = request_().hold("inference"), request_(), request_()
+    other.send(running.body, batch_size=1)
+    reaches(running, "inference")
+    other.send(waiting.body, batch_size=1)
+    reaches(waiting, "preprocess")
+    other.close()
+    backend.send(last.body, batch_size=1)
+    reaches(last, "preprocess")
+    running.let_go()
+    assert backend.results(1)[1][1] == b"1"
+    assert not waiting.reached("inference")
+
+
 def test_a_worker_of_many_threads_ends_when_it_is_told_to(start: Start, request_: Requests) -> None:
     backend = begin(start, threads=2, preprocess_threads=2)
     backend.predict(request_().body)

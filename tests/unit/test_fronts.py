@@ -14,7 +14,7 @@ import uvloop
 
 from mms import fronts, lending, sharedpage, wire
 from mms.backend.channel import Channel
-from mms.backend.turns import Turns
+from mms.backend.turns import Busy, Turns
 from mms.fronts import Counted, Counts
 from mms.metrics import FrontEndFacts, VersionFacts, VersionMetrics
 from mms.totals import Totals
@@ -104,16 +104,19 @@ def test_what_front_ends_have_counted_is_added_up_and_that_of_the_dead_stays() -
 
 
 class Echo:
-    """Writes the ids of each frame back; notes whose turn it is meanwhile."""
+    """Writes the ids of each frame back; notes which pages say meanwhile that the worker is at work."""
 
-    def __init__(self, channel: Channel, page: mmap.mmap, turns: list[int]) -> None:
+    def __init__(self, channel: Channel, pages: list[mmap.mmap], busy: list[list[bool]]) -> None:
         self._channel = channel
-        self._page = page
-        self._turns = turns
+        self._pages = pages
+        self._busy = busy
 
     def predict(self, frame: Any, payload: bytearray, at: int) -> None:
-        self._turns.append(lending.read_turn(self._page))
+        self._busy.append([sharedpage.read_busy(page) for page in self._pages])
         self._channel.write(wire.STREAM, wire.Chunks(frame.ids, [], {}), [], 0)
+
+    def close(self) -> None:
+        self._channel.close()
 
 
 def test_a_worker_serves_all_channels_in_turn_until_its_own_ends() -> None:
@@ -132,14 +135,14 @@ def test_a_worker_serves_all_channels_in_turn_until_its_own_ends() -> None:
     ours, theirs = socket.socketpair()
     control, further = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     lent, borrowed = socket.socketpair()
-    turns: list[int] = []
+    seen: list[list[bool]] = []
     descriptor, own = page()
     os.close(descriptor)
-    loop = Turns(Channel(theirs), further, own, lambda channel, page: Echo(channel, page, turns))
+    descriptor, shared = page()
+    loop = Turns(Channel(theirs), further, own, lambda channel, page: Echo(channel, [own, shared], seen), Busy())
     thread = threading.Thread(target=loop.run)
     thread.start()
-    descriptor, shared = page()
-    lending.lend(control, 5, borrowed, descriptor)
+    lending.lend(control, borrowed, descriptor)
     os.close(descriptor)
     borrowed.close()
     for id, sock in enumerate((lent, ours, lent), 1):
@@ -151,7 +154,7 @@ def test_a_worker_serves_all_channels_in_turn_until_its_own_ends() -> None:
     ours.close()
     thread.join(5)
     assert not thread.is_alive()
-    for sock in (theirs, control, further):
+    for sock in (theirs, control):
         sock.close()
-    assert turns == [5, 1, 5, 1]
-    assert lending.read_turn(own) == lending.read_turn(shared) == 0
+    assert seen[:3] == [[True, True]] * 3
+    assert not sharedpage.read_busy(own) and not sharedpage.read_busy(shared)

@@ -221,8 +221,10 @@ def test_a_frame_is_one_read_one_write_and_few_calls_in_the_worker() -> None:
     sock = Socket(wire.pack(wire.PREDICT, frame), frames)
     context = Context(wire.Load("cat", "1.0", "/m", "h", {}, {}, batch, "auto", None, 1, 1 << 20, 1 << 20), "cpu")
     stages = BatchStages(lambda data, context: [b"ok"] * len(data), context, isolate=False, limit=1 << 20)
-    loop = Loop(Channel(cast(Any, sock)), stages, mmap.mmap(-1, sharedpage.PAGE), 1 << 20)
+    channel = Channel(cast(Any, sock))
+    loop = Loop(stages, 1 << 20, channel, mmap.mmap(-1, sharedpage.PAGE))
     with Calls() as calls:
-        loop.run()
+        for received in channel.predictions():
+            loop.predict(*received)
     assert (sock.reads, sock.writes) == (frames, frames)
     assert calls.count <= WORKER_CALLS * frames * jobs
