@@ -49,6 +49,7 @@ class Front:
     def __init__(self, number: int, told: Callable[[Front, Any], None], ended: Callable[[Front], None]) -> None:
         self.number = number
         self.counts: fronts.Counts | None = None  # when it was last asked
+        self.loads: dict[int, fronts.Load] = {}  # of versions that scale by themselves
         self.leaving: set[int] = set()  # versions of which it still has requests, though they take no more
         self.cut: asyncio.Future[int] | None = None  # while it drains
         self.picture: fronts.Picture | None = None  # that it was told last
@@ -327,6 +328,7 @@ class Fleet:
     def forget(self, number: int) -> None:
         for front in self._fronts.values():
             front.leaving.discard(number)
+            front.loads.pop(number, None)
             front.tell(fronts.Forget(number))
         self._changed.pop(number, None)
         self.totals.forget(number)
@@ -383,6 +385,12 @@ class Fleet:
             case fronts.Kill():
                 if message.worker in self._lent:
                     self._lent[message.worker][0].kill(message.cause)
+            case fronts.Load():
+                self._loaded(front, message)
+            case fronts.Rouse():
+                for version in self._registry.versions():
+                    if version.number == message.number and version.pool is not None:
+                        version.pool.rouse()
             case fronts.Counts():
                 front.counts = message
             case fronts.Said():
@@ -391,6 +399,15 @@ class Fleet:
                 if front.cut is not None and not front.cut.done():
                     front.cut.set_result(message.cut)
         self._heard.set()
+
+    def _loaded(self, front: Front, load: fronts.Load) -> None:
+        front.loads[load.number] = load
+        for known, (worker, number) in self._lent.items():
+            if number == load.number and front.number in worker.elsewhere:
+                worker.elsewhere[front.number].jobs = load.jobs.get(known, 0)
+
+    def loads(self, number: int) -> list[fronts.Load]:
+        return [front.loads[number] for front in self._fronts.values() if number in front.loads]
 
     # what they have counted
 
@@ -439,4 +456,5 @@ def _shown(version: ModelVersion) -> fronts.Shown:
         state=str(version.state),
         can_wait=version.can_wait,
         next_start_at=version.pool.losses.next_start_at if version.pool is not None else 0.0,
+        scales=version.pool is not None and version.pool.scaling.bounds.automatic,
     )

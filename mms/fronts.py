@@ -35,6 +35,9 @@ class QueueSettings(msgspec.Struct, frozen=True):
     queue_bytes: int
     queue_timeout: float
     queue_order: str
+    priority_levels: int
+    default_priority: int
+    priority_queue_sizes: tuple[int, ...]
     request_timeout: float
     response_timeout: float
     startup_timeout: float
@@ -51,6 +54,7 @@ class Shown(msgspec.Struct, frozen=True):
     state: str
     can_wait: bool
     next_start_at: float
+    scales: bool  # by itself: it is to be told of the work there is
 
 
 # from the main process
@@ -166,6 +170,23 @@ class Kill(msgspec.Struct, tag=True, frozen=True):
     cause: str
 
 
+class Load(msgspec.Struct, tag=True, frozen=True):
+    """The work that there is for a version which scales by itself: `jobs` are those in hand, by worker."""
+
+    number: int
+    jobs: dict[int, int]
+    waiting: int
+    oldest_wait: float
+    batch_seconds: float
+    submitted: int
+
+
+class Rouse(msgspec.Struct, tag=True, frozen=True):
+    """A request to the version waits, and it has no worker."""
+
+    number: int
+
+
 class Drained(msgspec.Struct, tag=True, frozen=True):
     """So many connections were cut."""
 
@@ -204,7 +225,7 @@ class Counts(msgspec.Struct, tag=True, frozen=True):
 
 
 ToFront = Hello | Picture | Listen | Lent | Recall | Gone | Leave | Forget | Sync | Ask | Shut | Drain
-ToMain = Synced | Left | Empty | Kill | Drained | Said | Counts
+ToMain = Synced | Left | Empty | Kill | Load | Rouse | Drained | Said | Counts
 
 _encode = msgspec.msgpack.Encoder().encode
 _NO_DESCRIPTORS: tuple[int, ...] = ()

@@ -107,6 +107,8 @@ class ReplicaPool(Feeder):
         self._timer = self._loop.call_later(TICK, self._tick)
         self._last_tick = time.monotonic()
         self._leaving = False  # and Empty is not said yet
+        self._roused_at = 0.0
+        self._load: fronts.Load | None = None  # that was told last
 
     async def add(self, lent: fronts.Lent, channel: int, page: int) -> None:
         worker = LentWorker(lent, LentProcess(lent, channel, page), self, self._version, self._tell)
@@ -115,6 +117,12 @@ class ReplicaPool(Feeder):
         if worker.connected:
             self._serves(worker)
             self._dispatch()
+
+    def rouse(self) -> None:
+        now = time.monotonic()
+        if now - self._roused_at >= TICK:  # it may have been too early: the last worker was just going
+            self._roused_at = now
+            self._tell(fronts.Rouse(self._version.told))
 
     def leave(self) -> None:
         """No more requests come; say Empty when all are answered."""
@@ -187,9 +195,27 @@ class ReplicaPool(Feeder):
         self._queue.tick(now)
         self._expire(now)
         self._look()
+        if self._queue.depth and not self.workers:
+            self.rouse()
+        if self._version.scales:
+            self._tell_load(now)
         if not asleep:
             for worker in list(self.workers):
                 self._check(worker, now)
+
+    def _tell_load(self, now: float) -> None:
+        """How many workers there are to be is decided in the main process."""
+        load = fronts.Load(
+            self._version.told,
+            jobs={worker.slot: len(worker.in_flight.jobs) for worker in self.workers if worker.in_flight.jobs},
+            waiting=self._queue.depth,
+            oldest_wait=self._queue.oldest_wait(now),
+            batch_seconds=max((worker.in_flight.batch_seconds or 0.0 for worker in self.workers), default=0.0),
+            submitted=self._queue.submitted,
+        )
+        if load != self._load:
+            self._load = load
+            self._tell(load)
 
     def _check(self, worker: Worker, now: float) -> None:
         overdue = self._lateness.overdue(worker, now)
@@ -219,6 +245,10 @@ class Replica(ServedVersion):
     @property
     def can_wait(self) -> bool:
         return self._shown.can_wait
+
+    @property
+    def scales(self) -> bool:
+        return self._shown.scales
 
     @property
     def next_start(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+from dataclasses import replace
 
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
 from mms.metrics import VersionMetrics
@@ -40,7 +41,8 @@ class ServedVersion:
         self.settings = settings
         self.front_ends = front_ends
         self.metrics = VersionMetrics(self.label)
-        self.scheduling = Scheduling.of(settings)
+        sizes = tuple(part(size, front_ends) for size in settings.priority_queue_sizes)
+        self.scheduling = replace(Scheduling.of(settings), level_sizes=sizes)
         self.queue = BatchQueue(
             batch_size=largest_batch(settings),
             max_batch_delay=settings.max_batch_delay,

@@ -157,8 +157,8 @@ class ModelVersion(ServedVersion):
         if scheduling.levels > 1:
             described["priorityLevels"] = scheduling.levels
             described["defaultPriority"] = scheduling.default_level + 1
-            if scheduling.level_sizes:
-                described["priorityQueueSizes"] = scheduling.level_sizes
+            if settings.priority_queue_sizes:
+                described["priorityQueueSizes"] = settings.priority_queue_sizes
         if objective is not None:
             described["latencyObjective"] = {
                 "objectiveMs": settings.latency_objective_ms,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mms.errors import ConfigError
+from mms.fronts import Load
 from mms.model_settings import ModelSettings
 from mms.workers.worker import Worker
 
@@ -39,6 +40,10 @@ class FrontEnds(Protocol):
         """The version has no workers any more."""
         ...
 
+    def loads(self, number: int) -> list[Load]:
+        """What a version that scales by itself has to do there, as they have told lately."""
+        ...
+
     def waiting(self, number: int) -> int:
         """Requests that waited for a worker there when they were last asked."""
         ...
@@ -54,16 +59,11 @@ class FrontEnds(Protocol):
 
 def check_shared(settings: ModelSettings) -> None:
     """Raises ConfigError when several front ends cannot serve a model with these settings."""
-    most = settings.worker_limit
     problem = (
         "cache: each would keep answers of its own"
         if settings.cache is not None
         else "latency_objective_ms: each would see only its own part of a worker's work"
         if settings.latency_objective_ms
-        else "priority_levels: each has a queue of its own"
-        if settings.priority_levels > 1
-        else f"max_workers {most} with min_workers {settings.min_workers}: the load of all is not known in one place"
-        if most > settings.min_workers > 0 or settings.load_on_request
         else ""
     )
     if problem:

@@ -426,7 +426,8 @@ class WorkerPool(Feeder):
         if not asleep:  # answers may lie unread in the sockets: nobody is late yet
             for worker in list(self.workers):
                 self._check(worker, now)
-            if self.failure is None and not self._draining and self.scaling.look(now, self.ready_workers):
+            others = self._others.loads(self._settings.number) if self._others is not None else ()
+            if self.failure is None and not self._draining and self.scaling.look(now, self.ready_workers, others):
                 self._reconcile()
         if not (self.workers or self.target or self._queue.depth):
             timer.cancel()

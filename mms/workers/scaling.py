@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from mms.fronts import Load
 from mms.metrics import VersionMetrics
 from mms.workers.autoscaler import Autoscaler, Bounds, Seen
 from mms.workers.batching import BatchQueue
@@ -60,28 +61,32 @@ class Scaling:
         self._move(1, "a request came")
         return True
 
-    def look(self, now: float, workers: Sequence[Worker]) -> bool:
-        """Whether another number of workers is wanted from now on; `workers` are those that are ready."""
+    def look(self, now: float, workers: Sequence[Worker], others: Sequence[Load]) -> bool:
+        """Whether another number of workers is wanted from now on; `workers` are those that are ready, `others` what
+        further front ends have for them.
+        """
         if not self.bounds.automatic:
             return False
-        seen = self._see(now, workers)
+        seen = self._see(now, workers, others)
         target = self._autoscaler.decide(now, self.target, self.bounds, seen)
         if target == self.target:
             return False
-        self._move(target, f"{seen.busy:.1f} of {seen.ready} busy, {self._queue.depth} requests wait")
+        waiting = self._queue.depth + sum(load.waiting for load in others)
+        self._move(target, f"{seen.busy:.1f} of {seen.ready} busy, {waiting} requests wait")
         return True
 
-    def _see(self, now: float, workers: Sequence[Worker]) -> Seen:
-        batch_size = self._queue.batch_size
-        loads = [worker.in_flight for worker in workers]
-        threads = sum(load.threads for load in loads)
+    def _see(self, now: float, workers: Sequence[Worker], others: Sequence[Load]) -> Seen:
+        queue, batch_size = self._queue, self._queue.batch_size
+        threads = sum(worker.in_flight.threads for worker in workers)
+        waiting = queue.depth + sum(load.waiting for load in others)
+        batch_seconds = [worker.in_flight.batch_seconds or 0.0 for worker in workers]
         return Seen(
-            ready=len(loads),
-            busy=sum(min(1.0, len(load.jobs) / (batch_size * load.threads)) for load in loads),
-            waiting=self._queue.depth / batch_size * (len(loads) / threads if loads else 1.0),
-            oldest_wait=self._queue.oldest_wait(now),
-            batch_seconds=max((load.batch_seconds or 0.0 for load in loads), default=0.0),
-            submitted=self._queue.submitted,
+            ready=len(workers),
+            busy=sum(min(1.0, worker.jobs / (batch_size * worker.in_flight.threads)) for worker in workers),
+            waiting=waiting / batch_size * (len(workers) / threads if workers else 1.0),
+            oldest_wait=max([queue.oldest_wait(now), *(load.oldest_wait for load in others)]),
+            batch_seconds=max([*batch_seconds, *(load.batch_seconds for load in others)], default=0.0),
+            submitted=queue.submitted + sum(load.submitted for load in others),
         )
 
     def _move(self, target: int, why: str) -> None:

@@ -57,6 +57,7 @@ class Loan:
     """A worker's use by a further front end, and the page that this has."""
 
     def __init__(self, page: mmap.mmap) -> None:
+        self.jobs = 0  # that it has in hand from there, if its version scales by itself
         self._page = page
 
     @property
@@ -142,6 +143,11 @@ class Worker(asyncio.Protocol):
     def answered(self) -> int:
         """Jobs that it has answered since it started."""
         return self.in_flight.finished + sum(loan.answered for loan in self.elsewhere.values())
+
+    @property
+    def jobs(self) -> int:
+        """That it has in hand from all front ends; those of further ones are known if its version scales by itself."""
+        return len(self.in_flight.jobs) + sum(loan.jobs for loan in self.elsewhere.values())
 
     def left(self, front_end: int) -> None:
         """That one does not use it any more."""

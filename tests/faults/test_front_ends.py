@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.asking import Reply, fetch
+from tests.asking import Reply, ask, connect, fetch
 from tests.conftest import MakeArchive, MakeGate
 from tests.servers import Server, needs_nginx, server
 from tests.traffic import Traffic
@@ -39,6 +40,42 @@ def statuses(replies: list[Reply]) -> set[int]:
 def front_ends(replies: list[Reply]) -> Counter[str]:
     """How many each has answered, by what it puts before its request ids."""
     return Counter(reply.headers["x-request-id"].partition("-")[0] for reply in replies)
+
+
+class Second:
+    """Makes requests to the second front end, each on a connection of its own."""
+
+    def __init__(self, running: Server) -> None:
+        self._running = running
+        self._connections: list[http.client.HTTPConnection] = []
+
+    def __call__(self, model: str, body: bytes, priority: int = 1) -> None:
+        """Send one, without waiting for its answer."""
+        (process,) = self._running.named("mms-frontend")
+        while True:
+            connection = connect(self._running.url)
+            assert ask(connection, "GET", "/ping").status == 200
+            port = connection.sock.getsockname()[1]
+            if any(one.raddr and one.raddr.port == port for one in process.net_connections()):
+                break
+            connection.close()
+        connection.request("POST", f"/predictions/{model}", body, {"x-request-priority": str(priority)})
+        self._connections.append(connection)
+
+    def statuses(self) -> set[int]:
+        """Of all answers."""
+        return {connection.getresponse().status for connection in self._connections}
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
+
+@pytest.fixture
+def second(two: Server) -> Iterator[Second]:
+    made = Second(two)
+    yield made
+    made.close()
 
 
 def test_all_of_them_answer_and_what_they_have_counted_is_added_up(two: Server) -> None:
@@ -75,7 +112,7 @@ def test_another_default_version_is_known_to_all_of_them(two: Server) -> None:
         assert two.manage("DELETE", "/models/echo/2.0").status == 200
 
 
-@pytest.mark.parametrize("setting", ["cache={}", "latency_objective_ms=5", "priority_levels=2", "max_workers=2"])
+@pytest.mark.parametrize("setting", ["cache={}", "latency_objective_ms=5"])
 def test_what_several_front_ends_cannot_do_is_refused(two: Server, setting: str) -> None:
     reply = two.manage("POST", f"/models?url=spare-1.0.mar&initial_workers=1&{setting}")
     assert reply.status == 400
@@ -87,6 +124,39 @@ def test_a_worker_of_several_threads_answers_all_of_them(two: Server) -> None:
     replies = ask_all(two, "echo/2.0")
     assert statuses(replies) == {200} and len(front_ends(replies)) == 2
     assert two.manage("DELETE", "/models/echo/2.0").status == 200
+
+
+def test_workers_follow_the_work_at_the_second_one(two: Server, make_gate: MakeGate, second: Second) -> None:
+    """There only: its first request brings the first worker, and that the next one waits brings another."""
+    how = "min_workers=0&max_workers=2&load_on_request=true&scale_up_after=0.1"
+    assert two.manage("POST", f"/models?url=slow-1.0.mar&{how}").status == 200
+    gates = [make_gate() for _ in range(2)]
+    for gate in gates:
+        second("slow", gate.body)
+        eventually(gate.begun)
+        assert len(two.workers("slow")) == gates.index(gate) + 1
+    for gate in gates:
+        gate.open()
+    assert second.statuses() == {200}
+    assert two.manage("DELETE", "/models/slow").status == 200
+
+
+def test_priorities_hold_at_the_second_one(two: Server, make_gate: MakeGate, second: Second) -> None:
+    assert two.manage("POST", "/models?url=slow-1.0.mar&priority_levels=2&priority_queue_sizes=2,4").status == 200
+    assert two.describe("slow")["priorityQueueSizes"] == [2, 4]
+    held, low, high = (make_gate() for _ in range(3))
+    second("slow", held.body)
+    eventually(held.begun)
+    second("slow", low.body, priority=2)
+    second("slow", high.body, priority=1)
+    eventually(lambda: two.metric("mms_queue_depth", model="slow") == 2)
+    held.open()
+    eventually(high.begun)
+    assert not low.begun()
+    high.open()
+    low.open()
+    assert second.statuses() == {200}
+    assert two.manage("DELETE", "/models/slow").status == 200
 
 
 def test_f1_a_killed_worker_costs_no_answer_at_any_front_end(two: Server) -> None:
@@ -103,11 +173,11 @@ def test_a_worker_that_is_overdue_at_any_front_end_is_replaced(two: Server, make
     assert two.manage("POST", "/models?url=slow-1.0.mar&response_timeout=0.2").status == 200
     replies = [fetch(two.url, "POST", "/predictions/slow", make_gate().body) for _ in range(2)]
     assert statuses(replies) == {504}
-    assert two.metric("mms_worker_restarts_total", model="slow", reason="response_timeout") == 2
+    eventually(lambda: two.metric("mms_worker_restarts_total", model="slow", reason="response_timeout") == 2)
     assert two.manage("DELETE", "/models/slow").status == 200
 
 
-def test_a_killed_front_end_comes_back_and_what_it_has_counted_stays(two: Server) -> None:
+def test_f47_a_killed_front_end_comes_back_and_what_it_has_counted_stays(two: Server) -> None:
     counted = two.metric("mms_requests_total", model="echo", code="200")
     (front_end,) = two.named("mms-frontend")
     with Traffic(two, reconnects=True) as traffic:

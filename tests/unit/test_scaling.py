@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
 
+from mms.fronts import Load
 from mms.metrics import VersionMetrics
 from mms.workers.autoscaler import Bounds
 from mms.workers.inflight import InFlight
@@ -22,6 +24,7 @@ class Busy:
     def __init__(self, jobs: int, threads: int = 1) -> None:
         self.in_flight = InFlight(threads)
         self.in_flight.add([make_job(number) for number in range(jobs)])
+        self.jobs = jobs
 
 
 def make(bounds: Bounds, target: int = 0, **queue: Any) -> Scaling:
@@ -30,10 +33,10 @@ def make(bounds: Bounds, target: int = 0, **queue: Any) -> Scaling:
     return scaling
 
 
-def look(scaling: Scaling, seconds: float, *workers: Busy) -> int:
+def look(scaling: Scaling, seconds: float, *workers: Busy, others: Sequence[Load] = ()) -> int:
     """The target after so many seconds in which the workers are as they are."""
     for step in range(int(seconds * 4) + 1):
-        scaling.look(NOW + step / 4, cast("list[Worker]", workers))
+        scaling.look(NOW + step / 4, cast("list[Worker]", workers), others)
     return scaling.target
 
 
@@ -71,6 +74,12 @@ def test_a_worker_is_as_busy_as_its_threads(workers: list[Busy], target: int) ->
 @pytest.mark.parametrize(("jobs", "threads", "target"), [(2, 1, 1), (8, 1, 2), (8, 2, 1)])
 def test_a_worker_whose_batches_are_half_empty_needs_no_other(jobs: int, threads: int, target: int) -> None:
     assert look(make(Bounds(1, 8), 1, batch_size=8), 2.5, Busy(jobs, threads)) == target
+
+
+@pytest.mark.parametrize(("waiting", "oldest_wait", "target"), [(3, 0.2, 2), (3, 0.05, 1), (0, 0.0, 1)])
+def test_what_waits_at_another_front_end_counts(waiting: int, oldest_wait: float, target: int) -> None:
+    other = Load(1, {}, waiting, oldest_wait, 0.01, submitted=9)
+    assert look(make(Bounds(1, 8), 1), 2.5, Busy(0), others=[other]) == target
 
 
 def test_only_those_that_were_asked_for_are_missed() -> None:
