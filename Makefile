@@ -7,7 +7,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench bench-engine bench-cold bench-bodies peers bench-peers overload build lock audit clean nginx wrk
+.PHONY: help demo serve test faults chaos soak lost fuzz simulate lint format bench bench-engine bench-cold bench-bodies bench-front-ends peers bench-peers overload build lock audit clean nginx wrk
 
 help: ## print this menu
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,9 @@ bench-engine: $(VENV)/.dev wrk ## what threads, overlap, scheduling and the cach
 
 bench-cold: $(VENV)/.dev nginx wrk ## from the start of the process to the first answer; a new version, live (ONLY=)
 	@$(BIN)/python -m benchmarks.coldstart $(if $(ONLY),--only $(ONLY))
+
+bench-front-ends: $(VENV)/.dev wrk ## what a second front end brings where one is the limit
+	@$(BIN)/python -m benchmarks.front_ends
 
 bench-bodies: $(VENV)/.dev wrk ## bodies of 100 KiB and 10 MiB, there and back: CPU time and memory (ONLY=)
 	@$(BIN)/python -m benchmarks.bodies $(if $(ONLY),--only $(ONLY))

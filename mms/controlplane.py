@@ -208,7 +208,7 @@ class ControlPlane:
         found = self.registry.version(name, version)
         settings = merge_settings(found.settings, changes, "request", strict=True)
         if self.others is not None:
-            check_shared(settings)
+            check_shared(settings, f"model {found.label}")
         pool = found.pool
         if pool is None:
             raise ConflictError(f"model {found.label} is still being registered; try again soon")

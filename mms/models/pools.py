@@ -68,7 +68,7 @@ class Pools:
             most = placement.size if settings.max_workers == -1 else settings.max_workers
             settings = dataclasses.replace(settings, min_workers=min(placement.size, most))
         if self.others is not None:
-            check_shared(settings)
+            check_shared(settings, archive.path.name)
         return settings
 
     def pool(

@@ -57,7 +57,7 @@ class FrontEnds(Protocol):
         ...
 
 
-def check_shared(settings: ModelSettings) -> None:
+def check_shared(settings: ModelSettings, origin: str) -> None:
     """Raises ConfigError when several front ends cannot serve a model with these settings."""
     problem = (
         "cache: each would keep answers of its own"
@@ -67,4 +67,4 @@ def check_shared(settings: ModelSettings) -> None:
         else ""
     )
     if problem:
-        raise ConfigError(f"this is not possible with several front ends (front_ends): {problem}")
+        raise ConfigError(f"{origin}: with several front ends (front_ends), a model must do without {problem}")

@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
 from tests.asking import Reply, ask, connect, fetch
@@ -42,16 +43,17 @@ def front_ends(replies: list[Reply]) -> Counter[str]:
     return Counter(reply.headers["x-request-id"].partition("-")[0] for reply in replies)
 
 
-class Second:
-    """Makes requests to the second front end, each on a connection of its own."""
+class FrontEnd:
+    """Makes requests to one of them, each on a connection of its own."""
 
-    def __init__(self, running: Server) -> None:
+    def __init__(self, running: Server, find: Callable[[], psutil.Process]) -> None:
         self._running = running
+        self._find = find
         self._connections: list[http.client.HTTPConnection] = []
 
     def __call__(self, model: str, body: bytes, priority: int = 1) -> None:
         """Send one, without waiting for its answer."""
-        (process,) = self._running.named("mms-frontend")
+        process = self._find()
         while True:
             connection = connect(self._running.url)
             assert ask(connection, "GET", "/ping").status == 200
@@ -72,8 +74,15 @@ class Second:
 
 
 @pytest.fixture
-def second(two: Server) -> Iterator[Second]:
-    made = Second(two)
+def first(two: Server) -> Iterator[FrontEnd]:
+    made = FrontEnd(two, lambda: psutil.Process(two.pid))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def second(two: Server) -> Iterator[FrontEnd]:
+    made = FrontEnd(two, lambda: two.named("mms-frontend")[0])
     yield made
     made.close()
 
@@ -116,7 +125,10 @@ def test_another_default_version_is_known_to_all_of_them(two: Server) -> None:
 def test_what_several_front_ends_cannot_do_is_refused(two: Server, setting: str) -> None:
     reply = two.manage("POST", f"/models?url=spare-1.0.mar&initial_workers=1&{setting}")
     assert reply.status == 400
-    assert setting.partition("=")[0] in reply.message
+    name = setting.partition("=")[0]
+    assert reply.message.startswith(
+        f"spare-1.0.mar: with several front ends (front_ends), a model must do without {name}: "
+    )
 
 
 def test_a_worker_of_several_threads_answers_all_of_them(two: Server) -> None:
@@ -126,7 +138,7 @@ def test_a_worker_of_several_threads_answers_all_of_them(two: Server) -> None:
     assert two.manage("DELETE", "/models/echo/2.0").status == 200
 
 
-def test_workers_follow_the_work_at_the_second_one(two: Server, make_gate: MakeGate, second: Second) -> None:
+def test_workers_follow_the_work_at_the_second_one(two: Server, make_gate: MakeGate, second: FrontEnd) -> None:
     """There only: its first request brings the first worker, and that the next one waits brings another."""
     how = "min_workers=0&max_workers=2&load_on_request=true&scale_up_after=0.1"
     assert two.manage("POST", f"/models?url=slow-1.0.mar&{how}").status == 200
@@ -141,7 +153,7 @@ def test_workers_follow_the_work_at_the_second_one(two: Server, make_gate: MakeG
     assert two.manage("DELETE", "/models/slow").status == 200
 
 
-def test_priorities_hold_at_the_second_one(two: Server, make_gate: MakeGate, second: Second) -> None:
+def test_priorities_hold_at_the_second_one(two: Server, make_gate: MakeGate, second: FrontEnd) -> None:
     assert two.manage("POST", "/models?url=slow-1.0.mar&priority_levels=2&priority_queue_sizes=2,4").status == 200
     assert two.describe("slow")["priorityQueueSizes"] == [2, 4]
     held, low, high = (make_gate() for _ in range(3))
@@ -177,7 +189,13 @@ def test_a_worker_that_is_overdue_at_any_front_end_is_replaced(two: Server, make
     assert two.manage("DELETE", "/models/slow").status == 200
 
 
-def test_f47_a_killed_front_end_comes_back_and_what_it_has_counted_stays(two: Server) -> None:
+def test_f47_a_killed_front_end_comes_back_and_what_it_has_counted_stays(
+    two: Server, make_gate: MakeGate, first: FrontEnd
+) -> None:
+    gate = make_gate()
+    assert two.manage("POST", "/models?url=slow-1.0.mar").status == 200
+    first("slow", gate.body)
+    eventually(gate.begun)
     counted = two.metric("mms_requests_total", model="echo", code="200")
     (front_end,) = two.named("mms-frontend")
     with Traffic(two, reconnects=True) as traffic:
@@ -191,6 +209,9 @@ def test_f47_a_killed_front_end_comes_back_and_what_it_has_counted_stays(two: Se
     assert two.metric("mms_frontend_restarts_total", reason="signal 9 (SIGKILL)") == 1
     assert two.manage("GET", "/readyz").json()["restarts"][0]["level"] == "frontend"
     assert fetch(two.url, "GET", "/readyz").status == 200
+    gate.open()
+    assert first.statuses() == {200}  # in hand at the first one all the time
+    assert two.manage("DELETE", "/models/slow").status == 200
 
 
 @needs_nginx
