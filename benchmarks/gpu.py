@@ -3,8 +3,8 @@
 Each row is one network, way of launching (eager, compile, graphs), number of processes and of threads with a stream of
 their own, and batch size: requests per second, latency of a batch, memory that the last of the processes has added,
 and what goes through the stages of a worker (with one process and one thread, in turns) as a share of the bare loop.
-torch only, nothing is downloaded. `--device cpu --quick` shows in seconds that it runs. `--shared` measures the memory of
-1 and 4 processes instead, with a copy of the weights each, and with those of one more process, as share_weights has it.
+torch only, nothing is downloaded. `--device cpu --quick` shows in seconds that it runs. `--shared` measures the memory
+of 1 and 4 processes instead, with a copy of the weights each, and with those of one process more (share_weights).
 """
 
 from __future__ import annotations
