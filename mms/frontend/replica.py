@@ -116,6 +116,7 @@ class ReplicaPool(Feeder):
         await worker.join()
         if worker.connected:
             self._serves(worker)
+            self._queue.forget_rate()
             self._dispatch()
 
     def rouse(self) -> None:
