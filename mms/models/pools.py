@@ -13,6 +13,7 @@ from typing import Any
 from mms import wire
 from mms.archive import ModelArchive
 from mms.config import Config
+from mms.errors import ConfigError
 from mms.logs import model_logger
 from mms.model_settings import ModelSettings, merge_settings
 from mms.models.version import ModelVersion
@@ -60,7 +61,10 @@ class Pools:
         only_stricter(settings, self.config.model_defaults(), f"{archive.path.name}: {archive.manifest.config_file}")
         settings = merge_settings(settings, changes, origin, strict=True)
         only_stricter(settings, self.config.model_defaults(), origin)
-        placement = plan(settings, self.gpus, environment.cores())
+        try:
+            placement = plan(settings, self.gpus, environment.cores())
+        except ConfigError as error:  # at a start, many are loaded
+            raise ConfigError(f"{archive.path.name}: {error.message}") from None
         settings = dataclasses.replace(settings, gpus=placement.gpus)
         if settings.min_workers == -1:
             most = placement.size if settings.max_workers == -1 else settings.max_workers
