@@ -36,7 +36,7 @@ def test_a_worker_with_threads_gets_as_many_batches(serve: Serve, make_gate: Mak
     uvloop.run(scenario())
 
 
-@pytest.mark.parametrize(("archive", "threads"), [("request_style", 2), ("echo", None)])
+@pytest.mark.parametrize(("archive", "threads"), [("request_style", 2), ("rows", None)])
 def test_a_worker_shows_the_threads_that_prepare(serve: Serve, archive: str, threads: int | None) -> None:
     """Batch style has none, whatever is asked for."""
 
