@@ -29,7 +29,7 @@ from mms.workers.process import Launch
 from mms.workers.requirements import Installer
 from mms.workers.restarts import Restarts
 from mms.workers.sandbox import Sandboxes, only_stricter
-from mms.workers.scheduling import largest_batch
+from mms.workers.scheduling import largest_batch, warmup_sizes
 from mms.workers.settings import PoolSettings
 
 log = logging.getLogger("mms.controlplane")
@@ -93,7 +93,7 @@ class Pools:
             preprocess_threads=settings.preprocess_threads,
             preparation=wire.Preparation(
                 warmup=settings.warmup,
-                batch_sizes=_warmup_sizes(settings),
+                batch_sizes=warmup_sizes(settings),
                 compile=settings.compile,
                 cuda_graphs=settings.cuda_graphs,
             ),
@@ -153,9 +153,3 @@ def bounds_of(settings: ModelSettings) -> Bounds:
         zero_after=settings.scale_to_zero_after,
         on_request=settings.load_on_request and not settings.min_workers,
     )
-
-
-def _warmup_sizes(settings: ModelSettings) -> tuple[int, ...]:
-    """The batch sizes that a warm-up runs: those that workers will see."""
-    sizes = settings.cuda_graphs or (*settings.preferred_batch_sizes, 1, settings.batch_size)
-    return tuple(sorted({min(size, settings.batch_size) for size in sizes}))
