@@ -33,7 +33,7 @@ def main() -> None:
     first = control.recv(MAX_MESSAGE)
     if not first:
         return
-    # of all that an import makes, nearly nothing is garbage: looking for it costs torch 15 % more time, and 0.3 s at the end
+    # of what imports make, nearly nothing is garbage: looking for it costs torch 15 % more time, and 0.3 s at the end
     gc.disable()
     errors = preload(wire.decode(wire.Preload, first).modules)
     gc.freeze()  # pages that the collector never writes stay shared, and its first round in a worker is short
