@@ -96,7 +96,7 @@ def _time(seconds: float) -> str:
 def _processes(listeners: Sequence[Listener]) -> int:
     """How many workers: as many as front ends, since one keeps up with one, and one more if TLS is spoken.
 
-    With more, each finds less to do whenever it looks: two cost a request a fifth more than one.
+    With more, each finds less to do whenever it looks: two cost a request a tenth more than one.
     """
     front_ends = max(len(listener.upstream) for listener in listeners)
     tls = any(listener.tls for listener in listeners)
