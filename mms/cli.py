@@ -25,6 +25,7 @@ from mms.program import Program
 from mms.rundir import RunDirectory, Running
 from mms.setting import show_setting
 from mms.token import find_token
+from mms.workers.forkprocess import ForkProcess
 
 if TYPE_CHECKING:
     from mms.upgrade import Predecessor
@@ -102,24 +103,35 @@ def start(daemon: bool, foreground: bool, fresh: bool, file: Path | None, **opti
     mms start --model-store store --models ALL --daemon
     """
     is_daemon = was_started_as_daemon()
+    # before all else: while it starts, this process has 0.2 s of imports to do
+    ahead = None if daemon and not foreground else ForkProcess()
     from mms.upgrade import predecessor
 
     old = predecessor(os.environ)
     try:
         config, _ = _load(file, options)
-        if daemon and not foreground:
+        if ahead is None:
             start_daemon(config)
-        code = _serve(config, lambda: _load(file, options)[0], old, fresh=fresh, is_daemon=is_daemon)
+        code = _serve(config, lambda: _load(file, options)[0], old, ahead, fresh=fresh, is_daemon=is_daemon)
     except MMSError as error:
         tell_parent(f"mms: error: {error.message}")
         if old is not None:
             old.failed(error.message)
         raise
+    finally:
+        if ahead is not None:
+            ahead.end()
     sys.exit(code)
 
 
 def _serve(
-    config: Config, reread: Callable[[], Config], old: Predecessor | None, *, fresh: bool, is_daemon: bool
+    config: Config,
+    reread: Callable[[], Config],
+    old: Predecessor | None,
+    ahead: ForkProcess,
+    *,
+    fresh: bool,
+    is_daemon: bool,
 ) -> int:
     import uvloop
 
@@ -140,7 +152,7 @@ def _serve(
             logs.setup(config.log_level, config.log_file)
     except OSError as error:
         _fail(f"cannot write the log {config.log_file}: {error.strerror}")
-    return uvloop.run(serve(config, say, fresh=fresh, reread=reread, daemon=is_daemon, old=old))
+    return uvloop.run(serve(config, say, fresh=fresh, reread=reread, daemon=is_daemon, old=old, ahead=ahead))
 
 
 def _announce(text: str) -> None:

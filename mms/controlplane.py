@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import re
@@ -35,7 +36,7 @@ from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
 from mms.rundir import CacheDirectory
-from mms.safe_yaml import read_yaml
+from mms.safe_yaml import MAX_FILE, parse_yaml, read_yaml
 from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers.process import reap_orphans
 from mms.workers.restarts import MAX_BOOT_FAILURES
@@ -350,12 +351,13 @@ class ControlPlane:
         """Extract, configure and register; the pool exists afterwards but runs nothing yet."""
         number = archive.manifest.version
         self._failed(name, number)
+        origin = f"{name} {number} in {self._state} (--fresh ignores it)" if at_start else "request"
+        await self._begin_imports(archive, saved, origin)
         target = self._cache.models / f"{name}-{next(self._numbers)}"
         folder = await asyncio.to_thread(archive.extract, target, verify=self.config.verify_archives)
         owned = folder if folder == target else None
         try:
             model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
-            origin = f"{name} {number} in {self._state} (--fresh ignores it)" if at_start else "request"
             settings = self.pools.settings(archive, model_config, saved.settings, origin)
             sandbox = self.pools.sandboxes.of(settings)
             await self.pools.sandboxes.check(sandbox)
@@ -385,6 +387,15 @@ class ControlPlane:
         if replaced is not None:
             await self._unload(replaced, self.config.drain_timeout)
         return version
+
+    async def _begin_imports(self, archive: ModelArchive, saved: SavedVersion, origin: str) -> None:
+        """Have what the version's workers need imported while its files are unpacked, if that can be known so early."""
+        file = archive.manifest.config_file
+        with contextlib.suppress(MMSError):  # raised when it is unpacked
+            data = await asyncio.to_thread(archive.peek, file, MAX_FILE) if file else b""
+            if data is not None:
+                settings = self.pools.settings(archive, parse_yaml(data, file), saved.settings, origin)
+                self.pools.begin_imports(archive, settings)
 
     async def _unload(self, version: ModelVersion, drain: float) -> None:
         await version.unload(drain)

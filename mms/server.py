@@ -38,6 +38,7 @@ from mms.systemd import Notifier, passed_sockets
 from mms.token import VARIABLES, Token, take_token
 from mms.upgrade import Predecessor, Upgrades
 from mms.workers.environment import memory
+from mms.workers.forkprocess import ForkProcess
 from mms.workers.gpus import GpuMonitor
 from mms.workers.process import prepare_process
 
@@ -64,6 +65,7 @@ class ModelServer:
         reread: Callable[[], Config] | None = None,
         daemon: bool = False,
         old: Predecessor | None = None,
+        ahead: ForkProcess | None = None,
     ) -> None:
         self._config = config
         self._say = say
@@ -80,6 +82,7 @@ class ModelServer:
         self._cache = CacheDirectory(config.cache_dir)
         self._readiness = Readiness(self._registry, self._obstacle, self._restarts)
         self._control = ControlPlane(config, self._registry, store, self._cache, config.state)
+        self._control.pools.forkservers.ahead = ahead
         if old is not None:
             self._control.before = {(name, number): count for name, number, count in old.handover.workers}
         saved = old.handover.state if old is not None else State() if fresh else read(config.state)
@@ -451,13 +454,15 @@ async def serve(
     reread: Callable[[], Config] | None = None,
     daemon: bool = False,
     old: Predecessor | None = None,
+    ahead: ForkProcess | None = None,
 ) -> int:
     """The whole life of a server; returns its exit code. Raises MMSError when it cannot start.
 
     `fresh` ignores the saved state; `reread` reads the settings again for a reload; nobody waits for a `daemon`, so
-    that another process may succeed it; `old` is the server that this one succeeds.
+    that another process may succeed it; `old` is the server that this one succeeds; of `ahead` its first fork server
+    is made.
     """
-    server = ModelServer(config, say, fresh=fresh, reread=reread, daemon=daemon, old=old)
+    server = ModelServer(config, say, fresh=fresh, reread=reread, daemon=daemon, old=old, ahead=ahead)
     await server.start()
     try:
         return await server.run_until_stopped()

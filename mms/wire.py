@@ -281,8 +281,14 @@ class ForkRequest(msgspec.Struct, array_like=True):
     sandbox: Sandbox
 
 
+class Preload(msgspec.Struct, array_like=True):
+    """The first message to a fork server: what to import, for all of its workers."""
+
+    modules: list[str]
+
+
 class Preloaded(msgspec.Struct, array_like=True):
-    """The first message of a fork server; `errors` names the modules that could not be imported, and why.
+    """What a fork server answers to it; `errors` names the modules that could not be imported, and why.
 
     A template says it as well, when it has loaded. With more than one thread neither must fork: a lock held by another
     thread would stay locked in the worker. An owner says it with its weights.
@@ -301,10 +307,8 @@ class ForkReply(msgspec.Struct, array_like=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Load, PredictView, Result, Chunks, Measured, Ready, Failed, Preloaded, ForkRequest, ForkReply)
-}
+_KINDS = (Load, PredictView, Result, Chunks, Measured, Ready, Failed, Preload, Preloaded, ForkRequest, ForkReply)
+_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {kind: msgspec.msgpack.Decoder(kind) for kind in _KINDS}
 EMPTY_HEADERS = msgspec.Raw(_encoder.encode([]))
 decode_headers = msgspec.msgpack.Decoder(list[bytes]).decode
 

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import mmap
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -27,6 +26,7 @@ import msgspec
 from mms import sharedpage, wire
 from mms.allocator import keep_freed_memory
 from mms.workers.budget import how_it_ended
+from mms.workers.forkprocess import let_open_files
 from mms.workers.forkserver import UnsafeFork
 from mms.workers.sandbox import new_scratch
 
@@ -222,8 +222,7 @@ def prepare_process() -> None:
     and keeps memory for large bodies.
     """
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    let_open_files()
     keep_freed_memory()
 
 
