@@ -48,8 +48,17 @@ def _settings(command: _Command) -> _Command:
 
 
 def _load(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    given = {name: value for name, value in options.items() if value not in (None, ())}
+    given = {
+        name: _listed(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if value not in (None, ())
+    }
     return load_config(file=file, command_line=given)
+
+
+def _listed(words: tuple[str, ...]) -> tuple[str, ...]:
+    """A list may be given in one word with commas; spaces may be part of a path."""
+    return tuple(part.strip() for word in words for part in word.split(",") if part.strip())
 
 
 @click.group("mms", cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
