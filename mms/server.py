@@ -268,10 +268,13 @@ class ModelServer:
         """Let them answer."""
         from aiohttp import web
 
+        from mms.api.management import http_log
+
         for name, application, sock in zip(LISTENERS[1:], applications, sockets[1:], strict=True):
             keepalive = KEEPALIVE if self._edge.wanted else self._config.keepalive_timeout
             runner = web.AppRunner(
                 application,
+                logger=http_log,
                 access_log=None,
                 handle_signals=False,
                 keepalive_timeout=keepalive,
