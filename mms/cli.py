@@ -50,13 +50,17 @@ def _settings(command: _Command) -> _Command:
 
 
 def _load(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    given = {name: _taken_apart(value) for name, value in options.items() if value not in (None, ())}
+    given = {
+        name: _listed(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if value not in (None, ())
+    }
     return load_config(file=file, command_line=given)
 
 
-def _taken_apart(value: Any) -> Any:
-    """A list may be one option with commas, or several; what is between spaces is one word for the shell already."""
-    return tuple(word for part in value for word in part.split(",") if word) if isinstance(value, tuple) else value
+def _listed(words: tuple[str, ...]) -> tuple[str, ...]:
+    """A list may be given in one word with commas; spaces may be part of a path."""
+    return tuple(part.strip() for word in words for part in word.split(",") if part.strip())
 
 
 @click.group("mms", cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

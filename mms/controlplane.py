@@ -207,7 +207,7 @@ class ControlPlane:
             pool.set_target(0 if none else pool.scaling.adjusted(bounds), bounds)
         if (saved := self._versions.get(found)) is not None:
             self._versions[found] = msgspec.structs.replace(saved, settings={**saved.settings, **changes})
-        await self._save()
+        await self.save()
         if scales and synchronous:
             await self._settled(found)
         return found
@@ -221,7 +221,7 @@ class ControlPlane:
         for (waiting, number), (saved, _) in self._waiting.items():
             if waiting == name:
                 self._waiting[waiting, number] = saved, False
-        await self._save()
+        await self.save()
 
     def clear_cache(self, name: str, version: str) -> int:
         """Forget the answers that the version's cache keeps; how many there were. Raises NotFoundError without one."""
@@ -243,7 +243,7 @@ class ControlPlane:
             versions = []
         for found in versions:
             self.registry.remove(found)
-        await self._save()
+        await self.save()
         await asyncio.gather(*(self._unload(found, self.config.drain_timeout) for found in versions))
         if self.pools.environments.needed:
             self.tidy()
@@ -278,7 +278,7 @@ class ControlPlane:
     async def thaw(self) -> None:
         """Changes are taken again; the saved state may have been changed by another server meanwhile."""
         self.frozen = False
-        await self._save()
+        await self.save()
 
     def snapshot(self) -> State:
         """What is registered, or waits to be."""
@@ -312,7 +312,8 @@ class ControlPlane:
         if self.frozen:
             raise UpgradingError("the server is being upgraded; try again when that is done")
 
-    async def _save(self) -> None:
+    async def save(self) -> None:
+        """Return when what is registered is on disk, if that is wanted."""
         if self.saver is not None and self._last is None:
             await asyncio.shield(self.saver.save())
 
@@ -336,7 +337,7 @@ class ControlPlane:
             version.pool.set_target(min(max(bounds.low, before), bounds.high), bounds)
             if at_start:
                 version.pool.scaling.minimum = version.pool.owed
-        await self._save()
+        await self.save()
         return version
 
     def _forget(self, name: str, version: str) -> bool:

@@ -111,6 +111,7 @@ class ModelServer:
             daemon=daemon,
             environ=taken,
         )
+        self._fresh = fresh
         self._exit_code = 0
         self._timer: asyncio.TimerHandle | None = None
         self._gpus: list[GpuFacts] = []
@@ -142,8 +143,11 @@ class ModelServer:
             else:
                 self._old.watch(self._given_up)
             self._startup.begin(self._config.state)
+            # clients at a socket of the service manager wait for their answers, as for a server that starts when asked
+            clients_wait = "inference" in self._addresses.activated
             if self._old is None:
-                await self._http.start(sockets[0])
+                if not clients_wait:
+                    await self._http.start(sockets[0])
                 await self._edge.start()
             # aiohttp takes 0.2 s to import: beside the workers' start, and nobody's first prediction waits for it
             await asyncio.to_thread(_import_applications)
@@ -156,6 +160,8 @@ class ModelServer:
                 self._startup.check(self._run_dir.logs, () if self._old is None else self._old.handover.loaded)
                 if self._old is not None:
                     await self._take_over(self._old, sockets, applications)
+                elif clients_wait:
+                    await self._http.start(sockets[0])
         except BaseException:
             await self._startup.cancel()
             await self.stop()
@@ -163,6 +169,8 @@ class ModelServer:
         if self._stop_asked.is_set():
             return
         self._readiness.phase = Phase.SERVING
+        if self._fresh and self._old is None:
+            await self._control.save()  # what was there before is forgotten also if nothing changes from now on
         gc.collect()
         gc.freeze()
         line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.what())
@@ -263,10 +271,13 @@ class ModelServer:
         """Let them answer."""
         from aiohttp import web
 
+        from mms.api.management import http_log
+
         for name, application, sock in zip(LISTENERS[1:], applications, sockets[1:], strict=True):
             keepalive = KEEPALIVE if self._edge.wanted else self._config.keepalive_timeout
             runner = web.AppRunner(
                 application,
+                logger=http_log,
                 access_log=None,
                 handle_signals=False,
                 keepalive_timeout=keepalive,

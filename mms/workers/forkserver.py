@@ -156,8 +156,7 @@ class ForkServers:
             return await self._fork(server, request, descriptors)
         except (ForkServerDied, FrameError) as error:
             if self._servers.get(preload) is server:  # nobody was quicker
-                log.warning("%s; starting another", error)
-                self._died(server)
+                self._died(server, f": {error}")
             return await self._fork(self._get(preload), request, descriptors)
 
     def begin(self, preload: tuple[str, ...]) -> None:
@@ -208,10 +207,11 @@ class ForkServers:
             server = self._servers[preload] = ForkServer(preload, ahead)
         return server
 
-    def _died(self, server: ForkServer) -> None:
+    def _died(self, server: ForkServer, seen: str = "") -> None:
         self._discard(server)
-        preload = server.preload
-        self._budgets[preload].count(server.cause)
+        preload, cause = server.preload, server.cause
+        self._budgets[preload].count(cause)
+        log.error("the fork server (preload: %s) died: %s%s", _named(preload), cause, seen)
         if self._budgets[preload].spent:
             self._given_up.add(preload)
             log.error("the fork server (preload: %s) died more than %d times within %g s; until one of these is longer "

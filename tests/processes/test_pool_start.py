@@ -132,7 +132,9 @@ def test_f35_a_load_that_takes_too_long_is_failed(serve: Serve, tmp_path: Path) 
     uvloop.run(scenario())
 
 
-def test_f36_workers_outlive_their_fork_server_and_a_new_one_is_started(serve: Serve) -> None:
+def test_f36_workers_outlive_their_fork_server_and_a_new_one_is_started(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario() -> None:
         async with serve("poison", workers=2) as served:
             before, (forkserver,) = served.pids, served.forkservers.pids()
@@ -146,6 +148,8 @@ def test_f36_workers_outlive_their_fork_server_and_a_new_one_is_started(serve: S
             assert served.forkservers.pids() != [forkserver]
 
     uvloop.run(scenario())
+    (line,) = [record.message for record in caplog.records if "fork server" in record.message]
+    assert line.startswith("the fork server (preload: nothing) died: signal 9 (SIGKILL)")
 
 
 def test_the_first_fork_server_that_is_needed_is_the_one_that_was_started_ahead(serve: Serve) -> None:
