@@ -18,7 +18,9 @@ from typing import cast
 from mms.errors import BadRequestError, DeadlineError, MMSError
 from mms.http.arrivals import Arrivals
 from mms.http.exchange import Application, Buffer, Exchange
+from mms.http.largereads import LargeReads, read_by
 from mms.http.limits import (
+    LARGE_BODY,
     LEAST_READ,
     LINGER_BODY_BYTES,
     LINGER_BYTES,
@@ -28,7 +30,7 @@ from mms.http.limits import (
     READ_ANYWAY,
     Limits,
 )
-from mms.http.reader import RequestReader
+from mms.http.reader import Part, RequestReader
 from mms.http.request import Head, KnownHeads
 from mms.http.response import CONTINUE, ResponseHeads
 from mms.http.shedding import Shedding
@@ -90,6 +92,7 @@ class Connection(asyncio.Protocol):
         self._kept = 0  # bytes of streamed answers whose turn it is not yet
         self._write_paused = False
         self._read_paused = False
+        self._reads_large = False
 
     # asyncio.Protocol
 
@@ -173,7 +176,7 @@ class Connection(asyncio.Protocol):
             return BadRequestError(f"more than {MAX_BACKLOG} requests are pipelined")
         return None
 
-    def complete(self, head: Head, parts: list[bytes], size: int) -> bool:
+    def complete(self, head: Head, parts: list[Part], size: int) -> bool:
         exchange = self._exchange(head, parts, size)
         if self._drained is not None or self.shedding.step:
             exchange.keep_alive = False
@@ -182,7 +185,49 @@ class Connection(asyncio.Protocol):
             self._counted = 0
         self._backlog.append(exchange)
         self._last = not exchange.keep_alive
+        if size >= LARGE_BODY and not self._last:
+            self._read_large(size)
         return exchange.keep_alive
+
+    # LargeReads
+
+    def take_head(self, raw: bytes) -> None:
+        """The head of a request, perhaps."""
+        now, reader = monotonic(), self._reader
+        if raw == self._last_raw and self._last_head is not None and reader.idle and not self._last:
+            reader.begin(self._last_head, now)
+            return
+        reader.feed(raw, now)
+        if reader.refusal is not None:
+            self._refuse(reader.refusal)
+        elif self._backlog:
+            self._admit()
+        elif reader.rest >= LARGE_BODY and self._known.may_come_again(raw, reader.head):
+            self._last_raw, self._last_head = raw, reader.head
+
+    def take_body(self, part: memoryview, more: int) -> None:
+        """`more` bytes of a body have come, at the end of `part`."""
+        now = self.last_activity = monotonic()
+        self._reader.take(part, more, now)
+        if self._reader.in_body:
+            self._receive(self._reader.head)
+        else:
+            self._receiving = None
+            self._admit()
+
+    def step_back(self, data: bytes) -> None:
+        """Read as usual again, beginning with this."""
+        self._reads_large = False
+        self._last_raw, self._last_head = b"\0", None
+        if not self._transport.is_closing():
+            read_by(self._transport, self, paused=self._read_paused)
+        self.data_received(data)
+
+    def _read_large(self, usual: int) -> None:
+        if not (self._reads_large or self._transport.is_closing()):
+            self._reads_large = True
+            self._last_raw, self._last_head = b"\0", None
+            read_by(self._transport, LargeReads(self, self._reader, usual), paused=self._read_paused)
 
     # answering
 
@@ -323,6 +368,7 @@ class Connection(asyncio.Protocol):
         self._last_raw, self._last_head = b"\0", None
         if not self._reader.in_body:
             self._receiving = None
+        self._reader.head.meaning = None
 
     @property
     def unsent(self) -> int:
@@ -349,6 +395,8 @@ class Connection(asyncio.Protocol):
         self._counted = size
         if first and head.expect and not size and not self._pending and not self._backlog:
             self._transport.write(CONTINUE)
+        if size >= LARGE_BODY and self._reader.rest >= LARGE_BODY:
+            self._read_large(head.length)
 
     def _forget_body(self) -> None:
         if self._counted:
@@ -416,7 +464,7 @@ class Connection(asyncio.Protocol):
             if self._lingering < 0:
                 self._transport.abort()
 
-    def _exchange(self, head: Head, parts: list[bytes], size: int) -> Exchange:
+    def _exchange(self, head: Head, parts: list[Part], size: int) -> Exchange:
         return Exchange(self, head, head.keep_alive, head.request_id or _next_id(), parts, size, self.last_activity)
 
     def _steer_reading(self) -> None:
