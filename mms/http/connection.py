@@ -191,13 +191,31 @@ class Connection(asyncio.Protocol):
 
     # LargeReads
 
+    def take_request(self, data: bytearray, size: int) -> bool:
+        """A whole request, if that is what these bytes are, and it says the same as the one before."""
+        raw, head = self._last_raw, self._last_head
+        end = len(raw)
+        if (
+            head is None
+            or size - end != head.length
+            or self._pending
+            or self._last
+            or not self._reader.idle
+            or not data.startswith(raw)
+        ):
+            return False
+        now = self.last_activity = monotonic()
+        exchange = Exchange(self, head, True, _next_id(), [memoryview(data)[end:size]], head.length, now)
+        self._pending.append(exchange)
+        if not self._arrived:
+            self._loop.call_soon(self._arrivals.hand_over)
+        self._arrived.append(exchange)
+        return True
+
     def take_head(self, raw: bytes) -> None:
         """The head of a request, perhaps."""
-        now, reader = monotonic(), self._reader
-        if raw == self._last_raw and self._last_head is not None and reader.idle and not self._last:
-            reader.begin(self._last_head, now)
-            return
-        reader.feed(raw, now)
+        reader = self._reader
+        reader.feed(raw, monotonic())
         if reader.refusal is not None:
             self._refuse(reader.refusal)
         elif self._backlog:
@@ -223,11 +241,11 @@ class Connection(asyncio.Protocol):
             read_by(self._transport, self, paused=self._read_paused)
         self.data_received(data)
 
-    def _read_large(self, usual: int) -> None:
+    def _read_large(self, body: int) -> None:
         if not (self._reads_large or self._transport.is_closing()):
             self._reads_large = True
             self._last_raw, self._last_head = b"\0", None
-            read_by(self._transport, LargeReads(self, self._reader, usual), paused=self._read_paused)
+            read_by(self._transport, LargeReads(self, self._reader, body), paused=self._read_paused)
 
     # answering
 

@@ -17,47 +17,52 @@ if TYPE_CHECKING:
     from mms.http.reader import RequestReader
 
 LEAST, MOST = 16 << 10, 256 << 10  # room for one read
+HEAD = 2 << 10  # for one that is not known yet
 _HEAD_END = b"\r\n\r\n"
 
 
 class LargeReads(asyncio.BufferedProtocol):
     """Takes a connection's place at its transport while that sends large bodies."""
 
-    def __init__(self, connection: Connection, reader: RequestReader, usual: int) -> None:
+    def __init__(self, connection: Connection, reader: RequestReader, body: int) -> None:
         self._connection = connection
         self._reader = reader
-        self._usual = usual  # bytes of a request of this connection
+        self._usual = body + HEAD  # bytes of a request of this connection
         self._piece = bytearray()
-        self._from = self._filled = 0  # where in it a body begins, and how far it has come
+        self._from = 0  # where in it a body begins
+        self._filled = 0  # how far it has come; 0 for the next read to get another
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        if self._filled == len(self._piece):
-            rest = self._reader.rest
-            wanted = min(rest, max(LEAST, self._reader.size)) if rest else self._usual
-            self._piece = buffer(min(MOST, wanted + 1))  # a read that leaves room was the last one for now
-            self._from = self._filled = 0
-        return memoryview(self._piece)[self._filled :]
+    def get_buffer(self, sizehint: int) -> bytearray | memoryview:
+        if self._filled:
+            return memoryview(self._piece)[self._filled :]
+        reader, wanted = self._reader, self._usual
+        if not reader.between:
+            wanted = min(reader.rest, max(LEAST, reader.size)) or wanted
+        self._piece = buffer(min(MOST, wanted + 1))  # a read that leaves room was the last one for now
+        self._from = 0
+        return self._piece
 
     def buffer_updated(self, nbytes: int) -> None:
-        piece, begin, end = self._piece, self._filled, self._filled + nbytes
-        self._filled = end
-        if not self._reader.rest:
+        piece, begin = self._piece, self._filled
+        if not begin and self._connection.take_request(piece, nbytes):
+            return
+        end = begin + nbytes
+        rest = self._reader.rest
+        if not rest:
             head = piece.find(_HEAD_END, 0, end) + len(_HEAD_END)
             if head < len(_HEAD_END) or 2 * end < len(piece):
                 self._leave(piece, 0, end)
                 return
             self._connection.take_head(bytes(memoryview(piece)[:head]))
-            if self._reader.rest < LARGE_BODY:
+            rest = self._reader.rest
+            if rest < LARGE_BODY:
                 self._leave(piece, head, end)
                 return
             self._from = begin = head
-            self._usual = head + self._reader.rest
-        rest = self._reader.rest
+            self._usual = head + rest
         more = min(end - begin, rest)
-        part = memoryview(piece)[self._from : begin + more]
-        if more == rest:
-            self._piece, self._filled = bytearray(), 0  # it goes with the body
-        self._connection.take_body(part, more)
+        self._filled = end if more < rest and end < len(piece) else 0
+        self._connection.take_body(memoryview(piece)[self._from : begin + more], more)
         if begin + more < end:
             self._leave(piece, begin + more, end)
 
@@ -75,7 +80,7 @@ class LargeReads(asyncio.BufferedProtocol):
 
     def _leave(self, piece: bytearray, at: int, end: int) -> None:
         """What was read there is for the parser."""
-        self._piece, self._filled = bytearray(), 0
+        self._filled = 0
         self._connection.step_back(bytes(memoryview(piece)[at:end]))
 
 

@@ -85,7 +85,6 @@ class RequestReader:
         self._now = 0.0
         self._done = False
         self._raw_head = 0
-        self._parsed = False  # the parser has seen the request's head
         self._parts: list[Part] = []
         self._size = 0
         self._chunked_raw = 0
@@ -112,11 +111,6 @@ class RequestReader:
         """Bytes that are still to come of a body whose length is known."""
         return self.head.length - self._size if self.in_body and not self.head.transfer_encoding else 0
 
-    def begin(self, head: Head, now: float) -> None:
-        """A request with this head begins; its body comes by `take`."""
-        self.head, self.begun = head, now
-        self.between = self.in_head = self._parsed = False
-
     def take(self, part: memoryview, more: int, now: float) -> None:
         """`more` bytes of a body of known length have come, at the end of `part`; the parser is not shown them."""
         if len(part) > more:
@@ -126,8 +120,7 @@ class RequestReader:
         self._size += more
         self._now = now
         if self._size == self.head.length:
-            if self._parsed:
-                self._parser = httptools.HttpRequestParser(self)
+            self._parser = httptools.HttpRequestParser(self)
             self.on_message_complete()
 
     def forget(self) -> None:
@@ -250,7 +243,6 @@ class RequestReader:
 
     def on_headers_complete(self) -> None:
         self.in_head = False
-        self._parsed = True
         self._tail = b""
         head, parser = self.head, self._parser
         head.method = parser.get_method()
