@@ -18,9 +18,10 @@ from typing import cast
 from mms.errors import BadRequestError, DeadlineError, MMSError
 from mms.http.arrivals import Arrivals
 from mms.http.exchange import Application, Buffer, Exchange
-from mms.http.largereads import LargeReads, read_by
+from mms.http.largereads import LargeBodies
 from mms.http.limits import (
     LARGE_BODY,
+    LEAST_BROUGHT,
     LEAST_READ,
     LINGER_BODY_BYTES,
     LINGER_BYTES,
@@ -44,11 +45,15 @@ _BYTES = [b"%02x" % number for number in range(256)]
 _next_id = map(b"".join, itertools.product([os.urandom(6).hex().encode() + b"-"], *[_BYTES] * 6)).__next__
 
 
+def _late(what: str) -> DeadlineError:
+    return DeadlineError(f"the request {what}", status=408)
+
+
 def new_shedding(application: Application, limits: Limits) -> Shedding:
     return Shedding(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections, held=application.held)
 
 
-class Connection(asyncio.Protocol):
+class Connection(LargeBodies):
     """The front end's end of one connection."""
 
     def __init__(
@@ -89,6 +94,8 @@ class Connection(asyncio.Protocol):
         self._linger_until = 0.0
         self._untaken = 0  # bytes of answers that were unsent when the client last took LEAST_READ of them
         self._taken_at = 0.0
+        self._brought = 0  # bytes of the body that had arrived when the client last brought LEAST_BROUGHT of it
+        self._brought_at = 0.0
         self._kept = 0  # bytes of streamed answers whose turn it is not yet
         self._write_paused = False
         self._read_paused = False
@@ -189,64 +196,6 @@ class Connection(asyncio.Protocol):
             self._read_large(size)
         return exchange.keep_alive
 
-    # LargeReads
-
-    def take_request(self, data: bytearray, size: int) -> bool:
-        """A whole request, if that is what these bytes are, and it says the same as the one before."""
-        raw, head = self._last_raw, self._last_head
-        end = len(raw)
-        if (
-            head is None
-            or size - end != head.length
-            or self._pending
-            or self._last
-            or not self._reader.idle
-            or not data.startswith(raw)
-        ):
-            return False
-        now = self.last_activity = monotonic()
-        exchange = Exchange(self, head, True, _next_id(), [memoryview(data)[end:size]], head.length, now)
-        self._pending.append(exchange)
-        if not self._arrived:
-            self._loop.call_soon(self._arrivals.hand_over)
-        self._arrived.append(exchange)
-        return True
-
-    def take_head(self, raw: bytes) -> None:
-        """The head of a request, perhaps."""
-        reader = self._reader
-        reader.feed(raw, monotonic())
-        if reader.refusal is not None:
-            self._refuse(reader.refusal)
-        elif self._backlog:
-            self._admit()
-        elif reader.rest >= LARGE_BODY and self._known.may_come_again(raw, reader.head):
-            self._last_raw, self._last_head = raw, reader.head
-
-    def take_body(self, part: memoryview, more: int) -> None:
-        """`more` bytes of a body have come, at the end of `part`."""
-        now = self.last_activity = monotonic()
-        self._reader.take(part, more, now)
-        if self._reader.in_body:
-            self._receive(self._reader.head)
-        else:
-            self._receiving = None
-            self._admit()
-
-    def step_back(self, data: bytes) -> None:
-        """Read as usual again, beginning with this."""
-        self._reads_large = False
-        self._last_raw, self._last_head = b"\0", None
-        if not self._transport.is_closing():
-            read_by(self._transport, self, paused=self._read_paused)
-        self.data_received(data)
-
-    def _read_large(self, body: int) -> None:
-        if not (self._reads_large or self._transport.is_closing()):
-            self._reads_large = True
-            self._last_raw, self._last_head = b"\0", None
-            read_by(self._transport, LargeReads(self, self._reader, body), paused=self._read_paused)
-
     # answering
 
     def send(self, exchange: Exchange, head: bytes, body: Buffer) -> None:
@@ -329,18 +278,28 @@ class Connection(asyncio.Protocol):
                 self._look_at_taking(now)
             elif now > self._linger_until:
                 self._transport.abort()
-        elif self._pending:
-            pass
+        elif self._pending or self._read_paused:
+            self._brought_at = now  # until then it was not the client who made the body wait
         elif self._transport.is_closing():  # as soon as all is sent
             if silent > limits.keepalive_timeout + limits.body_timeout:
                 self._transport.abort()
-        elif not self._reader.idle:
-            in_head = self._reader.in_head
-            limit = limits.header_timeout if in_head else limits.body_timeout
-            if (now - self._reader.begun if in_head else silent) > limit:
-                self._refuse(DeadlineError(f"the request did not arrive within {limit:g} s", status=408))
+        elif self._reader.in_head and not self._reader.idle:
+            if now - self._reader.begun > limits.header_timeout:
+                self._refuse(_late(f"did not arrive within {limits.header_timeout:g} s"))
+        elif self._reader.in_body:
+            self._look_at_bringing(now)
         elif not self._edge and silent > (IDLE_WHILE_SHEDDING if self.shedding.step else limits.keepalive_timeout):
             self._transport.close()
+
+    def _look_at_bringing(self, now: float) -> None:
+        """Refuse a body of which less than LEAST_BROUGHT arrives within body_timeout."""
+        size, limit = self._reader.size, self._limits.body_timeout
+        if size < self._brought:  # another request's
+            self._brought = 0
+        if size - self._brought >= LEAST_BROUGHT:
+            self._brought, self._brought_at = size, now
+        elif now - max(self._brought_at, self._reader.begun) > limit:
+            self._refuse(_late(f"brought less than {LEAST_BROUGHT >> 10} KiB of its body within {limit:g} s"))
 
     def _look_at_taking(self, now: float) -> None:
         """Cut off a client that takes less than LEAST_READ of its answers within body_timeout."""

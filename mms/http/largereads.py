@@ -7,14 +7,21 @@ body are read together. What is only promised takes no memory: a read gets as mu
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from mms.allocator import buffer
 from mms.http.limits import LARGE_BODY
 
 if TYPE_CHECKING:
-    from mms.http.connection import Connection
-    from mms.http.reader import RequestReader
+    from collections import deque
+
+    from mms.errors import MMSError
+    from mms.http.arrivals import Arrivals
+    from mms.http.exchange import Exchange
+    from mms.http.reader import Part, RequestReader
+    from mms.http.request import Head, KnownHeads
 
 LEAST, MOST = 16 << 10, 256 << 10  # room for one read
 HEAD = 2 << 10  # for one that is not known yet
@@ -24,7 +31,7 @@ _HEAD_END = b"\r\n\r\n"
 class LargeReads(asyncio.BufferedProtocol):
     """Takes a connection's place at its transport while that sends large bodies."""
 
-    def __init__(self, connection: Connection, reader: RequestReader, body: int) -> None:
+    def __init__(self, connection: LargeBodies, reader: RequestReader, body: int) -> None:
         self._connection = connection
         self._reader = reader
         self._usual = body + HEAD  # bytes of a request of this connection
@@ -84,7 +91,98 @@ class LargeReads(asyncio.BufferedProtocol):
         self._connection.step_back(bytes(memoryview(piece)[at:end]))
 
 
-def read_by(transport: asyncio.Transport, protocol: asyncio.BaseProtocol, *, paused: bool) -> None:
+class LargeBodies(asyncio.Protocol):
+    """What a connection does about large bodies; a base class, as it is the connection that reads, in either way."""
+
+    last_activity: float
+    _arrivals: Arrivals
+    _arrived: list[Exchange]
+    _backlog: deque[Exchange]
+    _known: KnownHeads
+    _last: bool
+    _last_head: Head | None
+    _last_raw: bytes
+    _loop: asyncio.AbstractEventLoop
+    _pending: deque[Exchange]
+    _read_paused: bool
+    _reader: RequestReader
+    _reads_large: bool
+    _receiving: Head | None
+    _transport: asyncio.Transport
+
+    def take_request(self, data: bytearray, size: int) -> bool:
+        """A whole request, if that is what these bytes are, and it says the same as the one before."""
+        raw, head = self._last_raw, self._last_head
+        end = len(raw)
+        if (
+            head is None
+            or size - end != head.length
+            or self._pending
+            or self._last
+            or not self._reader.idle
+            or not data.startswith(raw)
+        ):
+            return False
+        self.last_activity = monotonic()
+        exchange = self._exchange(head, [memoryview(data)[end:size]], head.length)
+        self._pending.append(exchange)
+        if not self._arrived:
+            self._loop.call_soon(self._arrivals.hand_over)
+        self._arrived.append(exchange)
+        return True
+
+    def take_head(self, raw: bytes) -> None:
+        """The head of a request, perhaps."""
+        reader = self._reader
+        reader.feed(raw, monotonic())
+        if reader.refusal is not None:
+            self._refuse(reader.refusal)
+        elif self._backlog:
+            self._admit()
+        elif reader.rest >= LARGE_BODY and self._known.may_come_again(raw, reader.head):
+            self._last_raw, self._last_head = raw, reader.head
+
+    def take_body(self, part: memoryview, more: int) -> None:
+        """`more` bytes of a body have come, at the end of `part`."""
+        now = self.last_activity = monotonic()
+        self._reader.take(part, more, now)
+        if self._reader.in_body:
+            self._receive(self._reader.head)
+        else:
+            self._receiving = None
+            self._admit()
+
+    def step_back(self, data: bytes) -> None:
+        """Read as usual again, beginning with this."""
+        self._reads_large = False
+        self._last_raw, self._last_head = b"\0", None
+        if not self._transport.is_closing():
+            _read_by(self._transport, self, paused=self._read_paused)
+        self.data_received(data)
+
+    def _read_large(self, body: int) -> None:
+        if not (self._reads_large or self._transport.is_closing()):
+            self._reads_large = True
+            self._last_raw, self._last_head = b"\0", None
+            _read_by(self._transport, LargeReads(self, self._reader, body), paused=self._read_paused)
+
+    @abstractmethod
+    def eof_received(self) -> bool: ...
+
+    @abstractmethod
+    def _exchange(self, head: Head, parts: list[Part], size: int) -> Exchange: ...
+
+    @abstractmethod
+    def _refuse(self, error: MMSError) -> None: ...
+
+    @abstractmethod
+    def _receive(self, head: Head) -> None: ...
+
+    @abstractmethod
+    def _admit(self) -> None: ...
+
+
+def _read_by(transport: asyncio.Transport, protocol: asyncio.BaseProtocol, *, paused: bool) -> None:
     """uvloop looks at the kind of a protocol when it begins to read."""
     if not paused:
         transport.pause_reading()

@@ -18,6 +18,7 @@ LARGE_BODY = 64 << 10  # from here on a body is read into the memory in which it
 LINGER_BYTES = 64 << 10  # read and dropped after the last answer, so that it is not reset (RFC 9112, 9.6)
 LINGER_BODY_BYTES = 4 << 20  # the same where the rest of a refused body may be on its way: most clients send first
 LINGER_SECONDS = 1.0  # in all, from when the answer has left
+LEAST_BROUGHT = 64 << 10  # of a large body a client must send so much within body_timeout
 LEAST_READ = 64 << 10  # of a large answer a client must take so much within body_timeout
 
 
