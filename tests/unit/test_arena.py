@@ -124,7 +124,7 @@ def test_memory_that_is_used_again_is_kept(both: Both) -> None:
         assert os.fstat(file).st_blocks * 512 >= 1 << 20
 
 
-def test_f20_a_worker_cannot_cut_the_memory_off(both: Both) -> None:
+def test_a_worker_cannot_cut_the_memory_off(both: Both) -> None:
     for size in (0, 1 << 30):
         with pytest.raises(PermissionError):
             os.ftruncate(both[2], size)

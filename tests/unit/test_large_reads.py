@@ -79,7 +79,7 @@ def test_a_head_that_is_forgotten_is_looked_at_again() -> None:
     assert len(set(map(id, heads))) == 4
 
 
-def test_f105_what_is_noted_on_the_head_of_a_body_that_is_read_is_forgotten() -> None:
+def test_what_is_noted_on_the_head_of_a_body_that_is_read_is_forgotten() -> None:
     client = connected(at_once=False)
     for _ in range(2):
         client.send(large())
@@ -145,7 +145,7 @@ def test_who_asks_first_is_told_to_continue() -> None:
     assert bodies(client) == [b"POST /p " + body]
 
 
-def test_f89_what_is_promised_takes_no_memory() -> None:
+def test_what_is_promised_takes_no_memory() -> None:
     """As much room as was sent, and LEAST more."""
     client = connected()
     client.send(large(1 << 20))
