@@ -56,9 +56,9 @@ class LargeReads(asyncio.BufferedProtocol):
         end = begin + nbytes
         rest = self._reader.rest
         if not rest:
-            head = piece.find(_HEAD_END, 0, end) + len(_HEAD_END)
-            if head < len(_HEAD_END) or 2 * end < len(piece):
-                self._leave(piece, 0, end)
+            head = piece.find(_HEAD_END, begin, end) + len(_HEAD_END)
+            if begin or head < len(_HEAD_END) or 2 * end < len(piece):  # a body that was refused, or no large request
+                self._leave(piece, begin, end)
                 return
             self._connection.take_head(bytes(memoryview(piece)[:head]))
             rest = self._reader.rest

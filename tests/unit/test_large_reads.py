@@ -134,6 +134,19 @@ def test_what_speaks_against_the_rest_of_a_body_is_asked_once_per_request() -> N
     assert client.statuses() == [200, 200, 200, 429]
 
 
+def test_what_follows_a_refusal_within_a_body_is_dropped_and_counted_once() -> None:
+    client = connected()
+    client.send(large())
+    request = large(900 * KIB)
+    client.send(request[: 200 * KIB])
+    client.connection.shedding.bytes = 1 << 40  # others have brought so much
+    client.send(request[200 * KIB : 250 * KIB])
+    assert client.statuses() == [200, 429]
+    left = client.connection._lingering
+    client.send(request[250 * KIB : 260 * KIB], step=KIB)
+    assert client.connection._lingering == left - 10 * KIB
+
+
 def test_who_asks_first_is_told_to_continue() -> None:
     client = connected()
     client.send(large())
