@@ -3,7 +3,8 @@
 A frame is a fixed header (magic, version, kind, length of the head, length of the payloads), a msgpack head, and the
 payloads of all jobs back to back. The head of a frame holds whatever is known of *all* its jobs, so that a frame costs
 one system call, one encode and one decode however many requests it carries. That includes their bodies if these are
-small: then the frame has `bodies`, and neither `sizes` nor payloads.
+small: then the frame has `bodies`, and neither `sizes` nor payloads. Large ones mostly lie in the memory that both
+share (`arena`): the frame is of the kind with SHARED, and instead of payloads there is where they begin.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ INLINE_BELOW = 64 << 10  # bytes: bodies that are fewer in all are a column of t
 
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
 READY, FAILED, RESULT, MEASURED, STREAM = 16, 17, 18, 19, 20  # worker -> server
+SHARED = 128  # added to PREDICT and RESULT
 FORK = 32  # server -> template
 LOADED, FORKED = 48, 49  # template -> server
 

@@ -18,7 +18,9 @@ from typing import cast
 from mms.errors import BadRequestError, DeadlineError, MMSError
 from mms.http.arrivals import Arrivals
 from mms.http.exchange import Application, Buffer, Exchange
+from mms.http.largereads import LargeBodies
 from mms.http.limits import (
+    LARGE_BODY,
     LEAST_BROUGHT,
     LEAST_READ,
     LINGER_BODY_BYTES,
@@ -29,7 +31,7 @@ from mms.http.limits import (
     READ_ANYWAY,
     Limits,
 )
-from mms.http.reader import RequestReader
+from mms.http.reader import Part, RequestReader
 from mms.http.request import Head, KnownHeads
 from mms.http.response import CONTINUE, ResponseHeads
 from mms.http.shedding import Shedding
@@ -51,7 +53,7 @@ def new_shedding(application: Application, limits: Limits) -> Shedding:
     return Shedding(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections, held=application.held)
 
 
-class Connection(asyncio.Protocol):
+class Connection(LargeBodies):
     """The front end's end of one connection."""
 
     def __init__(
@@ -97,6 +99,7 @@ class Connection(asyncio.Protocol):
         self._kept = 0  # bytes of streamed answers whose turn it is not yet
         self._write_paused = False
         self._read_paused = False
+        self._reads_large = False
 
     # asyncio.Protocol
 
@@ -180,7 +183,7 @@ class Connection(asyncio.Protocol):
             return BadRequestError(f"more than {MAX_BACKLOG} requests are pipelined")
         return None
 
-    def complete(self, head: Head, parts: list[bytes], size: int) -> bool:
+    def complete(self, head: Head, parts: list[Part], size: int) -> bool:
         exchange = self._exchange(head, parts, size)
         if self._drained is not None or self.shedding.step:
             exchange.keep_alive = False
@@ -189,6 +192,8 @@ class Connection(asyncio.Protocol):
             self._counted = 0
         self._backlog.append(exchange)
         self._last = not exchange.keep_alive
+        if size >= LARGE_BODY and not self._last:
+            self._read_large(size)
         return exchange.keep_alive
 
     # answering
@@ -340,6 +345,7 @@ class Connection(asyncio.Protocol):
         self._last_raw, self._last_head = b"\0", None
         if not self._reader.in_body:
             self._receiving = None
+        self._reader.head.meaning = None
 
     @property
     def unsent(self) -> int:
@@ -366,6 +372,8 @@ class Connection(asyncio.Protocol):
         self._counted = size
         if first and head.expect and not size and not self._pending and not self._backlog:
             self._transport.write(CONTINUE)
+        if size >= LARGE_BODY and self._reader.rest >= LARGE_BODY:
+            self._read_large(head.length)
 
     def _forget_body(self) -> None:
         if self._counted:
@@ -433,7 +441,7 @@ class Connection(asyncio.Protocol):
             if self._lingering < 0:
                 self._transport.abort()
 
-    def _exchange(self, head: Head, parts: list[bytes], size: int) -> Exchange:
+    def _exchange(self, head: Head, parts: list[Part], size: int) -> Exchange:
         return Exchange(self, head, head.keep_alive, head.request_id or _next_id(), parts, size, self.last_activity)
 
     def _steer_reading(self) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from mms.errors import MMSError
+from mms.http.reader import Part
 from mms.http.request import Head
 from mms.http.response import JOIN_BELOW, error_response, length_lines
 from mms.http.streaming import Streaming
@@ -59,7 +60,7 @@ class Exchange(msgspec.Struct, eq=False):
     head: Head
     keep_alive: bool
     request_id: bytes
-    parts: list[bytes]
+    parts: list[Part]
     size: int
     arrived: float
     response: tuple[bytes, Buffer] | None = None

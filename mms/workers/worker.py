@@ -125,10 +125,13 @@ class Worker(asyncio.Protocol):
             frame.sizes, frame.bodies = [], [b"".join(job.parts) for job in jobs]
             self._transport.write(wire.pack(wire.PREDICT, frame))
             return
-        parts = [wire.pack(wire.PREDICT, frame, size)]
-        for job in jobs:
-            parts += job.parts
-        self._transport.writelines(parts)
+        parts = [part for job in jobs for part in job.parts]
+        arena = self.process.arena
+        where = arena.requests.put(parts, size) if arena is not None else None
+        if where is not None:
+            self._transport.write(wire.pack(wire.PREDICT | wire.SHARED, frame, len(where)) + where)
+        else:
+            self._transport.writelines([wire.pack(wire.PREDICT, frame, size), *parts])
 
     def stop(self, grace: float) -> None:
         """Take no more jobs, leave when those in hand are answered; killed when that takes over `grace` seconds."""
@@ -156,6 +159,9 @@ class Worker(asyncio.Protocol):
             for kind, head, payload in self._reader.feed(data):
                 if kind == wire.RESULT:
                     self._results(wire.decode(wire.Result, head), payload)
+                elif kind == wire.RESULT | wire.SHARED and self.process.arena is not None:
+                    result = wire.decode(wire.Result, head)
+                    self._results(result, self.process.arena.answers.lend(payload, sum(result.sizes)))
                 elif kind == wire.STREAM:
                     self._chunks(wire.decode(wire.Chunks, head), payload)
                 elif kind == wire.MEASURED:
