@@ -19,6 +19,7 @@ from mms.errors import BadRequestError, DeadlineError, MMSError
 from mms.http.arrivals import Arrivals
 from mms.http.exchange import Application, Buffer, Exchange
 from mms.http.limits import (
+    LEAST_BROUGHT,
     LEAST_READ,
     LINGER_BODY_BYTES,
     LINGER_BYTES,
@@ -40,6 +41,10 @@ IDLE_WHILE_SHEDDING = 1.0
 _BYTES = [b"%02x" % number for number in range(256)]
 # request ids: random for the process, then a number that counts up; made in C
 _next_id = map(b"".join, itertools.product([os.urandom(6).hex().encode() + b"-"], *[_BYTES] * 6)).__next__
+
+
+def _late(what: str) -> DeadlineError:
+    return DeadlineError(f"the request {what}", status=408)
 
 
 def new_shedding(application: Application, limits: Limits) -> Shedding:
@@ -87,6 +92,8 @@ class Connection(asyncio.Protocol):
         self._linger_until = 0.0
         self._untaken = 0  # bytes of answers that were unsent when the client last took LEAST_READ of them
         self._taken_at = 0.0
+        self._brought = 0  # bytes of the body that had arrived when the client last brought LEAST_BROUGHT of it
+        self._brought_at = 0.0
         self._kept = 0  # bytes of streamed answers whose turn it is not yet
         self._write_paused = False
         self._read_paused = False
@@ -266,18 +273,28 @@ class Connection(asyncio.Protocol):
                 self._look_at_taking(now)
             elif now > self._linger_until:
                 self._transport.abort()
-        elif self._pending:
-            pass
+        elif self._pending or self._read_paused:
+            self._brought_at = now  # until then it was not the client who made the body wait
         elif self._transport.is_closing():  # as soon as all is sent
             if silent > limits.keepalive_timeout + limits.body_timeout:
                 self._transport.abort()
-        elif not self._reader.idle:
-            in_head = self._reader.in_head
-            limit = limits.header_timeout if in_head else limits.body_timeout
-            if (now - self._reader.begun if in_head else silent) > limit:
-                self._refuse(DeadlineError(f"the request did not arrive within {limit:g} s", status=408))
+        elif self._reader.in_head and not self._reader.idle:
+            if now - self._reader.begun > limits.header_timeout:
+                self._refuse(_late(f"did not arrive within {limits.header_timeout:g} s"))
+        elif self._reader.in_body:
+            self._look_at_bringing(now)
         elif not self._edge and silent > (IDLE_WHILE_SHEDDING if self.shedding.step else limits.keepalive_timeout):
             self._transport.close()
+
+    def _look_at_bringing(self, now: float) -> None:
+        """Refuse a body of which less than LEAST_BROUGHT arrives within body_timeout."""
+        size, limit = self._reader.size, self._limits.body_timeout
+        if size < self._brought:  # another request's
+            self._brought = 0
+        if size - self._brought >= LEAST_BROUGHT:
+            self._brought, self._brought_at = size, now
+        elif now - max(self._brought_at, self._reader.begun) > limit:
+            self._refuse(_late(f"brought less than {LEAST_BROUGHT >> 10} KiB of its body within {limit:g} s"))
 
     def _look_at_taking(self, now: float) -> None:
         """Cut off a client that takes less than LEAST_READ of its answers within body_timeout."""
