@@ -88,7 +88,14 @@ def compare(work: str, peers: Path, names: Sequence[str], bench: Bench) -> Itera
     """All figures of one kind of work."""
     for batch in BATCHES:
         with contextlib.ExitStack() as stack:
-            contenders = [Contender(stack, bench, peers, name, work, batch) for name in (OURS, *names)]
+            contenders = [Contender(stack, bench, peers, OURS, work, batch)]
+            for name in names:
+                try:
+                    contenders.append(Contender(stack, bench, peers, name, work, batch))
+                except (ServerError, LoadError) as error:
+                    say(f"left out: {error}")
+            if len(contenders) == 1:
+                raise ServerError("no peer could be started")
             samples = [
                 sample
                 for connections in ((MANY, FEW) if batch > 1 else (MANY,))
