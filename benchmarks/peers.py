@@ -121,18 +121,28 @@ def alone(work: str, peers: Path, bench: Bench) -> Iterator[Figure]:
             yield against_the_best(what, samples, ONE, "p50", 1.0)
 
 
-def in_turns(contenders: Sequence[Contender], connections: int, bench: Bench) -> list[Sample]:
-    """One sample per server and round."""
-    samples = []
+def in_turns(contenders: list[Contender], connections: int, bench: Bench) -> list[Sample]:
+    """One sample per server and round. A peer that does not answer as it should is left out from then on."""
+    samples: list[Sample] = []
     for _ in range(bench.repeat):
-        for contender in contenders:
-            sample = contender.sample(connections, bench.seconds)
+        for contender in list(contenders):
+            try:
+                sample = contender.sample(connections, bench.seconds)
+            except LoadError as error:
+                if contender.name == OURS:
+                    raise
+                say(f"  left out, {contender.name}: {error}")
+                contenders.remove(contender)
+                continue
             say(
                 f"  {connections} connections, {sample.server}: {sample.rate:,.0f}/s, {sample.cpu:.1f} µs CPU, "
                 f"p50 {sample.p50:,.0f} µs, p99 {sample.p99:,.0f} µs, batches of {sample.batch:.1f}"
             )
             samples.append(sample)
-    return samples
+    names = [contender.name for contender in contenders]
+    if names == [OURS]:
+        raise ServerError("no peer is left")
+    return [sample for sample in samples if sample.server in names]
 
 
 def judged(what: str, bars: Bars, samples: Sequence[Point]) -> Iterator[Figure]:

@@ -20,6 +20,7 @@ def launch(archiver, server, settings):
     subprocess.run([BIN / archiver[0], *archiver[1:], "--model-name", "bench", "--export-path", "store"], check=True)
     Path("log4j2.xml").write_text(QUIET)
     lines = {"model_store": "store", "job_queue_size": 1000, "default_response_timeout": 120, **settings}
+    lines["vmargs"] = f"-Djava.io.tmpdir={Path.cwd()}"  # Java knows no TMPDIR, and its sockets and models go there
     Path("config.properties").write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
     program = str(BIN / server[0])
     words = ["--start", "--foreground", "--model-store", "store", "--log-config", "log4j2.xml", *server[1:]]
