@@ -20,6 +20,7 @@ import mms
 from mms.config import Config, load_config
 from mms.daemon import daemon_log, start_daemon, tell_parent, was_started_as_daemon
 from mms.errors import MMSError
+from mms.instances import parse_instances
 from mms.program import Program
 from mms.rundir import RunDirectory, Running
 from mms.setting import show_setting
@@ -40,7 +41,7 @@ def _settings(command: _Command) -> _Command:
     """An option for each setting, and --config."""
     for setting in reversed(fields(Config)):
         flag = "--" + setting.name.replace("_", "-")
-        multiple = isinstance(setting.default, tuple)
+        multiple = isinstance(setting.default, tuple) and setting.metadata["parse"] is not parse_instances  # JSON
         command = click.option(
             flag, setting.name, multiple=multiple, default=None, metavar="…", help=setting.metadata["help"]
         )(command)
@@ -48,8 +49,13 @@ def _settings(command: _Command) -> _Command:
 
 
 def _load(file: Path | None, options: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    given = {name: value for name, value in options.items() if value not in (None, ())}
+    given = {name: _taken_apart(value) for name, value in options.items() if value not in (None, ())}
     return load_config(file=file, command_line=given)
+
+
+def _taken_apart(value: Any) -> Any:
+    """A list may be one option with commas, or several; what is between spaces is one word for the shell already."""
+    return tuple(word for part in value for word in part.split(",") if word) if isinstance(value, tuple) else value
 
 
 @click.group("mms", cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

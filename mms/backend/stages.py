@@ -211,7 +211,13 @@ class RequestStages:
             if self._one_bucket:
                 return Prepared(request, item)
             bucket = handler.bucket_by(item)
-            hash(bucket)
+            try:
+                hash(bucket)
+            except TypeError:
+                kind = type(bucket).__name__
+                raise HandlerError(
+                    f"bucket_by returned a {kind}, which has no hash; return a tuple, a number or a text"
+                ) from None
         except BaseException as error:
             return Prepared(request, None, None, failure(client_error(error, [request])))
         return Prepared(request, item, bucket)

@@ -74,11 +74,13 @@ class Scaling:
     def _see(self, now: float, workers: Sequence[Worker]) -> Seen:
         batch_size = self._queue.batch_size
         loads = [worker.in_flight for worker in workers]
-        threads = sum(load.threads for load in loads)
+        limits = [load.batch_limit for load in loads]
+        sizes = [batch_size if limit is None else limit.limit for limit in limits]
+        rooms = [size * load.threads for size, load in zip(sizes, loads, strict=True)]
         return Seen(
             ready=len(loads),
-            busy=sum(min(1.0, len(load.jobs) / (batch_size * load.threads)) for load in loads),
-            waiting=self._queue.depth / batch_size * (len(loads) / threads if loads else 1.0),
+            busy=sum(min(1.0, len(load.jobs) / room) for load, room in zip(loads, rooms, strict=True)),
+            waiting=self._queue.depth * (len(loads) / sum(rooms) if loads else 1 / batch_size),
             oldest_wait=self._queue.oldest_wait(now),
             batch_seconds=max((load.batch_seconds or 0.0 for load in loads), default=0.0),
             submitted=self._queue.submitted,

@@ -372,6 +372,7 @@ def describe_worker(worker: Worker, memory: int, private: int | None, gpu_memory
         "gpu": gpu is not None,
         **({"gpuId": gpu.index, "gpuUuid": gpu.uuid} if gpu is not None else {}),
         "threads": worker.place.threads,
+        **({"preprocessThreads": count} if (count := worker.in_flight.preprocess_threads) else {}),
         "memoryUsage": memory,
         **({"privateMemory": private} if private is not None else {}),
         **({"gpuMemoryUsage": gpu_memory} if gpu_memory is not None else {}),

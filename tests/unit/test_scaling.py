@@ -10,6 +10,7 @@ from mms.metrics import VersionMetrics
 from mms.workers.autoscaler import Bounds
 from mms.workers.inflight import InFlight
 from mms.workers.scaling import Scaling
+from mms.workers.scheduling import Scheduling
 from mms.workers.worker import Worker
 from tests.unit.test_batching import NOW, make_job, make_queue
 
@@ -71,6 +72,17 @@ def test_a_worker_is_as_busy_as_its_threads(workers: list[Busy], target: int) ->
 @pytest.mark.parametrize(("jobs", "threads", "target"), [(2, 1, 1), (8, 1, 2), (8, 2, 1)])
 def test_a_worker_whose_batches_are_half_empty_needs_no_other(jobs: int, threads: int, target: int) -> None:
     assert look(make(Bounds(1, 8), 1, batch_size=8), 2.5, Busy(jobs, threads)) == target
+
+
+@pytest.mark.parametrize(("jobs", "target"), [(3, 2), (1, 1)])
+def test_with_a_latency_objective_a_full_batch_is_one_of_the_limit(jobs: int, target: int) -> None:
+    scaling = make(Bounds(1, 8), 1, batch_size=256, scheduling=Scheduling(objective=0.05))
+    worker = Busy(0)
+    worker.in_flight = scaling._queue.new_worker()
+    assert worker.in_flight.batch_limit is not None
+    worker.in_flight.batch_limit.limit = 3
+    worker.in_flight.add([make_job(number) for number in range(jobs)])
+    assert look(scaling, 2.5, worker) == target
 
 
 def test_only_those_that_were_asked_for_are_missed() -> None:
