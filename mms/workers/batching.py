@@ -423,7 +423,8 @@ class BatchQueue:
         elif len(worker.frames) > worker.threads or self.depth < batch_size:
             return 0
         else:
-            room = ahead * worker.threads * batch_size - len(worker.jobs)
+            most = max(ahead, 2) if ahead else 0  # behind a batch that fits into AHEAD_SECONDS lies another one
+            room = most * worker.threads * batch_size - len(worker.jobs)
             limit = min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
         if self._preferred and limit > batch_size:
             limit = min(limit, max(1, self.depth // batch_size) * batch_size)

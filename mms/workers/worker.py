@@ -39,6 +39,10 @@ class Owner(Protocol):
 
     def worker_ready(self, worker: Worker, ready: wire.Ready) -> None: ...
 
+    def worker_idle(self) -> None:
+        """A worker has nothing left to do, and a full batch waits; the answers it has sent are not delivered yet."""
+        ...
+
     def worker_free(self, worker: Worker) -> None: ...
 
     def objective_missed(self, worker: Worker, seconds: float) -> None:
@@ -216,6 +220,8 @@ class Worker(asyncio.Protocol):
         if jobs is None:
             raise FrameError(f"answers to jobs {result.ids}, which this worker does not have")
         waits = self._observe(result.batches, jobs, now)
+        if not self.in_flight.jobs and self._queue.depth >= self._queue.batch_size:
+            self._owner.worker_idle()
         if any([job.settled for job in jobs]):
             places = [place for place, job in enumerate(jobs) if not job.settled]
             jobs, outcomes = [jobs[place] for place in places], [outcomes[place] for place in places]
