@@ -35,11 +35,15 @@ from mms.http.shedding import Shedding
 
 _HEAD_END = b"\r\n\r\n"
 _RESET = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER: on, for no time at all
+_NO_HEAD = Head()
 IDLE_WHILE_SHEDDING = 1.0
 
 _BYTES = [b"%02x" % number for number in range(256)]
-# request ids: random for the process, then a number that counts up; made in C
-_next_id = map(b"".join, itertools.product([os.urandom(6).hex().encode() + b"-"], *[_BYTES] * 6)).__next__
+# request ids: random for the process, then a number that counts up; made in C, all but the end once for 256 of them
+_beginnings = map(b"".join, itertools.product([os.urandom(6).hex().encode() + b"-"], *[_BYTES] * 5))
+_next_id = itertools.chain.from_iterable(
+    map(b"".join, itertools.product([beginning], _BYTES)) for beginning in _beginnings
+).__next__
 
 
 def new_shedding(application: Application, limits: Limits) -> Shedding:
@@ -47,7 +51,16 @@ def new_shedding(application: Application, limits: Limits) -> Shedding:
 
 
 class Connection(asyncio.Protocol):
-    """The front end's end of one connection."""
+    """The front end's end of one connection. With slots, in the order of their use: beside many others, its memory is
+    what a request has to wait for.
+    """
+
+    __slots__ = (
+        "last_activity", "_last", "_last_size", "_last_raw", "_last_head", "_pending", "_arrived", "_arrivals", "_loop",
+        "_transport", "_backlog", "_refused", "heads",
+        "_application", "_counted", "_drained", "_edge", "_kept", "_known", "_limits", "_linger_until", "_lingering",
+        "_peers", "_read_paused", "_reader", "_receiving", "_taken_at", "_untaken", "_write_paused", "shedding",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -72,8 +85,9 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._reader = RequestReader(self, limits.max_request_size)
-        self._last_raw = b"\0"  # a known head, as this connection sent it last
-        self._last_head: Head | None = None
+        self._last_head = _NO_HEAD  # a known one that this connection sent last ...
+        self._last_raw = b""
+        self._last_size = 0  # ... with a body of its length; 0 when the next bytes are to be looked at as a whole
         self._refused: tuple[Exchange, MMSError] | None = None  # to be answered behind the backlog
         self._arrivals = arrivals
         self._arrived = arrivals.exchanges
@@ -134,33 +148,39 @@ class Connection(asyncio.Protocol):
         if self._last:
             self._drop(len(data))
             return
-        reader, end = self._reader, 0
-        if reader.between and not reader.held:
-            raw, known = self._last_raw, self._last_head
-            end = len(raw)
-            if not data.startswith(raw):
-                known = None
-                end = data.find(_HEAD_END)
-                if end >= 0:
-                    end += 4
-                    raw = data[:end]
-                    known = self._known.get(raw)
-                    if known is not None:
-                        self._last_raw, self._last_head = raw, known
-            if known is not None and len(data) - end == known.length and not self._pending:
-                exchange = Exchange(self, known, True, _next_id(), [data[end:]], known.length, now)
-                self._pending.append(exchange)
-                if not self._arrived:
-                    self._loop.call_soon(self._arrivals.hand_over)
-                self._arrived.append(exchange)
-                return
-        head = reader.head
+        if self._pending or not (
+            (len(data) == self._last_size and data.startswith(self._last_raw)) or self._recognizes(data)
+        ):
+            self._read(data, now)
+            return
+        head = self._last_head
+        exchange = Exchange(self, head, True, _next_id(), [data[len(self._last_raw) :]], head.length, now)
+        self._pending.append(exchange)
+        if not self._arrived:
+            self._loop.call_soon(self._arrivals.hand_over)
+        self._arrived.append(exchange)
+
+    def _recognizes(self, data: bytes) -> bool:
+        """Whether this is a whole request with a head that is known; then the next one is expected to be like it."""
+        end = data.find(_HEAD_END) + len(_HEAD_END)
+        known = self._known.get(data[:end]) if self._reader.idle else None
+        if known is None or len(data) - end != known.length:
+            return False
+        self._last_head, self._last_raw, self._last_size = known, data[:end], len(data)
+        return True
+
+    def _read(self, data: bytes, now: float) -> None:
+        """Have the parser read."""
+        reader = self._reader
+        head, idle = reader.head, reader.idle
+        self._last_size = 0
         reader.feed(data, now)
         if reader.refusal is not None:
             self._refuse(reader.refusal)
             return
         if self._backlog:
-            if end > 0 and len(data) - end == head.length and self._backlog[-1].head is head:
+            end = data.find(_HEAD_END) + len(_HEAD_END) if idle else 0
+            if end and len(data) - end == head.length and self._backlog[-1].head is head:
                 self._known.remember(data[:end], head)
             self._admit()
         if reader.in_body and not self._last:
@@ -320,7 +340,7 @@ class Connection(asyncio.Protocol):
 
     def forget_heads(self) -> None:
         """The next request is looked at as a whole, whatever was known."""
-        self._last_raw, self._last_head = b"\0", None
+        self._last_head, self._last_size = _NO_HEAD, 0
         if not self._reader.in_body:
             self._receiving = None
 
