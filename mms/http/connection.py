@@ -215,10 +215,12 @@ class Connection(asyncio.Protocol):
             exchange.response = head, body
             return
         pending.popleft()
-        if not body and not self._transport.is_closing():
-            self._transport.write(head)
-        else:
+        if body:
             self._write(head, body)
+        else:
+            self._transport.write(head)  # if it is closing, nobody reads any more, and it drops this
+        if exchange.keep_alive and not pending and not self._last:
+            return  # the usual case
         while exchange.keep_alive and pending:
             following = pending[0]
             if following.response is None:

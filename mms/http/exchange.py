@@ -84,13 +84,16 @@ class Exchange(msgspec.Struct, eq=False):
     def answer_all(exchanges: Sequence[Exchange], status: int, head: bytes, bodies: Sequence[Buffer]) -> None:
         """As `answer` for each of at least one; never raises."""
         begin = exchanges[0].connection.heads[status] + head + _ID
+        usual = JOIN_BELOW if status != 204 else 0
+        lines, its_size = b"", -1
         for exchange, body in zip(exchanges, bodies, strict=True):
             size = len(body)
             try:
-                if exchange.keep_alive and size < JOIN_BELOW and exchange.head.plain and status != 204:
+                if size < usual and exchange.keep_alive and exchange.head.plain:
+                    if size != its_size:
+                        lines, its_size = length_lines(size), size
                     exchange.work = None
-                    answer = b"".join((begin, exchange.request_id, length_lines(size), body))
-                    exchange.connection.send(exchange, answer, b"")
+                    exchange.connection.send(exchange, b"".join((begin, exchange.request_id, lines, body)), b"")
                 else:
                     exchange.answer(status, head, body)
             except Exception:  # must not cost the others their answer

@@ -21,7 +21,7 @@ class Busy:
 
     def __init__(self, jobs: int, threads: int = 1) -> None:
         self.in_flight = InFlight(threads)
-        self.in_flight.add([make_job(number) for number in range(jobs)])
+        self.in_flight.add([make_job(number) for number in range(jobs)], NOW)
 
 
 def make(bounds: Bounds, target: int = 0, **queue: Any) -> Scaling:
