@@ -56,8 +56,8 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "last_activity", "_last", "_last_size", "_last_raw", "_last_head", "_pending", "_arrived", "_arrivals", "_loop",
-        "_transport", "_backlog", "_refused", "heads",
+        "last_activity", "_last", "_last_size", "_last_raw", "_last_head", "_alone", "_arrived", "_arrivals", "_loop",
+        "_transport", "heads", "_pending", "_backlog", "_refused",
         "_application", "_counted", "_drained", "_edge", "_kept", "_known", "_limits", "_linger_until", "_lingering",
         "_peers", "_read_paused", "_reader", "_receiving", "_taken_at", "_untaken", "_write_paused", "shedding",
     )  # fmt: skip
@@ -91,6 +91,7 @@ class Connection(asyncio.Protocol):
         self._refused: tuple[Exchange, MMSError] | None = None  # to be answered behind the backlog
         self._arrivals = arrivals
         self._arrived = arrivals.exchanges
+        self._alone: Exchange | None = None  # the usual case of one that waits for its answer, else:
         self._pending: deque[Exchange] = deque()
         self._backlog: deque[Exchange] = deque()
         self._drained: asyncio.Future[None] | None = None
@@ -126,9 +127,10 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._last = True
-        if self._edge or any(exchange.stream is not None for exchange in self._pending):
+        pending = self._in_line()
+        if self._edge or any(exchange.stream is not None for exchange in pending):
             return False  # who takes chunks as they come has left: the next one, which would tell, may come late
-        return bool(self._pending)  # a client may close its half and still read its answers
+        return bool(pending)  # a client may close its half and still read its answers
 
     def pause_writing(self) -> None:
         self._write_paused = True
@@ -148,22 +150,24 @@ class Connection(asyncio.Protocol):
         if self._last:
             self._drop(len(data))
             return
-        if self._pending or not (
+        if self._alone is not None or not (
             (len(data) == self._last_size and data.startswith(self._last_raw)) or self._recognizes(data)
         ):
             self._read(data, now)
             return
         head = self._last_head
         exchange = Exchange(self, head, True, _next_id(), [data[len(self._last_raw) :]], head.length, now)
-        self._pending.append(exchange)
+        self._alone = exchange
         if not self._arrived:
             self._loop.call_soon(self._arrivals.hand_over)
         self._arrived.append(exchange)
 
     def _recognizes(self, data: bytes) -> bool:
-        """Whether this is a whole request with a head that is known; then the next one is expected to be like it."""
+        """Whether this is a whole request with a head that is known, and no other waits for its answer; then the next
+        one is expected to be like it.
+        """
         end = data.find(_HEAD_END) + len(_HEAD_END)
-        known = self._known.get(data[:end]) if self._reader.idle else None
+        known = self._known.get(data[:end]) if self._reader.idle and not self._pending else None
         if known is None or len(data) - end != known.length:
             return False
         self._last_head, self._last_raw, self._last_size = known, data[:end], len(data)
@@ -208,19 +212,23 @@ class Connection(asyncio.Protocol):
 
     def send(self, exchange: Exchange, head: bytes, body: Buffer) -> None:
         """Send the exchange's answer, and those behind it that waited for their turn."""
-        pending = self._pending
+        if exchange is self._alone:
+            self._alone = None
+            if body:
+                self._write(head, body)
+            else:
+                self._transport.write(head)  # if it is closing, nobody reads any more, and it drops this
+            if self._last:
+                self._finish()
+            return
+        pending = self._in_line()
         if not pending:
             return  # the client has gone, or was told goodbye
         if pending[0] is not exchange:
             exchange.response = head, body
             return
         pending.popleft()
-        if body:
-            self._write(head, body)
-        else:
-            self._transport.write(head)  # if it is closing, nobody reads any more, and it drops this
-        if exchange.keep_alive and not pending and not self._last:
-            return  # the usual case
+        self._write(head, body)
         while exchange.keep_alive and pending:
             following = pending[0]
             if following.response is None:
@@ -238,9 +246,10 @@ class Connection(asyncio.Protocol):
 
     def send_part(self, exchange: Exchange, parts: list[bytes]) -> bool:
         """Send parts of the exchange's answer, if it is its turn; whether it is. Dropped when the client has gone."""
-        if self._pending and self._pending[0] is not exchange:
+        pending = self._in_line()
+        if pending and pending[0] is not exchange:
             return False
-        if self._pending and not self._transport.is_closing():
+        if pending and not self._transport.is_closing():
             data = b"".join(parts)  # one object: many small ones may wait for a slow client
             if self._write_paused:
                 self._untaken += len(data)
@@ -288,7 +297,7 @@ class Connection(asyncio.Protocol):
                 self._look_at_taking(now)
             elif now > self._linger_until:
                 self._transport.abort()
-        elif self._pending:
+        elif self._alone is not None or self._pending:
             pass
         elif self._transport.is_closing():  # as soon as all is sent
             if silent > limits.keepalive_timeout + limits.body_timeout:
@@ -316,8 +325,8 @@ class Connection(asyncio.Protocol):
         self._drained = self._loop.create_future()
         if self._reader.idle:
             self._last = True
-            if self._pending or self._backlog:
-                (self._backlog or self._pending)[-1].keep_alive = False
+            if pending := self._in_line():
+                (self._backlog or pending)[-1].keep_alive = False
             else:
                 self._transport.close()
         return self._drained
@@ -328,9 +337,10 @@ class Connection(asyncio.Protocol):
         Done when it is gone. The caller sees to it that no head is known any more.
         """
         self._drained = self._loop.create_future()
-        if self._reader.idle and (self._pending or self._backlog):
+        pending = self._in_line()
+        if self._reader.idle and pending:
             self._last = True
-            (self._backlog or self._pending)[-1].keep_alive = False
+            (self._backlog or pending)[-1].keep_alive = False
         return self._drained
 
     def abort(self) -> None:
@@ -338,7 +348,7 @@ class Connection(asyncio.Protocol):
 
     def owes(self, exchange: Exchange) -> bool:
         """Whether it waits for its answer, and its client for it."""
-        return exchange in self._pending and exchange.response is None
+        return exchange in self._in_line() and exchange.response is None
 
     def forget_heads(self) -> None:
         """The next request is looked at as a whole, whatever was known."""
@@ -353,6 +363,16 @@ class Connection(asyncio.Protocol):
     @property
     def _unsent(self) -> int:
         return self._transport.get_write_buffer_size()
+
+    def _in_line(self) -> deque[Exchange]:
+        """Those that wait for their answer, in order, where there may be several. None can be in the backlog unless
+        there are.
+        """
+        if self._alone is not None:
+            self._pending.append(self._alone)
+            self._alone = None
+            self._last_size = 0
+        return self._pending
 
     def _receive(self, head: Head) -> None:
         """Part of a request has arrived whose body is still to come: refuse it now, or account for the body."""
@@ -369,7 +389,7 @@ class Connection(asyncio.Protocol):
             self._refuse(busy)
             return
         self._counted = size
-        if first and head.expect and not size and not self._pending and not self._backlog:
+        if first and head.expect and not size and not self._in_line():
             self._transport.write(CONTINUE)
 
     def _forget_body(self) -> None:
@@ -379,7 +399,7 @@ class Connection(asyncio.Protocol):
 
     def _admit(self) -> None:
         """Hand requests to the application, a bounded number at a time."""
-        backlog, pending = self._backlog, self._pending
+        backlog, pending = self._backlog, self._in_line()
         while backlog and len(pending) < MAX_PIPELINED:
             if not self._arrived:
                 self._loop.call_soon(self._arrivals.hand_over)
@@ -422,7 +442,7 @@ class Connection(asyncio.Protocol):
 
     def _forget_requests(self) -> None:
         """No further answer leaves on this connection: what is still under way is not waited for."""
-        for exchange in self._pending:
+        for exchange in self._in_line():
             if exchange.work is not None:
                 exchange.work.cancel()
                 exchange.work = exchange.stream = None  # as in Exchange.answer
