@@ -103,7 +103,7 @@ class Config:
     body_timeout: float = setting(
         60.0,
         parse_number,
-        "seconds a client may pause while it sends a body, or take for 64 KiB of an answer",
+        "seconds a client may take for 64 KiB of a body, or of an answer",
         low=0.001,
     )
     keepalive_timeout: float = setting(

@@ -116,4 +116,5 @@ def own_lane(device: str) -> Iterator[Lane]:
 
 
 def _uses_gpu(device: str) -> bool:
-    return device.startswith("cuda") and "torch" in sys.modules
+    torch = sys.modules.get("torch")
+    return torch is not None and device.startswith("cuda") and torch.cuda.is_available()

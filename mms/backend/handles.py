@@ -62,6 +62,7 @@ def _export_cuda(storage: Any) -> wire.SharedStorage:
 
 
 def _open_cuda(torch: Any, shared: wire.SharedStorage) -> Any:
+    torch.cuda.init()  # a handler may ask before it uses the GPU; without, torch crashes the process
     counter = shared.counter, shared.counter_offset
     return torch.UntypedStorage._new_shared_cuda(0, shared.handle, shared.size, shared.offset, *counter, b"", False)
 

@@ -122,11 +122,15 @@ def _restrict_files(readable: Iterable[str], scratch: str, *, gpu: bool) -> None
     attributes = struct.pack("<QQQ", handled, 0, _SCOPES)[: 24 if abi >= 6 else 8]
     ruleset = _landlock(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     try:
-        # of /proc, other processes are left out: their environment is as readable as a file. The rule for this one
-        # lasts as long as something holds its folder, so the descriptor stays open.
-        os.set_inheritable(os.open(f"/proc/{os.getpid()}", os.O_PATH), True)  # it may yet become another program
-        for path in {*_SYSTEM, *(f"/proc/{name}" for name in (os.getpid(), *_PROC)), *readable}:
+        # of /proc, other processes are left out: their environment is as readable as a file. The rules for this one
+        # last as long as something holds its folders, so the descriptors stay open.
+        own, threads = f"/proc/{os.getpid()}", f"/proc/{os.getpid()}/task"
+        for path in own, threads:
+            os.set_inheritable(os.open(path, os.O_PATH), True)  # it may yet become another program
+        for path in {*_SYSTEM, own, *(f"/proc/{name}" for name in _PROC), *readable}:
             _allow(ruleset, path, _READ)
+        if gpu:
+            _allow(ruleset, threads, _READ | _WRITE_FILE | _TRUNCATE)  # CUDA names its threads, or does not start
         gpus = [str(path) for pattern in _GPU_DEVICES for path in Path("/dev").glob(pattern)] if gpu else []
         for device in (*_DEVICES, *gpus):
             _allow(ruleset, device, handled & (_READ_FILE | _WRITE_FILE | _IOCTL))

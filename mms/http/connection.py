@@ -7,8 +7,6 @@ whoever answers calls the exchange.
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
 import socket
 import struct
 from collections import deque
@@ -17,8 +15,9 @@ from typing import cast
 
 from mms.errors import BadRequestError, DeadlineError, MMSError
 from mms.http.arrivals import Arrivals
-from mms.http.exchange import Application, Buffer, Exchange
+from mms.http.exchange import Application, Buffer, Exchange, next_id
 from mms.http.limits import (
+    LEAST_BROUGHT,
     LEAST_READ,
     LINGER_BODY_BYTES,
     LINGER_BYTES,
@@ -38,12 +37,9 @@ _RESET = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER: on, for no time at all
 _NO_HEAD = Head()
 IDLE_WHILE_SHEDDING = 1.0
 
-_BYTES = [b"%02x" % number for number in range(256)]
-# request ids: random for the process, then a number that counts up; made in C, all but the end once for 256 of them
-_beginnings = map(b"".join, itertools.product([os.urandom(6).hex().encode() + b"-"], *[_BYTES] * 5))
-_next_id = itertools.chain.from_iterable(
-    map(b"".join, itertools.product([beginning], _BYTES)) for beginning in _beginnings
-).__next__
+
+def _late(what: str) -> DeadlineError:
+    return DeadlineError(f"the request {what}", status=408)
 
 
 def new_shedding(application: Application, limits: Limits) -> Shedding:
@@ -51,15 +47,13 @@ def new_shedding(application: Application, limits: Limits) -> Shedding:
 
 
 class Connection(asyncio.Protocol):
-    """The front end's end of one connection. With slots, in the order of their use: beside many others, its memory is
-    what a request has to wait for.
-    """
+    """The front end's end of one connection. It has slots: there may be thousands."""
 
     __slots__ = (
-        "last_activity", "_last", "_last_size", "_last_raw", "_last_head", "_alone", "_arrived", "_arrivals", "_loop",
-        "_transport", "heads", "_pending", "_backlog", "_refused",
-        "_application", "_counted", "_drained", "_edge", "_kept", "_known", "_limits", "_linger_until", "_lingering",
-        "_peers", "_read_paused", "_reader", "_receiving", "_taken_at", "_untaken", "_write_paused", "shedding",
+        "_alone", "_application", "_arrivals", "_arrived", "_backlog", "_brought", "_brought_at", "_counted",
+        "_drained", "_edge", "_kept", "_known", "_last", "_last_head", "_last_raw", "_last_size", "_limits",
+        "_linger_until", "_lingering", "_loop", "_peers", "_pending", "_read_paused", "_reader", "_receiving",
+        "_refused", "_taken_at", "_transport", "_untaken", "_write_paused", "heads", "last_activity", "shedding",
     )  # fmt: skip
 
     def __init__(
@@ -102,6 +96,8 @@ class Connection(asyncio.Protocol):
         self._linger_until = 0.0
         self._untaken = 0  # bytes of answers that were unsent when the client last took LEAST_READ of them
         self._taken_at = 0.0
+        self._brought = 0  # bytes of the body that had arrived when the client last brought LEAST_BROUGHT of it
+        self._brought_at = 0.0
         self._kept = 0  # bytes of streamed answers whose turn it is not yet
         self._write_paused = False
         self._read_paused = False
@@ -156,7 +152,7 @@ class Connection(asyncio.Protocol):
             self._read(data, now)
             return
         head = self._last_head
-        exchange = Exchange(self, head, True, _next_id(), [data[len(self._last_raw) :]], head.length, now)
+        exchange = Exchange(self, head, True, next_id(), [data[len(self._last_raw) :]], head.length, now)
         self._alone = exchange
         if not self._arrived:
             self._loop.call_soon(self._arrivals.hand_over)
@@ -166,8 +162,10 @@ class Connection(asyncio.Protocol):
         """Whether this is a whole request with a head that is known, and no other waits for its answer; then the next
         one is expected to be like it.
         """
+        if self._pending or not self._reader.idle:
+            return False
         end = data.find(_HEAD_END) + len(_HEAD_END)
-        known = self._known.get(data[:end]) if self._reader.idle and not self._pending else None
+        known = self._known.get(data[:end])
         if known is None or len(data) - end != known.length:
             return False
         self._last_head, self._last_raw, self._last_size = known, data[:end], len(data)
@@ -283,7 +281,10 @@ class Connection(asyncio.Protocol):
     def _write(self, head: bytes, body: Buffer) -> None:
         if self._transport.is_closing():
             return
-        self._transport.writelines([head, body] if body else [head])
+        if body:
+            self._transport.writelines([head, body])
+        else:
+            self._transport.write(head)
 
     def sweep(self, now: float) -> None:
         """Called about once a second: close the connection if its client sends, or takes its answers, too slowly."""
@@ -297,18 +298,28 @@ class Connection(asyncio.Protocol):
                 self._look_at_taking(now)
             elif now > self._linger_until:
                 self._transport.abort()
-        elif self._alone is not None or self._pending:
-            pass
+        elif self._alone is not None or self._pending or self._read_paused:
+            self._brought_at = now  # until then it was not the client who made the body wait
         elif self._transport.is_closing():  # as soon as all is sent
             if silent > limits.keepalive_timeout + limits.body_timeout:
                 self._transport.abort()
-        elif not self._reader.idle:
-            in_head = self._reader.in_head
-            limit = limits.header_timeout if in_head else limits.body_timeout
-            if (now - self._reader.begun if in_head else silent) > limit:
-                self._refuse(DeadlineError(f"the request did not arrive within {limit:g} s", status=408))
+        elif self._reader.in_head and not self._reader.idle:
+            if now - self._reader.begun > limits.header_timeout:
+                self._refuse(_late(f"did not arrive within {limits.header_timeout:g} s"))
+        elif self._reader.in_body:
+            self._look_at_bringing(now)
         elif not self._edge and silent > (IDLE_WHILE_SHEDDING if self.shedding.step else limits.keepalive_timeout):
             self._transport.close()
+
+    def _look_at_bringing(self, now: float) -> None:
+        """Refuse a body of which less than LEAST_BROUGHT arrives within body_timeout."""
+        size, limit = self._reader.size, self._limits.body_timeout
+        if size < self._brought:  # another request's
+            self._brought = 0
+        if size - self._brought >= LEAST_BROUGHT:
+            self._brought, self._brought_at = size, now
+        elif now - max(self._brought_at, self._reader.begun) > limit:
+            self._refuse(_late(f"brought less than {LEAST_BROUGHT >> 10} KiB of its body within {limit:g} s"))
 
     def _look_at_taking(self, now: float) -> None:
         """Cut off a client that takes less than LEAST_READ of its answers within body_timeout."""
@@ -459,7 +470,7 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
 
     def _exchange(self, head: Head, parts: list[bytes], size: int) -> Exchange:
-        return Exchange(self, head, head.keep_alive, head.request_id or _next_id(), parts, size, self.last_activity)
+        return Exchange(self, head, head.keep_alive, head.request_id or next_id(), parts, size, self.last_activity)
 
     def _steer_reading(self) -> None:
         """Read only while there is room for what is read."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +21,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("mms.http")
 
 _ID = b"x-request-id: "
+
+_BYTES = [b"%02x" % number for number in range(256)]
+# request ids: random for the process, then a number that counts up; made in C, all but the end once for 256 of them
+_beginnings = map(b"".join, itertools.product([os.urandom(6).hex().encode() + b"-"], *[_BYTES] * 5))
+next_id = itertools.chain.from_iterable(
+    map(b"".join, itertools.product([beginning], _BYTES)) for beginning in _beginnings
+).__next__
 
 Buffer = bytes | bytearray | memoryview
 

@@ -17,6 +17,7 @@ READ_ANYWAY = 64 << 10  # a body of which less is missing is read before it is r
 LINGER_BYTES = 64 << 10  # read and dropped after the last answer, so that it is not reset (RFC 9112, 9.6)
 LINGER_BODY_BYTES = 4 << 20  # the same where the rest of a refused body may be on its way: most clients send first
 LINGER_SECONDS = 1.0  # in all, from when the answer has left
+LEAST_BROUGHT = 64 << 10  # of a large body a client must send so much within body_timeout
 LEAST_READ = 64 << 10  # of a large answer a client must take so much within body_timeout
 
 

@@ -865,6 +865,46 @@ def test_a_body_that_does_not_arrive_is_408() -> None:
     assert client.statuses() == [408]
 
 
+def drip(client: Client, monkeypatch: pytest.MonkeyPatch, body: bytes, step: int) -> None:
+    """So many bytes every 9 seconds, until the server says something."""
+    now = last(client)
+    for at in range(0, len(body), step):
+        now += 9
+        monkeypatch.setattr("mms.http.connection.monotonic", lambda now=now: now)
+        client.send(body[at : at + step])
+        client.connection.sweep(now)
+        if client.transport.sent:
+            break
+
+
+def test_a_body_that_drips_in_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connect()
+    head, _, body = post(b"a" * 1000).partition(b"\r\n\r\n")
+    client.send(head + b"\r\n\r\n")
+    drip(client, monkeypatch, body, 1)
+    assert client.statuses() == [408]
+    assert "brought less than 64 KiB of its body within 60 s" in client.answers()[0].body.decode()
+
+
+def test_a_large_body_that_comes_steadily_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connect(server=HttpServer(Application(True), replace(LIMITS, max_request_size=1 << 20), edge=False))
+    head, _, body = post(b"a" * 300_000).partition(b"\r\n\r\n")
+    client.send(head + b"\r\n\r\n")
+    drip(client, monkeypatch, body, 12_000)  # 64 KiB in 54 s
+    assert client.statuses() == [200]
+
+
+def test_a_body_has_its_time_from_when_the_request_before_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connect(at_once=False)
+    client.send(GET + post(b"abc")[:-1])
+    client.connection.sweep(last(client) + 100)
+    client.answer(client.application.exchanges[0])
+    client.connection.sweep(last(client) + 150)
+    assert client.statuses() == [200]
+    client.connection.sweep(last(client) + 161)
+    assert client.statuses() == [200, 408]
+
+
 def test_a_head_that_drips_in_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
     client = connect()
     now = last(client)

@@ -154,6 +154,7 @@ def test_memory_of_a_gpu_is_found_by_what_torch_says_of_it(monkeypatch: pytest.M
     found: list[tuple[Any, ...]] = []
     synchronized: list[bool] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronized.append(True))
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared_cuda", lambda *handle: found.append(handle), raising=False)
     shared = handles.export([Cuda()])
     assert shared == [wire.SharedStorage("cuda", b"h" * 66, 8, 512, b"/mms-no-counter", 3)] and synchronized
@@ -168,6 +169,6 @@ def test_a_driver_that_refuses_is_the_reason(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(handles, "export", refuse)
     monkeypatch.setattr("mms.backend.weights.export", refuse)
     assert offer(handler()).fault == "RuntimeError: CUDA error: invalid argument"
-    monkeypatch.setattr(torch.UntypedStorage, "_new_shared_cuda", refuse, raising=False)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
     borrowed = Borrowed(wire.Weights([wire.SharedStorage("cuda", b"h", 8, 0)], []))
     assert not borrowed.are_lent() and borrowed.fault == "RuntimeError: CUDA error: invalid argument"
