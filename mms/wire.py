@@ -178,9 +178,9 @@ class BatchTimes(msgspec.Struct, array_like=True, gc=False):
     jobs: int
     waited: float
     handler: float
-    preprocess: float
-    inference: float
-    postprocess: float
+    preprocess: float = 0.0
+    inference: float = 0.0
+    postprocess: float = 0.0
 
 
 class Result(msgspec.Struct, array_like=True):

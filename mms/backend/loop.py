@@ -79,6 +79,7 @@ class Loop:
         received = flushed = begun = _monotonic()
         size = frame.batch_size
         stages, progress = self._stages, self._progress
+        staged = stages.style == "request"
         replies = Replies(self._channel, frame.ids)
         requests = requests_of(frame, payload, at, self._limit)
         for first in range(0, len(requests), size):
@@ -96,7 +97,9 @@ class Loop:
                 begun = flushed = _monotonic()
                 continue
             ended = _monotonic()
-            times = wire.BatchTimes(len(batch), begun - received, ended - begun, *stages.take_times())
+            times = wire.BatchTimes(len(batch), begun - received, ended - begun)
+            if staged:
+                times.preprocess, times.inference, times.postprocess = stages.take_times()
             replies.add(answers, times)
             begun = ended
         _pack_progress(progress, 0, self._started, self._started, 0.0)

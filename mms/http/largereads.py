@@ -94,14 +94,21 @@ class LargeReads(asyncio.BufferedProtocol):
 class LargeBodies(asyncio.Protocol):
     """What a connection does about large bodies; a base class, as it is the connection that reads, in either way."""
 
+    __slots__ = (
+        "_alone", "_arrivals", "_arrived", "_backlog", "_known", "_last", "_last_head", "_last_raw", "_last_size",
+        "_loop", "_pending", "_read_paused", "_reader", "_reads_large", "_receiving", "_transport", "last_activity",
+    )  # fmt: skip
+
     last_activity: float
+    _alone: Exchange | None
     _arrivals: Arrivals
     _arrived: list[Exchange]
     _backlog: deque[Exchange]
     _known: KnownHeads
     _last: bool
-    _last_head: Head | None
+    _last_head: Head
     _last_raw: bytes
+    _last_size: int
     _loop: asyncio.AbstractEventLoop
     _pending: deque[Exchange]
     _read_paused: bool
@@ -115,8 +122,8 @@ class LargeBodies(asyncio.Protocol):
         raw, head = self._last_raw, self._last_head
         end = len(raw)
         if (
-            head is None
-            or size - end != head.length
+            size != self._last_size
+            or self._alone is not None
             or self._pending
             or self._last
             or not self._reader.idle
@@ -125,7 +132,7 @@ class LargeBodies(asyncio.Protocol):
             return False
         self.last_activity = monotonic()
         exchange = self._exchange(head, [memoryview(data)[end:size]], head.length)
-        self._pending.append(exchange)
+        self._alone = exchange
         if not self._arrived:
             self._loop.call_soon(self._arrivals.hand_over)
         self._arrived.append(exchange)
@@ -140,7 +147,7 @@ class LargeBodies(asyncio.Protocol):
         elif self._backlog:
             self._admit()
         elif reader.rest >= LARGE_BODY and self._known.may_come_again(raw, reader.head):
-            self._last_raw, self._last_head = raw, reader.head
+            self._last_raw, self._last_head, self._last_size = raw, reader.head, len(raw) + reader.head.length
 
     def take_body(self, part: memoryview, more: int) -> None:
         """`more` bytes of a body have come, at the end of `part`."""
@@ -155,7 +162,7 @@ class LargeBodies(asyncio.Protocol):
     def step_back(self, data: bytes) -> None:
         """Read as usual again, beginning with this."""
         self._reads_large = False
-        self._last_raw, self._last_head = b"\0", None
+        self._last_size = 0
         if not self._transport.is_closing():
             _read_by(self._transport, self, paused=self._read_paused)
         self.data_received(data)
@@ -163,7 +170,7 @@ class LargeBodies(asyncio.Protocol):
     def _read_large(self, body: int) -> None:
         if not (self._reads_large or self._transport.is_closing()):
             self._reads_large = True
-            self._last_raw, self._last_head = b"\0", None
+            self._last_size = 0
             _read_by(self._transport, LargeReads(self, self._reader, body), paused=self._read_paused)
 
     @abstractmethod
