@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import re
@@ -35,7 +36,7 @@ from mms.models.registry import ModelRegistry
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion, VersionState
 from mms.rundir import CacheDirectory
-from mms.safe_yaml import read_yaml
+from mms.safe_yaml import MAX_FILE, parse_yaml, read_yaml
 from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers.process import reap_orphans
 from mms.workers.restarts import MAX_BOOT_FAILURES
@@ -206,7 +207,7 @@ class ControlPlane:
             pool.set_target(0 if none else pool.scaling.adjusted(bounds), bounds)
         if (saved := self._versions.get(found)) is not None:
             self._versions[found] = msgspec.structs.replace(saved, settings={**saved.settings, **changes})
-        await self._save()
+        await self.save()
         if scales and synchronous:
             await self._settled(found)
         return found
@@ -220,7 +221,7 @@ class ControlPlane:
         for (waiting, number), (saved, _) in self._waiting.items():
             if waiting == name:
                 self._waiting[waiting, number] = saved, False
-        await self._save()
+        await self.save()
 
     def clear_cache(self, name: str, version: str) -> int:
         """Forget the answers that the version's cache keeps; how many there were. Raises NotFoundError without one."""
@@ -242,7 +243,7 @@ class ControlPlane:
             versions = []
         for found in versions:
             self.registry.remove(found)
-        await self._save()
+        await self.save()
         await asyncio.gather(*(self._unload(found, self.config.drain_timeout) for found in versions))
         if self.pools.environments.needed:
             self.tidy()
@@ -277,7 +278,7 @@ class ControlPlane:
     async def thaw(self) -> None:
         """Changes are taken again; the saved state may have been changed by another server meanwhile."""
         self.frozen = False
-        await self._save()
+        await self.save()
 
     def snapshot(self) -> State:
         """What is registered, or waits to be."""
@@ -311,7 +312,8 @@ class ControlPlane:
         if self.frozen:
             raise UpgradingError("the server is being upgraded; try again when that is done")
 
-    async def _save(self) -> None:
+    async def save(self) -> None:
+        """Return when what is registered is on disk, if that is wanted."""
         if self.saver is not None and self._last is None:
             await asyncio.shield(self.saver.save())
 
@@ -335,7 +337,7 @@ class ControlPlane:
             version.pool.set_target(min(max(bounds.low, before), bounds.high), bounds)
             if at_start:
                 version.pool.scaling.minimum = version.pool.owed
-        await self._save()
+        await self.save()
         return version
 
     def _forget(self, name: str, version: str) -> bool:
@@ -350,12 +352,13 @@ class ControlPlane:
         """Extract, configure and register; the pool exists afterwards but runs nothing yet."""
         number = archive.manifest.version
         self._failed(name, number)
+        origin = f"{name} {number} in {self._state} (--fresh ignores it)" if at_start else "request"
+        await self._begin_imports(archive, saved, origin)
         target = self._cache.models / f"{name}-{next(self._numbers)}"
         folder = await asyncio.to_thread(archive.extract, target, verify=self.config.verify_archives)
         owned = folder if folder == target else None
         try:
             model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
-            origin = f"{name} {number} in {self._state} (--fresh ignores it)" if at_start else "request"
             settings = self.pools.settings(archive, model_config, saved.settings, origin)
             sandbox = self.pools.sandboxes.of(settings)
             await self.pools.sandboxes.check(sandbox)
@@ -385,6 +388,15 @@ class ControlPlane:
         if replaced is not None:
             await self._unload(replaced, self.config.drain_timeout)
         return version
+
+    async def _begin_imports(self, archive: ModelArchive, saved: SavedVersion, origin: str) -> None:
+        """Have what the version's workers need imported while its files are unpacked, if that can be known so early."""
+        file = archive.manifest.config_file
+        with contextlib.suppress(MMSError):  # raised when it is unpacked
+            data = await asyncio.to_thread(archive.peek, file, MAX_FILE) if file else b""
+            if data is not None:
+                settings = self.pools.settings(archive, parse_yaml(data, file), saved.settings, origin)
+                self.pools.begin_imports(archive, settings)
 
     async def _unload(self, version: ModelVersion, drain: float) -> None:
         await version.unload(drain)

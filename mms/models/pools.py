@@ -71,6 +71,12 @@ class Pools:
             settings = dataclasses.replace(settings, min_workers=min(placement.size, most))
         return settings
 
+    def begin_imports(self, archive: ModelArchive, settings: ModelSettings) -> None:
+        """Of what workers of a version that is about to be registered are forked with, if they will be forked."""
+        own = archive.manifest.requirements_file and self.config.install_requirements
+        if settings.min_workers and not own:
+            self.forkservers.begin(_preload(archive, settings))
+
     def pool(
         self, version: ModelVersion, folder: Path, model_config: dict[str, Any], sandbox: wire.Sandbox
     ) -> WorkerPool:
@@ -102,7 +108,7 @@ class Pools:
             name=f"mms-{version.name}",
             directory=load.directory,
             environ=environment.worker_environment(self.config.worker_env),
-            preload=tuple(sorted({*manifest.preload, *settings.preload})),
+            preload=_preload(version.archive, settings),
             scratch=self.sandboxes.scratch,
             sandbox=sandbox,
         )
@@ -153,3 +159,7 @@ def bounds_of(settings: ModelSettings) -> Bounds:
         zero_after=settings.scale_to_zero_after,
         on_request=settings.load_on_request and not settings.min_workers,
     )
+
+
+def _preload(archive: ModelArchive, settings: ModelSettings) -> tuple[str, ...]:
+    return tuple(sorted({*archive.manifest.preload, *settings.preload}))
