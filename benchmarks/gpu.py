@@ -95,6 +95,8 @@ class Child:
         """What is measured."""
         import torch
 
+        if device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("gpu: torch sees no GPU; --device cpu --quick shows that this script runs")
         name = torch.cuda.get_device_name() if device == "cuda" else f"CPU of {platform.machine()}"
         return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 

@@ -7,48 +7,30 @@ one.
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
-import json
-import os
 import statistics
-import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import psutil
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks import suite
 from benchmarks.figures import Bench, Figure
-from benchmarks.hotpath import BODY_SIZE, Point, measure, rounds
-from benchmarks.models import HANDLERS, Model, spec
-from benchmarks.servers import Command, Server, ServerError, Spec, running
+from benchmarks.hotpath import Point, measure, middle, rounds
+from benchmarks.load import LoadError, put_load
+from benchmarks.options import names_of
+from benchmarks.peer_servers import OURS, PEERS, Counts, absence, install, our_spec, peer_spec
+from benchmarks.servers import ServerError, running
 
 FOLDER = Path("build") / "peers"
-DELAY_MS = 2  # for which peers wait for a full batch: what they need for their best throughput
 BATCHES = (1, 32)
 ONE, FEW, MANY = 1, 8, 64
-OURS = "mms"
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A server that pip installs: `arguments` for a folder and a port follow its file of benchmarks/handlers."""
-
-    package: str
-    path: str
-    arguments: Callable[[Path, int], list[str]]
-    wrapped: bool = False  # bodies are the member `body` of a JSON object
-
-    def body(self, work: str) -> bytes:
-        if not self.wrapped:
-            return BODIES[work]
-        value = json.loads(BODIES[work]) if work == "mlp" else base64.b64encode(BODIES[work]).decode()[:BODY_SIZE]
-        return json.dumps({"body": value}).encode()
+SECONDS = 2.0  # with which all of it takes under ten minutes
+JIT_SECONDS = 5.0  # of load until Java has compiled what is hot
 
 
 @dataclass(frozen=True)
@@ -60,122 +42,164 @@ class Bars:
     cpu: float
 
 
-BODIES = {"noop": os.urandom(BODY_SIZE), "mlp": json.dumps([number / 64 for number in range(64)]).encode()}
 BARS = {"noop": Bars(1.5, 3.0, 0.5), "mlp": Bars(1.3, 2.0, 2 / 3)}
-PEERS = {
-    "mosec": Peer(
-        "mosec==0.9.8",
-        "/inference",
-        lambda folder, port: ["--address", "127.0.0.1", "--port", str(port), "--path", f"{folder}/ipc",
-                              "--timeout", "120000", "--capacity", "2048"],
-    ),
-    "litserve": Peer("litserve==0.2.19", "/predict", lambda folder, port: [], wrapped=True),
-}  # fmt: skip
 
 
-def python_of(folder: Path, name: str) -> Path:
-    """Where a peer's interpreter is, if it is installed."""
-    return folder.absolute() / name / "bin" / "python"
+@dataclass(frozen=True)
+class Sample(Point):
+    """A point, and of how many requests the batches were."""
+
+    batch: float = 0.0
 
 
-def install(folder: Path) -> None:
-    """Raises CalledProcessError; pip has said why."""
-    for name, peer in PEERS.items():
-        python = python_of(folder, name)
-        if not python.exists():
-            subprocess.run([sys.executable, "-m", "venv", folder / name], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", peer.package], check=True)
-        where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        packages = subprocess.run([python, "-c", where], check=True, capture_output=True, text=True).stdout.strip()
-        # behind the peer's own: it takes from here what it has not, which is torch
-        (Path(packages) / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        print(f"{peer.package} is installed in {folder / name}", flush=True)
+class Contender:
+    """A server that runs, with the work and a batch size, until the stack is closed."""
+
+    def __init__(
+        self, stack: contextlib.ExitStack, bench: Bench, peers: Path, name: str, work: str, batch: int
+    ) -> None:
+        number = len(list(bench.folder.iterdir()))
+        self._counts, self._body = Counts(bench.folder / f"counts-{number}"), bench.folder / f"body-{number}"
+        path = self._counts.path
+        spec = our_spec(work, batch, path) if name == OURS else peer_spec(peers, name, work, batch, path)
+        self.name = name
+        self._body.write_bytes(spec.body)
+        self._server = stack.enter_context(running(spec))
+        if name != OURS and PEERS[name].java:
+            put_load(self._server.url, self._body, connections=FEW, seconds=JIT_SECONDS)
+
+    def sample(self, connections: int, seconds: float) -> Sample:
+        batches, requests = self._counts.read()
+        try:
+            point = measure(self._server, self._body, connections=connections, seconds=seconds)
+        except LoadError as error:  # on a busy machine, some do not answer at all for a second
+            say(f"  once more, {self.name}: {error}")
+            point = measure(self._server, self._body, connections=connections, seconds=seconds)
+        more_batches, more_requests = self._counts.read()
+        batch = (more_requests - requests) / max(1, more_batches - batches)
+        return Sample(self.name, connections, point.cpu, point.rate, point.p50, point.p99, batch)
+
+    def resident(self) -> int:
+        """Bytes of all its processes, what they share counted in each."""
+        return sum(psutil.Process(pid).memory_info().rss for pid in self._server.tree.pids())
 
 
-def peer_spec(folder: Path, name: str, work: str, batch: int) -> Spec:
-    peer = PEERS[name]
-
-    def commands(scratch: Path, port: int) -> list[Command]:
-        settings = {"PEER_WORK": work, "PEER_BATCH": batch, "PEER_DELAY_MS": DELAY_MS, "PEER_PORT": port}
-        environ = [f"{key}={value}" for key, value in settings.items()]
-        script = str(HANDLERS / f"peer_{name}.py")
-        python = str(python_of(folder, name))
-        return [["env", "--unset=PYTHONPATH", *environ, python, script, *peer.arguments(scratch, port)]]
-
-    return Spec(name, commands, peer.path, ping="", body=peer.body(work))
-
-
-def our_spec(work: str, batch: int) -> Spec:
-    files = ("work.py", "work_mlp.py") if work == "mlp" else ("work.py",)
-    model = Model("bench", "peer_mms.py:Bench", {"batch_size": batch, "peers": {"work": work}}, files=files)
-    return spec(OURS, [model], body=BODIES[work], workers=1)
-
-
-def compare(work: str, folder: Path, bench: Bench) -> Iterator[Figure]:
+def compare(work: str, peers: Path, names: Sequence[str], bench: Bench) -> Iterator[Figure]:
     """All figures of one kind of work."""
-    names = [name for name in PEERS if python_of(folder, name).exists()]
-    if not names:
-        raise ServerError(f"no peer is installed in {folder}: make peers")
-    bars, alone = BARS[work], []
     for batch in BATCHES:
-        specs = [our_spec(work, batch), *(peer_spec(folder, name, work, batch) for name in names)]
         with contextlib.ExitStack() as stack:
-            servers = [stack.enter_context(running(each)) for each in specs]
-            points = measured(bench, servers)
-            memory = [resident(server) for server in servers]
-        of_work = f"{work}, batch {batch}"
-        yield against_the_best(f"{of_work}, {MANY} connections: requests/s", points, MANY, "rate", bars.rate)
-        if batch > 1:
-            yield against_the_best(f"{of_work}, {FEW} connections: requests/s", points, FEW, "rate", bars.rate_of_few)
-        yield against_the_best(f"{of_work}, {MANY} connections: CPU/request", points, MANY, "cpu", bars.cpu)
-        yield against_the_best(f"{of_work}, {MANY} connections: p99", points, MANY, "p99", 1.0)
+            contenders = [Contender(stack, bench, peers, OURS, work, batch)]
+            for name in names:
+                try:
+                    contenders.append(Contender(stack, bench, peers, name, work, batch))
+                except (ServerError, LoadError) as error:
+                    say(f"left out: {error}")
+            if len(contenders) == 1:
+                raise ServerError("no peer could be started")
+            samples = [
+                sample
+                for connections in ((MANY, FEW) if batch > 1 else (MANY,))
+                for sample in in_turns(contenders, connections, bench)
+            ]
+            memory = {contender.name: contender.resident() for contender in contenders}
+        Console(width=None if sys.stdout.isatty() else 120).print(table(f"{work}, batch {batch}", samples))
+        yield from judged(f"{work}, batch {batch}", BARS[work], samples)
         if work == "noop" and batch == 1:
-            best = min(memory[1:])
-            detail = f"{memory[0] >> 20} MiB, best peer {best >> 20} MiB"
-            yield Figure("memory of server and one worker, resident", detail, memory[0] / best, 1.0, least=False)
-        alone.append(points)
+            yield from judged_memory(memory)
     if work == "noop" and "mosec" in names:
-        ours, mosec = median(alone[1], OURS, ONE, "p50"), median(alone[0], "mosec", ONE, "p50")
-        detail = f"{ours:.0f} µs with batches, mosec's {mosec:.0f} µs without"
-        yield Figure("noop, 1 connection: p50", detail, ours / mosec, 1.0, least=False)
+        yield from alone(work, peers, bench)
 
 
-def measured(bench: Bench, servers: Sequence[Server]) -> list[Point]:
-    """One point per server, number of connections and round; the servers take turns."""
-    points = []
-    for connections in (MANY, FEW, ONE):
-        for _ in range(bench.repeat):
-            for server in servers:
-                body = bench.folder / server.spec.name
-                body.write_bytes(server.spec.body)
-                points.append(measure(server, body, connections=connections, seconds=bench.seconds))
-    return points
+def alone(work: str, peers: Path, bench: Bench) -> Iterator[Figure]:
+    """One connection: ours with any batch size, mosec without batches."""
+    with contextlib.ExitStack() as stack:
+        mosec = Contender(stack, bench, peers, "mosec", work, 1)
+        ours = [Contender(stack, bench, peers, OURS, work, batch) for batch in BATCHES]
+        for contender, batch in zip(ours, BATCHES, strict=True):
+            samples = in_turns([contender, mosec], ONE, bench)
+            what = f"{work}, batch {batch}, {ONE} connection: p50, mosec without batches"
+            yield against_the_best(what, samples, ONE, "p50", 1.0)
 
 
-def against_the_best(what: str, points: Sequence[Point], connections: int, figure: str, bar: float) -> Figure:
+def in_turns(contenders: list[Contender], connections: int, bench: Bench) -> list[Sample]:
+    """One sample per server and round. A peer that does not answer as it should is left out from then on."""
+    samples: list[Sample] = []
+    for _ in range(bench.repeat):
+        for contender in list(contenders):
+            try:
+                sample = contender.sample(connections, bench.seconds)
+            except LoadError as error:
+                if contender.name == OURS:
+                    raise
+                say(f"  left out, {contender.name}: {error}")
+                contenders.remove(contender)
+                continue
+            say(
+                f"  {connections} connections, {sample.server}: {sample.rate:,.0f}/s, {sample.cpu:.1f} µs CPU, "
+                f"p50 {sample.p50:,.0f} µs, p99 {sample.p99:,.0f} µs, batches of {sample.batch:.1f}"
+            )
+            samples.append(sample)
+    names = [contender.name for contender in contenders]
+    if names == [OURS]:
+        raise ServerError("no peer is left")
+    return [sample for sample in samples if sample.server in names]
+
+
+def judged(what: str, bars: Bars, samples: Sequence[Point]) -> Iterator[Figure]:
+    yield against_the_best(f"{what}, {MANY} connections: requests/s", samples, MANY, "rate", bars.rate)
+    if rounds(samples, OURS, FEW):
+        yield against_the_best(f"{what}, {FEW} connections: requests/s", samples, FEW, "rate", bars.rate_of_few)
+    yield against_the_best(f"{what}, {MANY} connections: CPU/request", samples, MANY, "cpu", bars.cpu)
+    yield against_the_best(f"{what}, {MANY} connections: p99", samples, MANY, "p99", 1.0)
+
+
+def judged_memory(memory: dict[str, int]) -> Iterator[Figure]:
+    """Against the best server for Python alone; the others are shown."""
+    comparable = {name: size for name, size in memory.items() if name != OURS and PEERS[name].python}
+    if comparable:
+        best = min(comparable, key=lambda name: comparable[name])
+        detail = ", ".join(f"{name} {size >> 20}" for name, size in memory.items()) + " MiB"
+        what = f"memory of server and one worker, resident, of {best}'s"
+        yield Figure(what, detail, memory[OURS] / memory[best], 1.0, least=False)
+
+
+def against_the_best(what: str, samples: Sequence[Point], connections: int, figure: str, bar: float) -> Figure:
     """Ours as a multiple of the best peer's, which is the greatest rate, or the least of anything else."""
     most = figure == "rate"
-    names = dict.fromkeys(point.server for point in points if point.server != OURS)
-    found = {name: median(points, name, connections, figure) for name in names}
+    names = dict.fromkeys(sample.server for sample in samples if sample.server != OURS)
+    found = {name: middle(rounds(samples, name, connections), figure) for name in names}
     best = (max if most else min)(found, key=lambda name: found[name])
-    pairs = zip(rounds(points, OURS, connections), rounds(points, best, connections), strict=True)
+    pairs = zip(rounds(samples, OURS, connections), rounds(samples, best, connections), strict=True)
     ratio = statistics.median(getattr(one, figure) / getattr(other, figure) for one, other in pairs)
     unit = "/s" if most else " µs"
-    detail = f"{median(points, OURS, connections, figure):,.0f}{unit}, {best} {found[best]:,.0f}{unit}"
-    return Figure(what, detail, ratio, bar, least=most)
+    ours = middle(rounds(samples, OURS, connections), figure)
+    return Figure(what, f"{ours:,.0f}{unit}, {best} {found[best]:,.0f}{unit}", ratio, bar, least=most)
 
 
-def median(points: Sequence[Point], server: str, connections: int, figure: str) -> float:
-    return float(statistics.median(getattr(point, figure) for point in rounds(points, server, connections)))
+def table(title: str, samples: Sequence[Sample]) -> Table:
+    """The medians of each server."""
+    result = Table(title=title)
+    for column in ("conns", "server", "requests/s", "CPU µs/request", "p50 µs", "p99 µs", "mean batch"):
+        result.add_column(column, justify="left" if column == "server" else "right")
+    for server, connections in dict.fromkeys((sample.server, sample.connections) for sample in samples):
+        group = rounds(samples, server, connections)
+        forms = {"rate": ",.0f", "cpu": ".1f", "p50": ",.0f", "p99": ",.0f", "batch": ".1f"}
+        cells = [format(middle(group, figure), form) for figure, form in forms.items()]
+        result.add_row(str(connections), server, *cells)
+    return result
 
 
-def resident(server: Server) -> int:
-    """Bytes of all its processes, what they share counted in each."""
-    return sum(psutil.Process(pid).memory_info().rss for pid in server.tree.pids())
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-def scenario(work: str, folder: Path) -> suite.Scenario:
-    run = partial(compare, work, folder)
+def scenario(work: str, options: argparse.Namespace) -> suite.Scenario:
+    def run(bench: Bench) -> Iterator[Figure]:
+        names = [name for name in options.against if not absence(options.peers, name)]
+        if not names:
+            raise ServerError(f"no peer is installed in {options.peers}: make peers")
+        yield from compare(work, options.peers, names, bench)
+
     run.__doc__ = {"noop": "a body of 1 KiB and no work at all", "mlp": "a tiny network, JSON in and out"}[work]
     return run
 
@@ -183,14 +207,19 @@ def scenario(work: str, folder: Path) -> suite.Scenario:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--peers", type=Path, default=FOLDER)
+    parser.add_argument("--against", type=names_of(PEERS), default=list(PEERS))
     parser.add_argument("--install", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     if options.install:
-        install(options.peers)
-        return 0
-    scenarios = {work: scenario(work, options.peers) for work in BARS}
-    text = f"{__doc__} --peers FOLDER: where their environments are (default {FOLDER}); --install: make them."
-    return suite.main("peers", "Beside other servers", text, scenarios, rest)
+        return install(options.peers)
+    for line in filter(None, [absence(options.peers, name) for name in options.against]):
+        say(f"skipped: {line}")
+    scenarios = {work: scenario(work, options) for work in BARS}
+    text = (
+        f"{__doc__} --peers FOLDER: where their environments are (default {FOLDER}); --install: make them; "
+        f"--against NAMES: some of {','.join(PEERS)}."
+    )
+    return suite.main("peers", "Beside other servers", text, scenarios, rest, seconds=SECONDS)
 
 
 if __name__ == "__main__":

@@ -45,11 +45,22 @@ def run(options: argparse.Namespace, scenarios: Mapping[str, Scenario]) -> list[
 
 
 def main(
-    name: str, title: str, text: str | None, scenarios: Mapping[str, Scenario], arguments: Sequence[str] | None = None
+    name: str,
+    title: str,
+    text: str | None,
+    scenarios: Mapping[str, Scenario],
+    arguments: Sequence[str] | None = None,
+    *,
+    seconds: float = 5.0,
 ) -> int:
-    """`name` is the module's. Exit status: 0; 1 for errors and, with --check, for missed bars; 130 if interrupted."""
+    """`name` is the module's; a measurement takes `seconds` unless the command line says otherwise.
+
+    Exit status: 0; 1 for errors and, with --check, for missed bars; 130 if interrupted.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=text)
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of one measurement (default 5)")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help=f"length of one measurement (default {seconds:g})"
+    )
     parser.add_argument("--repeat", type=int, default=3, help="rounds; the median counts (default 3)")
     parser.add_argument(
         "--only", type=names_of(scenarios), default=list(scenarios), help=f"some of {','.join(scenarios)}"

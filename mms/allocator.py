@@ -1,9 +1,10 @@
-"""How the C library keeps memory that was freed: in the front end and in workers, both of which see large bodies."""
+"""Memory for large bodies: how the C library keeps what was freed, in the front end and in workers, and a buffer."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from typing import cast
 
 # mallopt(3). By default, a block over 128 KiB is fetched from the system anew each time, and given back: of a body of
 # that size the page faults cost more than all copies of it.
@@ -19,3 +20,12 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_TRIM_THRESHOLD, KEPT)
     mallopt(_M_MMAP_THRESHOLD, KEPT_BLOCK)
+
+
+_new_bytearray = ctypes.pythonapi.PyByteArray_FromStringAndSize
+_new_bytearray.argtypes, _new_bytearray.restype = (ctypes.c_void_p, ctypes.c_ssize_t), ctypes.py_object
+
+
+def buffer(size: int) -> bytearray:
+    """Room for so many bytes that are about to be read: not cleared before, which would cost as much as a copy."""
+    return cast(bytearray, _new_bytearray(None, size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import re
@@ -36,7 +37,7 @@ from mms.models.served import VersionState
 from mms.models.store import ModelStore
 from mms.models.version import ModelVersion
 from mms.rundir import CacheDirectory
-from mms.safe_yaml import read_yaml
+from mms.safe_yaml import MAX_FILE, parse_yaml, read_yaml
 from mms.state import SavedModel, SavedVersion, Saver, State
 from mms.workers.others import FrontEnds, check_shared
 from mms.workers.process import reap_orphans
@@ -291,7 +292,7 @@ class ControlPlane:
     async def thaw(self) -> None:
         """Changes are taken again; the saved state may have been changed by another server meanwhile."""
         self.frozen = False
-        await self._save()
+        await self.save()
 
     def snapshot(self) -> State:
         """What is registered, or waits to be."""
@@ -328,14 +329,15 @@ class ControlPlane:
 
     async def _publish(self) -> None:
         """What was changed is saved, and every front end knows it."""
-        await self._save()
+        await self.save()
         await self._sync()
 
     async def _sync(self) -> None:
         if self.others is not None:
             await self.others.sync()
 
-    async def _save(self) -> None:
+    async def save(self) -> None:
+        """Return when what is registered is on disk, if that is wanted."""
         if self.saver is not None and self._last is None:
             await asyncio.shield(self.saver.save())
 
@@ -374,12 +376,13 @@ class ControlPlane:
         """Extract, configure and register; the pool exists afterwards but runs nothing yet."""
         number = archive.manifest.version
         self._failed(name, number)
+        origin = f"{name} {number} in {self._state} (--fresh ignores it)" if at_start else "request"
+        await self._begin_imports(archive, saved, origin)
         target = self._cache.models / f"{name}-{next(self._numbers)}"
         folder = await asyncio.to_thread(archive.extract, target, verify=self.config.verify_archives)
         owned = folder if folder == target else None
         try:
             model_config = read_yaml(folder / archive.manifest.config_file) if archive.manifest.config_file else {}
-            origin = f"{name} {number} in {self._state} (--fresh ignores it)" if at_start else "request"
             settings = self.pools.settings(archive, model_config, saved.settings, origin)
             sandbox = self.pools.sandboxes.of(settings)
             await self.pools.sandboxes.check(sandbox)
@@ -410,6 +413,15 @@ class ControlPlane:
         if replaced is not None:
             await self._unload(replaced, self.config.drain_timeout)
         return version
+
+    async def _begin_imports(self, archive: ModelArchive, saved: SavedVersion, origin: str) -> None:
+        """Have what the version's workers need imported while its files are unpacked, if that can be known so early."""
+        file = archive.manifest.config_file
+        with contextlib.suppress(MMSError):  # raised when it is unpacked
+            data = await asyncio.to_thread(archive.peek, file, MAX_FILE) if file else b""
+            if data is not None:
+                settings = self.pools.settings(archive, parse_yaml(data, file), saved.settings, origin)
+                self.pools.begin_imports(archive, settings)
 
     async def _unload(self, version: ModelVersion, drain: float) -> None:
         await version.unload(drain)

@@ -10,14 +10,13 @@ import contextlib
 import itertools
 import logging
 import math
-import mmap
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mms import fronts, lending, sharedpage
+from mms import arena, fronts, lending, sharedpage
 from mms.errors import StartError
 from mms.frontprocess import Front
 from mms.http.limits import Limits
@@ -275,9 +274,9 @@ class Fleet:
         threads = worker.in_flight.threads, worker.in_flight.preprocess_threads
         try:
             with contextlib.ExitStack() as ours:
-                channel, page = _channel(worker.control, sharedpage.page_size(*threads), ours)
-                worker.elsewhere[front.number] = Loan(mmap.mmap(page, 0))
-                front.tell(fronts.Lent(known, number, worker.pid or 0, *threads), [channel.fileno(), page])
+                channel, file = _channel(worker.control, sharedpage.page_size(*threads), ours)
+                worker.elsewhere[front.number] = Loan(arena.attach(file)[1])
+                front.tell(fronts.Lent(known, number, worker.pid or 0, *threads), [channel.fileno(), file])
         except (BrokenPipeError, ConnectionResetError):
             return  # it has ended: that is seen soon
         except OSError as error:  # no descriptor is left
@@ -368,17 +367,16 @@ class Fleet:
 
 
 def _channel(control: socket.socket, size: int, ours: contextlib.ExitStack) -> tuple[socket.socket, int]:
-    """A channel to the worker and its page of that size, which `ours` closes. Raises OSError."""
+    """A channel to the worker and the file of its arena and page, which `ours` closes. Raises OSError."""
     near, far = socket.socketpair()
     ours.enter_context(near)
     with far:
-        page = os.memfd_create("mms-progress")
-        ours.callback(os.close, page)
-        os.ftruncate(page, size)
+        file = arena.create(size)
+        ours.callback(os.close, file)
         for sock in (near, far):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
-        lending.lend(control, far, page)
-    return near, page
+        lending.lend(control, far, file)
+    return near, file
 
 
 def _shown(version: ModelVersion) -> fronts.Shown:

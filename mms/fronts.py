@@ -87,7 +87,7 @@ class Listen(msgspec.Struct, tag=True, frozen=True):
 
 
 class Lent(msgspec.Struct, tag=True, frozen=True):
-    """A worker of the version `number` takes jobs. Beside it: a channel and its progress page."""
+    """A worker of the version `number` takes jobs. Beside it: a channel, and the file of its arena and page."""
 
     worker: int
     number: int

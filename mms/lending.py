@@ -1,7 +1,7 @@
 """How a worker gets a channel for each further front end. Used by the server and the workers.
 
 The first byte of a worker's first frame brings a socket along that keeps message borders. On it comes what is lent:
-per front end a channel like the worker's first one, and a page of its own (sharedpage).
+per front end a channel like the worker's first one, and a file in memory with an arena and a page of its own.
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ import mmap
 import os
 import socket
 
+from mms.arena import Arena, attach
+
 _LENT = b"L"
 
 
-def lend(control: socket.socket, channel: socket.socket, page: int) -> None:
+def lend(control: socket.socket, channel: socket.socket, file: int) -> None:
     """Give the worker one more channel. Raises OSError when it has ended."""
-    socket.send_fds(control, [_LENT], [channel.fileno(), page])
+    socket.send_fds(control, [_LENT], [channel.fileno(), file])
 
 
-def borrow(control: socket.socket) -> tuple[socket.socket, mmap.mmap] | None:
+def borrow(control: socket.socket) -> tuple[socket.socket, Arena, mmap.mmap] | None:
     """What the server lends, in the worker; None when the server has gone."""
     data, descriptors, _, _ = socket.recv_fds(control, len(_LENT), 2, socket.MSG_CMSG_CLOEXEC)
     if data != _LENT or len(descriptors) != 2:
         return None
-    channel, page = descriptors
-    shared = mmap.mmap(page, 0)
-    os.close(page)  # the map keeps a descriptor of its own
-    return socket.socket(fileno=channel), shared
+    channel, file = descriptors
+    arena, page = attach(file)
+    os.close(file)  # the maps keep descriptors of their own
+    return socket.socket(fileno=channel), arena, page

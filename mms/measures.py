@@ -41,6 +41,17 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def observe_since(self, moments: Sequence[float], now: float) -> None:
+        """As `observe` for each of the times from these moments, at least one, until now."""
+        self.total += len(moments) * now - sum(moments)
+        bounds, counts = self.bounds, self.counts
+        low = bisect_left(bounds, now - max(moments))
+        if low == bisect_left(bounds, now - min(moments)):
+            counts[low] += len(moments)
+        else:
+            for moment in moments:
+                counts[bisect_left(bounds, now - moment)] += 1
+
     def observe_all(self, values: Sequence[float]) -> None:
         """As `observe` for each of at least one: what one frame brings mostly falls into one bucket."""
         self.total += sum(values)

@@ -172,7 +172,11 @@ WORKER_STATES = ("STARTING", "READY", "STOPPING", "FAILED")
 _HISTOGRAMS = (
     ("mms_request_duration_seconds", "From the request's last byte to its answer.", "duration"),
     ("mms_queue_duration_seconds", "From the request's last byte to the start of its batch.", "queued"),
-    ("mms_handler_duration_seconds", "One batch in the handler, all stages.", "handler"),
+    (
+        "mms_handler_duration_seconds",
+        "One batch in the handler, all stages; with preprocess_threads, those after preprocess.",
+        "handler",
+    ),
     ("mms_preprocess_duration_seconds", "Preprocess of one batch (request-style handlers).", "preprocess"),
     ("mms_inference_duration_seconds", "Inference of one batch (request-style handlers).", "inference"),
     ("mms_postprocess_duration_seconds", "Postprocess of one batch (request-style handlers).", "postprocess"),

@@ -27,8 +27,11 @@ class OperatorPorts:
     async def serve(self, name: str, application: web.Application, sock: socket.socket, keepalive: float) -> None:
         from aiohttp import web
 
+        from mms.api.management import http_log
+
         runner = web.AppRunner(
             application,
+            logger=http_log,
             access_log=None,
             handle_signals=False,
             keepalive_timeout=keepalive,

@@ -42,6 +42,7 @@ from mms.systemd import Notifier, passed_sockets
 from mms.token import VARIABLES, Token, take_token
 from mms.upgrade import Predecessor, Upgrades
 from mms.workers.environment import memory
+from mms.workers.forkprocess import ForkProcess
 from mms.workers.gpus import GpuMonitor
 from mms.workers.process import prepare_process
 
@@ -67,6 +68,7 @@ class ModelServer:
         reread: Callable[[], Config] | None = None,
         daemon: bool = False,
         old: Predecessor | None = None,
+        ahead: ForkProcess | None = None,
     ) -> None:
         self._config = config
         self._say = say
@@ -83,6 +85,7 @@ class ModelServer:
         self._cache = CacheDirectory(config.cache_dir)
         self._readiness = Readiness(self._registry, self._obstacle, self._restarts)
         self._control = ControlPlane(config, self._registry, store, self._cache, config.state)
+        self._control.pools.forkservers.ahead = ahead
         if old is not None:
             self._control.before = {(name, number): count for name, number, count in old.handover.workers}
         saved = old.handover.state if old is not None else State() if fresh else read(config.state)
@@ -115,6 +118,7 @@ class ModelServer:
             daemon=daemon,
             environ=taken,
         )
+        self._fresh = fresh
         self._exit_code = 0
         self._timer: asyncio.TimerHandle | None = None
         self._gpus: list[GpuFacts] = []
@@ -147,8 +151,11 @@ class ModelServer:
             else:
                 self._old.watch(self._given_up)
             self._startup.begin(self._config.state)
+            # clients at a socket of the service manager wait for their answers, as for a server that starts when asked
+            clients_wait = "inference" in self._addresses.activated
             if self._old is None:
-                await self._http.start(sockets[0])
+                if not clients_wait:
+                    await self._http.start(sockets[0])
                 await self._edge.start()
             # aiohttp takes 0.2 s to import: beside the workers' start, and nobody's first prediction waits for it
             await asyncio.to_thread(_import_applications)
@@ -162,6 +169,8 @@ class ModelServer:
                 self._startup.check(self._run_dir.logs, () if self._old is None else self._old.handover.loaded)
                 if self._old is not None:
                     await self._take_over(self._old, sockets, applications)
+                elif clients_wait:
+                    await self._http.start(sockets[0])
         except BaseException:
             await self._startup.cancel()
             await self.stop()
@@ -169,6 +178,8 @@ class ModelServer:
         if self._stop_asked.is_set():
             return
         self._readiness.phase = Phase.SERVING
+        if self._fresh and self._old is None:
+            await self._control.save()  # what was there before is forgotten also if nothing changes from now on
         gc.collect()
         gc.freeze()
         line = self._startup.ready_line(time.monotonic() - begun, self._edge.places(), self._edge.what())
@@ -474,13 +485,15 @@ async def serve(
     reread: Callable[[], Config] | None = None,
     daemon: bool = False,
     old: Predecessor | None = None,
+    ahead: ForkProcess | None = None,
 ) -> int:
     """The whole life of a server; returns its exit code. Raises MMSError when it cannot start.
 
     `fresh` ignores the saved state; `reread` reads the settings again for a reload; nobody waits for a `daemon`, so
-    that another process may succeed it; `old` is the server that this one succeeds.
+    that another process may succeed it; `old` is the server that this one succeeds; of `ahead` its first fork server
+    is made.
     """
-    server = ModelServer(config, say, fresh=fresh, reread=reread, daemon=daemon, old=old)
+    server = ModelServer(config, say, fresh=fresh, reread=reread, daemon=daemon, old=old, ahead=ahead)
     await server.start()
     try:
         return await server.run_until_stopped()

@@ -3,7 +3,8 @@
 A frame is a fixed header (magic, version, kind, length of the head, length of the payloads), a msgpack head, and the
 payloads of all jobs back to back. The head of a frame holds whatever is known of *all* its jobs, so that a frame costs
 one system call, one encode and one decode however many requests it carries. That includes their bodies if these are
-small: then the frame has `bodies`, and neither `sizes` nor payloads.
+small: then the frame has `bodies`, and neither `sizes` nor payloads. Large ones mostly lie in the memory that both
+share (`arena`): the frame is of the kind with SHARED, and instead of payloads there is where they begin.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ INLINE_BELOW = 64 << 10  # bytes: bodies that are fewer in all are a column of t
 
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
 READY, FAILED, RESULT, MEASURED, STREAM = 16, 17, 18, 19, 20  # worker -> server
+SHARED = 128  # added to PREDICT and RESULT
 FORK = 32  # server -> template
 LOADED, FORKED = 48, 49  # template -> server
 
@@ -176,9 +178,9 @@ class BatchTimes(msgspec.Struct, array_like=True, gc=False):
     jobs: int
     waited: float
     handler: float
-    preprocess: float
-    inference: float
-    postprocess: float
+    preprocess: float = 0.0
+    inference: float = 0.0
+    postprocess: float = 0.0
 
 
 class Result(msgspec.Struct, array_like=True):
@@ -281,8 +283,14 @@ class ForkRequest(msgspec.Struct, array_like=True):
     sandbox: Sandbox
 
 
+class Preload(msgspec.Struct, array_like=True):
+    """The first message to a fork server: what to import, for all of its workers."""
+
+    modules: list[str]
+
+
 class Preloaded(msgspec.Struct, array_like=True):
-    """The first message of a fork server; `errors` names the modules that could not be imported, and why.
+    """What a fork server answers to it; `errors` names the modules that could not be imported, and why.
 
     A template says it as well, when it has loaded. With more than one thread neither must fork: a lock held by another
     thread would stay locked in the worker. An owner says it with its weights.
@@ -301,10 +309,8 @@ class ForkReply(msgspec.Struct, array_like=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Load, PredictView, Result, Chunks, Measured, Ready, Failed, Preloaded, ForkRequest, ForkReply)
-}
+_KINDS = (Load, PredictView, Result, Chunks, Measured, Ready, Failed, Preload, Preloaded, ForkRequest, ForkReply)
+_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {kind: msgspec.msgpack.Decoder(kind) for kind in _KINDS}
 EMPTY_HEADERS = msgspec.Raw(_encoder.encode([]))
 decode_headers = msgspec.msgpack.Decoder(list[bytes]).decode
 

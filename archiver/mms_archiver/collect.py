@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from mms.archive import Manifest
 from mms.errors import ArchiveError
 from mms.model_settings import ModelSettings, merge_settings
 from mms.safe_yaml import read_yaml
+from mms.samples import WarmupSample
 from mms_archiver.entry import find_entry, handler_file
 
 _SKIPPED_FOLDERS = ("__MACOSX", "__pycache__")
@@ -85,7 +86,7 @@ def collect(recipe: Recipe) -> tuple[Manifest, dict[str, Path]]:
     for pattern in filter(None, map(str.strip, recipe.extra_files.split(","))):
         collection.add_pattern(pattern)
     if recipe.config_file:
-        _check_config(recipe.config_file)
+        _check_config(recipe.config_file, collection.files)
     entry = find_entry(handler, collection.files)
     if entry.needs_serialized_file and not serialized_file:
         raise ArchiveError(f"the built-in handler {recipe.handler} needs weights: give --serialized-file")
@@ -111,8 +112,15 @@ def _add_handler(recipe: Recipe, collection: Collection) -> str:
     return "".join((collection.add(path), *recipe.handler.partition(":")[1:]))
 
 
-def _check_config(path: Path) -> None:
-    merge_settings(ModelSettings(), read_yaml(path), str(path), strict=False)
+def _check_config(path: Path, files: Container[str]) -> None:
+    settings = merge_settings(ModelSettings(), read_yaml(path), str(path), strict=False)
+    if missing := missing_sample(settings.warmup, files):
+        raise ArchiveError(f"{path}: the warmup sample {missing} is not in the archive; add it with --extra-files")
+
+
+def missing_sample(samples: Iterable[WarmupSample], files: Container[str]) -> str:
+    """The first file of a warm-up that is not among those of the archive, or nothing."""
+    return next((sample.file for sample in samples if sample.file and sample.file not in files), "")
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -14,6 +14,7 @@ from mms.errors import ArchiveError, ConfigError
 from mms.model_settings import ModelSettings, merge_settings
 from mms.safe_yaml import read_yaml
 from mms.signature import TrustedKeys
+from mms_archiver.collect import missing_sample
 
 # Runs in a process of its own, in the folder of the archive, and finds the handler by the server's own rule.
 # The verdict goes to a file: what a handler prints, or a sys.exit in it, must not pass for one.
@@ -69,10 +70,8 @@ def _check_warmup(archive: ModelArchive, root: Path) -> None:
         samples = merge_settings(ModelSettings(), {"warmup": config.get("warmup", ())}, origin, strict=True).warmup
     except ConfigError as error:
         raise ArchiveError(error.message) from None
-    there = {file.name for file in archive.files}
-    for sample in samples:
-        if sample.file and sample.file not in there:
-            raise ArchiveError(f"{origin}: the warmup sample {sample.file} is not in the archive")
+    if missing := missing_sample(samples, {file.name for file in archive.files}):
+        raise ArchiveError(f"{origin}: the warmup sample {missing} is not in the archive")
 
 
 def _import(root: Path, handler: str, folder: Path, timeout: float) -> str:

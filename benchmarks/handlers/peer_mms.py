@@ -7,7 +7,7 @@ from mms.handler import Handler
 
 class Bench(Handler):
     def initialize(self, context):
-        self.work = work.make(context.config["peers"]["work"])
+        self.work = work.make(**context.config["peers"])
 
     def preprocess(self, request):
         return self.work.parse(request.body)

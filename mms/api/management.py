@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from mms.api.guard import Guard
 from mms.api.openapi import Operation, Parameter, document, health, setting_parameters
@@ -30,6 +31,7 @@ from mms.models.version import ModelVersion
 from mms.setting import nearest, parse_setting
 
 log = logging.getLogger("mms.management")
+http_log = logging.getLogger("mms.management.http")  # aiohttp's own, of this listener and that of the metrics
 
 CONTROL = web.AppKey("control", ControlPlane)
 READINESS = web.AppKey("readiness", Readiness)
@@ -43,11 +45,20 @@ _WHILE_SERVED = (
     "batch_size", "preferred_batch_sizes", "max_batch_delay",
     "queue_size", "queue_bytes", "queue_timeout", "queue_order",
 )  # fmt: skip
+_NO_REQUEST = (HttpProcessingError, web.RequestPayloadError)
 _STRING = {"type": "string"}
 _SYNCHRONOUS = Parameter("synchronous", {"type": "boolean"}, "answer when the workers are ready, not at once")
 
 _Parameters = dict[str, Any]
 _Handler = Callable[[web.Request, _Parameters], Awaitable[web.Response]]
+
+
+def _is_fault(record: logging.LogRecord) -> bool:
+    """A request that is none is its client's own affair; what aiohttp says of it quotes headers, tokens among them."""
+    return not (record.exc_info and isinstance(record.exc_info[1], _NO_REQUEST))
+
+
+http_log.addFilter(_is_fault)
 
 
 def application(control: ControlPlane, readiness: Readiness, guard: Guard) -> web.Application:
@@ -77,6 +88,8 @@ async def errors_as_json(
         return _failure(RequestTooLargeError(f"the body is over the limit of {MAX_BODY} bytes"))
     except web.HTTPException as error:
         return _failure(BadRequestError(error.reason, status=error.status))
+    except (ConnectionResetError, web.RequestPayloadError):
+        return _failure(BadRequestError("the body ends too early, or is not what its headers say"))
     except Exception:
         log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         return _failure(MMSError("the server failed to handle this; its log has the traceback"))

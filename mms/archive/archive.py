@@ -74,6 +74,18 @@ class ModelArchive:
                 for _ in chunks:
                     pass
 
+    def peek(self, name: str, limit: int) -> bytes | None:
+        """The content of one file, with its hash compared; None if it is longer than `limit`.
+
+        Of a tar.gz None as well: all that comes before it would have to be unpacked. Raises ArchiveError.
+        """
+        if self.format != "tgz":
+            with _naming(self.name), self._reopen() as file:
+                for member, chunks in self._contents(file, verify=True):
+                    if member.name == name and member.size <= limit:
+                        return b"".join(chunks)
+        return None
+
     def extract(self, destination: Path, *, verify: bool = True) -> Path:
         """The folder to load from: `destination`, which must not exist; of a folder archive, the folder itself.
 

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator, Sequence
 
 from mms import wire
+from mms.arena import WHERE, Arena
 from mms.backend.answers import Answer, Body
 from mms.errors import FrameError
 from mms.handler import Request
@@ -18,12 +19,13 @@ ANSWER_WITHIN = 0.0005  # seconds that a finished answer may wait for others to 
 
 
 class Channel:
-    """The worker's end of its socket to the server. Blocking."""
+    """The worker's end of its socket to the server. Blocking. Large answers go into the `arena`, if there is one."""
 
     lent = False  # to a further front end
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, arena: Arena | None = None) -> None:
         self.metrics: Metrics | None = None  # the handler's, once it is loaded
+        self._arena = arena
         self._sock = sock
         self._recv_into = sock.recv_into
         self._send = sock.sendmsg
@@ -41,6 +43,8 @@ class Channel:
 
     def close(self) -> None:
         self._sock.close()
+        if self._arena is not None:
+            self._arena.close()
 
     def begin(self) -> socket.socket | None:
         """Read the first bytes; returns the socket that may come beside them, on which further channels follow."""
@@ -81,9 +85,14 @@ class Channel:
             if kind == wire.STOP:
                 self.send_metrics()
                 return
-            if kind != wire.PREDICT:
+            if kind == wire.PREDICT:
+                yield wire.decode(wire.PredictView, head), payload, at
+            elif kind == wire.PREDICT | wire.SHARED and self._arena is not None:
+                view = wire.decode(wire.PredictView, head)
+                view.bodies = self._arena.requests.take(payload[at : at + WHERE.size], view.sizes)
+                yield view, payload, at
+            else:
                 raise FrameError(f"unexpected frame of kind {kind}")
-            yield wire.decode(wire.PredictView, head), payload, at
 
     def _fill(self, size: int) -> bool:
         """Have `size` bytes in hand; False at the end of the channel."""
@@ -134,6 +143,8 @@ class Channel:
         if size < wire.INLINE_BELOW:
             result.sizes, result.bodies = [], bodies
             self.write(wire.RESULT, result, (), 0)
+        elif self._arena is not None and (where := self._arena.answers.put(bodies, size)) is not None:
+            self.write(wire.RESULT | wire.SHARED, result, (where,), len(where))
         else:
             self.write(wire.RESULT, result, bodies, size)
 

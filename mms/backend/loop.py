@@ -15,6 +15,7 @@ from functools import partial
 
 from mms import sharedpage, wire
 from mms.allocator import keep_freed_memory
+from mms.arena import Arena, attach
 from mms.backend import template, weights
 from mms.backend.answers import Answer
 from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
@@ -75,6 +76,7 @@ class Loop:
         received = flushed = begun = _monotonic()
         size = frame.batch_size
         stages, progress = self._stages, self._progress
+        staged = stages.style == "request"
         replies = Replies(self._channel, frame.ids)
         requests = requests_of(frame, payload, at, self._limit)
         for first in range(0, len(requests), size):
@@ -92,7 +94,9 @@ class Loop:
                 begun = flushed = _monotonic()
                 continue
             ended = _monotonic()
-            times = wire.BatchTimes(len(batch), begun - received, ended - begun, *stages.take_times())
+            times = wire.BatchTimes(len(batch), begun - received, ended - begun)
+            if staged:
+                times.preprocess, times.inference, times.postprocess = stages.take_times()
             replies.add(answers, times)
             begun = ended
         _pack_progress(progress, 0, self._started, self._started, 0.0)
@@ -115,12 +119,12 @@ class Loop:
         Streams(self._channel, progress, beat).run(ids, answers, times)
 
 
-def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) -> int:
+def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None, arena: Arena | None = None) -> int:
     """The whole life of a worker; returns its exit code. Runs in the worker process, on its main thread.
 
-    `loaded` is what the template has loaded from which this process was forked.
+    `loaded` is what the template has loaded from which this process was forked; large bodies pass through the `arena`.
     """
-    channel = Channel(sock)
+    channel = Channel(sock, arena)
     further = channel.begin()
     first = channel.read()
     if first is None:
@@ -148,6 +152,8 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None) ->
         channel.write(wire.FAILED, wire.Failed(_reason(error), text), [], 0)
         sys.stderr.write(text)
         return 1
+    if arena is not None and (load.preparation.template or load.preparation.owner):
+        arena.close()  # it serves nobody, and the workers that are forked from it have their own
     if load.preparation.template:
         # what `initialize` has counted is told by the first worker alone: it has run once
         return template.serve(sock, partial(main, loaded=stages), stages.metrics.take)
@@ -180,9 +186,9 @@ def main(sock: socket.socket, page: int, leave: Callable[[int], None] = os._exit
     """Serve and leave the process, without waiting for threads or exit handlers of the handler's libraries."""
     code = 70  # EX_SOFTWARE
     try:
-        progress = mmap.mmap(page, 0)
-        os.close(page)  # the map keeps a descriptor of its own
-        code = serve(sock, progress, loaded)
+        bodies, progress = attach(page)
+        os.close(page)  # the maps keep descriptors of their own
+        code = serve(sock, progress, loaded, bodies)
     except (BrokenPipeError, ConnectionResetError):
         code = 0  # the server has gone
     except BaseException:

@@ -17,6 +17,8 @@ def prepare(stages: Stages, load: wire.Load) -> None:
     Whatever stands in the way of compiling and of CUDA graphs is one line in the model's log, and is done without.
     """
     wanted = load.preparation
+    if load.preprocess_threads and load.gpu is None and not isinstance(stages, RequestStages):  # on GPUs, the default
+        warn("preprocess_threads does nothing: it needs a request-style handler")
     networks = _networks(stages) if wanted.compile or wanted.cuda_graphs else {}
     compiled = wanted.compile and _can_compile(networks)
     graphed = bool(wanted.cuda_graphs) and _can_graph(networks, load)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from mms import wire
+from mms import arena, wire
 
 MAX_DESCRIPTORS = 4096
 OOM_SCORE = 500  # above the server's: the kernel takes workers first
@@ -84,7 +84,8 @@ def apply(sandbox: wire.Sandbox, directory: str, scratch: str) -> None:
     if sandbox.uid != -1:
         _become(sandbox)
     if sandbox.memory:
-        resource.setrlimit(resource.RLIMIT_AS, (sandbox.memory, sandbox.memory))
+        most = sandbox.memory + arena.SIZE  # the memory for large bodies is the server's matter
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     take_home(sandbox, scratch)
     if sandbox.files:
         _restrict_files([directory, *sandbox.read, *_python()], scratch, gpu=sandbox.gpu)

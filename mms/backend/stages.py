@@ -11,6 +11,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import msgspec
+
 from mms.backend import device
 from mms.backend.answers import PLAIN_BYTES, Answer, Streamed, answer, failure, is_error_status
 from mms.backend.streams import Steps, Stream
@@ -138,16 +140,13 @@ class BatchStages:
             return stream(streamed.response, requests[index], self._limit)
 
 
-class Prepared:
+class Prepared(msgspec.Struct, eq=False):
     """A request after `preprocess`: the item for the batch and its bucket, or the answer if it has failed."""
 
-    __slots__ = ("answer", "bucket", "item", "request")
-
-    def __init__(self, request: Request, item: Any, bucket: Hashable, answer: Answer | None) -> None:
-        self.request = request
-        self.item = item
-        self.bucket = bucket
-        self.answer = answer
+    request: Request
+    item: Any
+    bucket: Hashable = None
+    answer: Answer | None = None
 
 
 class RequestStages:
@@ -170,6 +169,7 @@ class RequestStages:
         self._isolate = isolate
         self._limit = limit
         self._times = [0.0, 0.0, 0.0]
+        self._one_bucket = getattr(handler.bucket_by, "__func__", None) is Handler.bucket_by
         self.move = device.lane("cpu").move
 
     def for_thread(self) -> RequestStages:
@@ -180,11 +180,15 @@ class RequestStages:
         begun = _now()
         prepared = list(map(self.prepare, requests))
         ready = _now()
-        buckets: dict[Hashable, list[Prepared]] = {}
-        for one in prepared:
-            if one.answer is None:
+        good = [one for one in prepared if one.answer is None]
+        if self._one_bucket:
+            batches = [good] if good else []
+        else:
+            buckets: dict[Hashable, list[Prepared]] = {}
+            for one in good:
                 buckets.setdefault(one.bucket, []).append(one)
-        for batch in buckets.values():
+            batches = list(buckets.values())
+        for batch in batches:
             self.infer(batch)
         inferred = _now()
         answers = list(map(self.finish, prepared))
@@ -204,11 +208,19 @@ class RequestStages:
         handler = self.handler
         try:
             item = handler.preprocess(request)
+            if self._one_bucket:
+                return Prepared(request, item)
             bucket = handler.bucket_by(item)
-            hash(bucket)
+            try:
+                hash(bucket)
+            except TypeError:
+                kind = type(bucket).__name__
+                raise HandlerError(
+                    f"bucket_by returned a {kind}, which has no hash; return a tuple, a number or a text"
+                ) from None
         except BaseException as error:
             return Prepared(request, None, None, failure(client_error(error, [request])))
-        return Prepared(request, item, bucket, None)
+        return Prepared(request, item, bucket)
 
     def infer(self, batch: list[Prepared]) -> None:
         """Each item becomes its output; those that fail get their answer. Never raises."""
@@ -248,6 +260,8 @@ class RequestStages:
             return one.answer
         try:
             result = self.handler.postprocess(one.item)
+            if type(result) is bytes and len(result) <= self._limit:
+                return PLAIN_BYTES, result
         except BaseException as error:
             result = error
         try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from mms import lending, sharedpage
+from mms.arena import Arena
 from mms.backend.channel import Channel
 
 _MAIN_THREAD = -1  # others count from 0
@@ -64,8 +65,8 @@ class LentChannel(Channel):
 
     lent = True
 
-    def __init__(self, sock: socket.socket, main: Channel) -> None:
-        super().__init__(sock)
+    def __init__(self, sock: socket.socket, arena: Arena, main: Channel) -> None:
+        super().__init__(sock, arena)
         self._main = main
 
     def send_metrics(self) -> None:
@@ -146,8 +147,8 @@ class Turns:
         lent = lending.borrow(self._control)
         if lent is None:
             return False
-        sock, page = lent
-        self._add(LentChannel(sock, self._main), page)
+        sock, arena, page = lent
+        self._add(LentChannel(sock, arena, self._main), page)
         return True
 
     def _add(self, channel: Channel, page: mmap.mmap) -> None:

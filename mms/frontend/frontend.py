@@ -143,13 +143,13 @@ class FrontEnd:
                 registry.set_default(name, default)
         registry.announced = {(name, number): why for name, number, why in picture.announced}
 
-    async def _borrow(self, lent: fronts.Lent, channel: int, page: int) -> None:
+    async def _borrow(self, lent: fronts.Lent, channel: int, file: int) -> None:
         replica = self._replicas.get(lent.number)
         if replica is not None:
-            await replica.pool.add(lent, channel, page)
+            await replica.pool.add(lent, channel, file)
             return
         os.close(channel)  # the version was being unloaded when this process started
-        os.close(page)
+        os.close(file)
         self._line.tell(fronts.Left(lent.worker))
 
     async def _listen(self, sock: socket.socket) -> None:

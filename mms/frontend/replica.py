@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import mmap
 import os
 import socket
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 
 from mms import fronts
+from mms.arena import attach
 from mms.errors import DrainingError
 from mms.model_settings import ModelSettings
 from mms.models.served import ServedVersion, VersionState
@@ -32,15 +32,17 @@ Tell = Callable[[Any], None]
 
 
 class LentProcess(WorkerProcess):
-    """A child of the main process, of which this one has a channel and a page."""
+    """A child of the main process, of which this one has a channel, an arena and a page."""
 
-    def __init__(self, lent: fronts.Lent, channel: int, page: int) -> None:
-        shared = mmap.mmap(page, 0)
-        os.close(page)  # the map keeps a descriptor of its own
-        super().__init__(lent.pid, -1, socket.socket(fileno=channel), shared, -1, Path())
+    def __init__(self, lent: fronts.Lent, channel: int, file: int) -> None:
+        bodies, page = attach(file)
+        os.close(file)  # the maps keep descriptors of their own
+        super().__init__(lent.pid, -1, socket.socket(fileno=channel), page, -1, Path(), bodies)
 
     def close(self, *, keep_scratch: bool = False) -> None:
         self._page.close()
+        if self.arena is not None:
+            self.arena.close()
 
 
 class LentWorker(Worker):
@@ -110,8 +112,8 @@ class ReplicaPool(Feeder):
         self._roused_at = 0.0
         self._load: fronts.Load | None = None  # that was told last
 
-    async def add(self, lent: fronts.Lent, channel: int, page: int) -> None:
-        worker = LentWorker(lent, LentProcess(lent, channel, page), self, self._version, self._tell)
+    async def add(self, lent: fronts.Lent, channel: int, file: int) -> None:
+        worker = LentWorker(lent, LentProcess(lent, channel, file), self, self._version, self._tell)
         self.workers.append(worker)
         await worker.join()
         if worker.connected:
@@ -219,6 +221,8 @@ class ReplicaPool(Feeder):
             self._tell(load)
 
     def _check(self, worker: Worker, now: float) -> None:
+        if worker.process.arena is not None and not worker.in_flight.jobs:
+            worker.process.arena.tidy(now)
         overdue = self._lateness.overdue(worker, now)
         if overdue is not None:
             for job, error in overdue:

@@ -7,8 +7,6 @@ whoever answers calls the exchange.
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
 import socket
 import struct
 from collections import deque
@@ -17,8 +15,10 @@ from typing import cast
 
 from mms.errors import BadRequestError, DeadlineError, MMSError
 from mms.http.arrivals import Arrivals
-from mms.http.exchange import Application, Buffer, Exchange
+from mms.http.exchange import Application, Buffer, Exchange, next_id
+from mms.http.largereads import LargeBodies
 from mms.http.limits import (
+    LARGE_BODY,
     LEAST_BROUGHT,
     LEAST_READ,
     LINGER_BODY_BYTES,
@@ -29,18 +29,15 @@ from mms.http.limits import (
     READ_ANYWAY,
     Limits,
 )
-from mms.http.reader import RequestReader
+from mms.http.reader import Part, RequestReader
 from mms.http.request import Head, KnownHeads
 from mms.http.response import CONTINUE, ResponseHeads
 from mms.http.shedding import Shedding
 
 _HEAD_END = b"\r\n\r\n"
 _RESET = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER: on, for no time at all
+_NO_HEAD = Head()
 IDLE_WHILE_SHEDDING = 1.0
-
-_BYTES = [b"%02x" % number for number in range(256)]
-# request ids: random for the process, then a number that counts up; made in C
-_next_id = map(b"".join, itertools.product([os.urandom(6).hex().encode() + b"-"], *[_BYTES] * 6)).__next__
 
 
 def _late(what: str) -> DeadlineError:
@@ -51,8 +48,13 @@ def new_shedding(application: Application, limits: Limits) -> Shedding:
     return Shedding(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections, held=application.held)
 
 
-class Connection(asyncio.Protocol):
-    """The front end's end of one connection."""
+class Connection(LargeBodies):
+    """The front end's end of one connection. It has slots: there may be thousands."""
+
+    __slots__ = (
+        "_application", "_brought", "_brought_at", "_counted", "_drained", "_edge", "_kept", "_limits", "_linger_until",
+        "_lingering", "_peers", "_refused", "_taken_at", "_untaken", "_write_paused", "heads", "shedding",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -77,11 +79,13 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._reader = RequestReader(self, limits.max_request_size)
-        self._last_raw = b"\0"  # a known head, as this connection sent it last
-        self._last_head: Head | None = None
+        self._last_head = _NO_HEAD  # a known one that this connection sent last ...
+        self._last_raw = b""
+        self._last_size = 0  # ... with a body of its length; 0 when the next bytes are to be looked at as a whole
         self._refused: tuple[Exchange, MMSError] | None = None  # to be answered behind the backlog
         self._arrivals = arrivals
         self._arrived = arrivals.exchanges
+        self._alone: Exchange | None = None  # the usual case of one that waits for its answer, else:
         self._pending: deque[Exchange] = deque()
         self._backlog: deque[Exchange] = deque()
         self._drained: asyncio.Future[None] | None = None
@@ -97,6 +101,7 @@ class Connection(asyncio.Protocol):
         self._kept = 0  # bytes of streamed answers whose turn it is not yet
         self._write_paused = False
         self._read_paused = False
+        self._reads_large = False
 
     # asyncio.Protocol
 
@@ -119,9 +124,10 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._last = True
-        if self._edge or any(exchange.stream is not None for exchange in self._pending):
+        pending = self._in_line()
+        if self._edge or any(exchange.stream is not None for exchange in pending):
             return False  # who takes chunks as they come has left: the next one, which would tell, may come late
-        return bool(self._pending)  # a client may close its half and still read its answers
+        return bool(pending)  # a client may close its half and still read its answers
 
     def pause_writing(self) -> None:
         self._write_paused = True
@@ -141,33 +147,43 @@ class Connection(asyncio.Protocol):
         if self._last:
             self._drop(len(data))
             return
-        reader, end = self._reader, 0
-        if reader.between and not reader.held:
-            raw, known = self._last_raw, self._last_head
-            end = len(raw)
-            if not data.startswith(raw):
-                known = None
-                end = data.find(_HEAD_END)
-                if end >= 0:
-                    end += 4
-                    raw = data[:end]
-                    known = self._known.get(raw)
-                    if known is not None:
-                        self._last_raw, self._last_head = raw, known
-            if known is not None and len(data) - end == known.length and not self._pending:
-                exchange = Exchange(self, known, True, _next_id(), [data[end:]], known.length, now)
-                self._pending.append(exchange)
-                if not self._arrived:
-                    self._loop.call_soon(self._arrivals.hand_over)
-                self._arrived.append(exchange)
-                return
-        head = reader.head
+        if self._alone is not None or not (
+            (len(data) == self._last_size and data.startswith(self._last_raw)) or self._recognizes(data)
+        ):
+            self._read(data, now)
+            return
+        head = self._last_head
+        exchange = Exchange(self, head, True, next_id(), [data[len(self._last_raw) :]], head.length, now)
+        self._alone = exchange
+        if not self._arrived:
+            self._loop.call_soon(self._arrivals.hand_over)
+        self._arrived.append(exchange)
+
+    def _recognizes(self, data: bytes) -> bool:
+        """Whether this is a whole request with a head that is known, and no other waits for its answer; then the next
+        one is expected to be like it.
+        """
+        if self._pending or not self._reader.idle:
+            return False
+        end = data.find(_HEAD_END) + len(_HEAD_END)
+        known = self._known.get(data[:end])
+        if known is None or len(data) - end != known.length:
+            return False
+        self._last_head, self._last_raw, self._last_size = known, data[:end], len(data)
+        return True
+
+    def _read(self, data: bytes, now: float) -> None:
+        """Have the parser read."""
+        reader = self._reader
+        head, idle = reader.head, reader.idle
+        self._last_size = 0
         reader.feed(data, now)
         if reader.refusal is not None:
             self._refuse(reader.refusal)
             return
         if self._backlog:
-            if end > 0 and len(data) - end == head.length and self._backlog[-1].head is head:
+            end = data.find(_HEAD_END) + len(_HEAD_END) if idle else 0
+            if end and len(data) - end == head.length and self._backlog[-1].head is head:
                 self._known.remember(data[:end], head)
             self._admit()
         if reader.in_body and not self._last:
@@ -180,7 +196,7 @@ class Connection(asyncio.Protocol):
             return BadRequestError(f"more than {MAX_BACKLOG} requests are pipelined")
         return None
 
-    def complete(self, head: Head, parts: list[bytes], size: int) -> bool:
+    def complete(self, head: Head, parts: list[Part], size: int) -> bool:
         exchange = self._exchange(head, parts, size)
         if self._drained is not None or self.shedding.step:
             exchange.keep_alive = False
@@ -189,23 +205,31 @@ class Connection(asyncio.Protocol):
             self._counted = 0
         self._backlog.append(exchange)
         self._last = not exchange.keep_alive
+        if size >= LARGE_BODY and not self._last:
+            self._read_large(size)
         return exchange.keep_alive
 
     # answering
 
     def send(self, exchange: Exchange, head: bytes, body: Buffer) -> None:
         """Send the exchange's answer, and those behind it that waited for their turn."""
-        pending = self._pending
+        if exchange is self._alone:
+            self._alone = None
+            if body:
+                self._write(head, body)
+            else:
+                self._transport.write(head)  # if it is closing, nobody reads any more, and it drops this
+            if self._last:
+                self._finish()
+            return
+        pending = self._in_line()
         if not pending:
             return  # the client has gone, or was told goodbye
         if pending[0] is not exchange:
             exchange.response = head, body
             return
         pending.popleft()
-        if not body and not self._transport.is_closing():
-            self._transport.write(head)
-        else:
-            self._write(head, body)
+        self._write(head, body)
         while exchange.keep_alive and pending:
             following = pending[0]
             if following.response is None:
@@ -223,9 +247,10 @@ class Connection(asyncio.Protocol):
 
     def send_part(self, exchange: Exchange, parts: list[bytes]) -> bool:
         """Send parts of the exchange's answer, if it is its turn; whether it is. Dropped when the client has gone."""
-        if self._pending and self._pending[0] is not exchange:
+        pending = self._in_line()
+        if pending and pending[0] is not exchange:
             return False
-        if self._pending and not self._transport.is_closing():
+        if pending and not self._transport.is_closing():
             data = b"".join(parts)  # one object: many small ones may wait for a slow client
             if self._write_paused:
                 self._untaken += len(data)
@@ -259,7 +284,10 @@ class Connection(asyncio.Protocol):
     def _write(self, head: bytes, body: Buffer) -> None:
         if self._transport.is_closing():
             return
-        self._transport.writelines([head, body] if body else [head])
+        if body:
+            self._transport.writelines([head, body])
+        else:
+            self._transport.write(head)
 
     def sweep(self, now: float) -> None:
         """Called about once a second: close the connection if its client sends, or takes its answers, too slowly."""
@@ -273,7 +301,7 @@ class Connection(asyncio.Protocol):
                 self._look_at_taking(now)
             elif now > self._linger_until:
                 self._transport.abort()
-        elif self._pending or self._read_paused:
+        elif self._alone is not None or self._pending or self._read_paused:
             self._brought_at = now  # until then it was not the client who made the body wait
         elif self._transport.is_closing():  # as soon as all is sent
             if silent > limits.keepalive_timeout + limits.body_timeout:
@@ -311,8 +339,8 @@ class Connection(asyncio.Protocol):
         self._drained = self._loop.create_future()
         if self._reader.idle:
             self._last = True
-            if self._pending or self._backlog:
-                (self._backlog or self._pending)[-1].keep_alive = False
+            if pending := self._in_line():
+                (self._backlog or pending)[-1].keep_alive = False
             else:
                 self._transport.close()
         return self._drained
@@ -323,9 +351,10 @@ class Connection(asyncio.Protocol):
         Done when it is gone. The caller sees to it that no head is known any more.
         """
         self._drained = self._loop.create_future()
-        if self._reader.idle and (self._pending or self._backlog):
+        pending = self._in_line()
+        if self._reader.idle and pending:
             self._last = True
-            (self._backlog or self._pending)[-1].keep_alive = False
+            (self._backlog or pending)[-1].keep_alive = False
         return self._drained
 
     def abort(self) -> None:
@@ -333,13 +362,14 @@ class Connection(asyncio.Protocol):
 
     def owes(self, exchange: Exchange) -> bool:
         """Whether it waits for its answer, and its client for it."""
-        return exchange in self._pending and exchange.response is None
+        return exchange in self._in_line() and exchange.response is None
 
     def forget_heads(self) -> None:
         """The next request is looked at as a whole, whatever was known."""
-        self._last_raw, self._last_head = b"\0", None
+        self._last_head, self._last_size = _NO_HEAD, 0
         if not self._reader.in_body:
             self._receiving = None
+        self._reader.head.meaning = None
 
     @property
     def unsent(self) -> int:
@@ -348,6 +378,16 @@ class Connection(asyncio.Protocol):
     @property
     def _unsent(self) -> int:
         return self._transport.get_write_buffer_size()
+
+    def _in_line(self) -> deque[Exchange]:
+        """Those that wait for their answer, in order, where there may be several. None can be in the backlog unless
+        there are.
+        """
+        if self._alone is not None:
+            self._pending.append(self._alone)
+            self._alone = None
+            self._last_size = 0
+        return self._pending
 
     def _receive(self, head: Head) -> None:
         """Part of a request has arrived whose body is still to come: refuse it now, or account for the body."""
@@ -364,8 +404,10 @@ class Connection(asyncio.Protocol):
             self._refuse(busy)
             return
         self._counted = size
-        if first and head.expect and not size and not self._pending and not self._backlog:
+        if first and head.expect and not size and not self._in_line():
             self._transport.write(CONTINUE)
+        if size >= LARGE_BODY and self._reader.rest >= LARGE_BODY:
+            self._read_large(head.length)
 
     def _forget_body(self) -> None:
         if self._counted:
@@ -374,7 +416,7 @@ class Connection(asyncio.Protocol):
 
     def _admit(self) -> None:
         """Hand requests to the application, a bounded number at a time."""
-        backlog, pending = self._backlog, self._pending
+        backlog, pending = self._backlog, self._in_line()
         while backlog and len(pending) < MAX_PIPELINED:
             if not self._arrived:
                 self._loop.call_soon(self._arrivals.hand_over)
@@ -417,7 +459,7 @@ class Connection(asyncio.Protocol):
 
     def _forget_requests(self) -> None:
         """No further answer leaves on this connection: what is still under way is not waited for."""
-        for exchange in self._pending:
+        for exchange in self._in_line():
             if exchange.work is not None:
                 exchange.work.cancel()
                 exchange.work = exchange.stream = None  # as in Exchange.answer
@@ -433,8 +475,8 @@ class Connection(asyncio.Protocol):
             if self._lingering < 0:
                 self._transport.abort()
 
-    def _exchange(self, head: Head, parts: list[bytes], size: int) -> Exchange:
-        return Exchange(self, head, head.keep_alive, head.request_id or _next_id(), parts, size, self.last_activity)
+    def _exchange(self, head: Head, parts: list[Part], size: int) -> Exchange:
+        return Exchange(self, head, head.keep_alive, head.request_id or next_id(), parts, size, self.last_activity)
 
     def _steer_reading(self) -> None:
         """Read only while there is room for what is read."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from mms.errors import MMSError
+from mms.http.reader import Part
 from mms.http.request import Head
 from mms.http.response import JOIN_BELOW, error_response, length_lines
 from mms.http.streaming import Streaming
@@ -19,6 +22,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("mms.http")
 
 _ID = b"x-request-id: "
+
+_BYTES = [b"%02x" % number for number in range(256)]
+# request ids: random for the process, then a number that counts up; made in C, all but the end once for 256 of them
+_beginnings = map(b"".join, itertools.product([os.urandom(6).hex().encode() + b"-"], *[_BYTES] * 5))
+next_id = itertools.chain.from_iterable(
+    map(b"".join, itertools.product([beginning], _BYTES)) for beginning in _beginnings
+).__next__
 
 Buffer = bytes | bytearray | memoryview
 
@@ -59,7 +69,7 @@ class Exchange(msgspec.Struct, eq=False):
     head: Head
     keep_alive: bool
     request_id: bytes
-    parts: list[bytes]
+    parts: list[Part]
     size: int
     arrived: float
     response: tuple[bytes, Buffer] | None = None
@@ -84,13 +94,16 @@ class Exchange(msgspec.Struct, eq=False):
     def answer_all(exchanges: Sequence[Exchange], status: int, head: bytes, bodies: Sequence[Buffer]) -> None:
         """As `answer` for each of at least one; never raises."""
         begin = exchanges[0].connection.heads[status] + head + _ID
+        usual = JOIN_BELOW if status != 204 else 0
+        lines, its_size = b"", -1
         for exchange, body in zip(exchanges, bodies, strict=True):
             size = len(body)
             try:
-                if exchange.keep_alive and size < JOIN_BELOW and exchange.head.plain and status != 204:
+                if size < usual and exchange.keep_alive and exchange.head.plain:
+                    if size != its_size:
+                        lines, its_size = length_lines(size), size
                     exchange.work = None
-                    answer = b"".join((begin, exchange.request_id, length_lines(size), body))
-                    exchange.connection.send(exchange, answer, b"")
+                    exchange.connection.send(exchange, b"".join((begin, exchange.request_id, lines, body)), b"")
                 else:
                     exchange.answer(status, head, body)
             except Exception:  # must not cost the others their answer

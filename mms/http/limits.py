@@ -14,6 +14,7 @@ MAX_LEADING = 4  # CRLFs before a request line, in bytes
 MAX_PIPELINED = 16  # requests of one connection that are served at a time
 MAX_BACKLOG = 4096  # requests of one connection that wait for these
 READ_ANYWAY = 64 << 10  # a body of which less is missing is read before it is refused: its connection can be kept
+LARGE_BODY = 64 << 10  # from here on a body is read into the memory in which it stays
 LINGER_BYTES = 64 << 10  # read and dropped after the last answer, so that it is not reset (RFC 9112, 9.6)
 LINGER_BODY_BYTES = 4 << 20  # the same where the rest of a refused body may be on its way: most clients send first
 LINGER_SECONDS = 1.0  # in all, from when the answer has left

@@ -14,6 +14,8 @@ from mms.http.request import Head
 
 _HEAD_END = b"\r\n\r\n"
 
+Part = bytes | memoryview  # of a body
+
 
 class Sink(Protocol):
     """Who takes the requests."""
@@ -22,7 +24,7 @@ class Sink(Protocol):
         """A request has begun; what speaks against it."""
         ...
 
-    def complete(self, head: Head, parts: list[bytes], size: int) -> bool:
+    def complete(self, head: Head, parts: list[Part], size: int) -> bool:
         """Here is a request; returns whether another may follow on this connection."""
         ...
 
@@ -83,7 +85,7 @@ class RequestReader:
         self._now = 0.0
         self._done = False
         self._raw_head = 0
-        self._parts: list[bytes] = []
+        self._parts: list[Part] = []
         self._size = 0
         self._chunked_raw = 0
         self._size_lines: SizeLines | None = None  # of a chunked body
@@ -103,6 +105,23 @@ class RequestReader:
     def size(self) -> int:
         """Bytes of the body that have arrived."""
         return self._size
+
+    @property
+    def rest(self) -> int:
+        """Bytes that are still to come of a body whose length is known."""
+        return self.head.length - self._size if self.in_body and not self.head.transfer_encoding else 0
+
+    def take(self, part: memoryview, more: int, now: float) -> None:
+        """`more` bytes of a body of known length have come, at the end of `part`; the parser is not shown them."""
+        if len(part) > more:
+            self._parts[-1] = part
+        else:
+            self._parts.append(part)
+        self._size += more
+        self._now = now
+        if self._size == self.head.length:
+            self._parser = httptools.HttpRequestParser(self)
+            self.on_message_complete()
 
     def forget(self) -> None:
         """Nothing more is read: let go of what there is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mms.errors import BadRequestError, MethodNotAllowedError, MMSError, RequestTooLargeError
-from mms.http.limits import MAX_FIELDS, MAX_HEAD, MAX_LINE
+from mms.http.limits import LARGE_BODY, MAX_FIELDS, MAX_HEAD, MAX_LINE
 
 MAX_KNOWN = 1024
 MAX_KNOWN_SIZE = 2 << 10
@@ -178,16 +178,20 @@ class KnownHeads(dict[bytes, Head]):
 
     shut = False  # none is kept: every request is looked at
 
-    def remember(self, raw: bytes, head: Head) -> None:
-        """Keep a head that was judged fit to serve, if it is plain."""
-        if (
+    def may_come_again(self, raw: bytes, head: Head) -> bool:
+        """Whether a head that was judged fit to serve is plain."""
+        return not (
             self.shut
             or head.transfer_encoding
             or head.expect
             or head.request_id
             or not head.keep_alive
             or len(raw) > MAX_KNOWN_SIZE
-        ):
+        )
+
+    def remember(self, raw: bytes, head: Head) -> None:
+        """Keep a plain head; that of a large body is each connection's own matter."""
+        if head.length >= LARGE_BODY or not self.may_come_again(raw, head):
             return
         if len(self) >= MAX_KNOWN:
             self.clear()

@@ -13,6 +13,7 @@ from typing import Any
 from mms import wire
 from mms.archive import ModelArchive
 from mms.config import Config
+from mms.errors import ConfigError
 from mms.logs import model_logger
 from mms.model_settings import ModelSettings, merge_settings
 from mms.models.version import ModelVersion
@@ -29,7 +30,7 @@ from mms.workers.process import Launch
 from mms.workers.requirements import Installer
 from mms.workers.restarts import Restarts
 from mms.workers.sandbox import Sandboxes, only_stricter
-from mms.workers.scheduling import largest_batch
+from mms.workers.scheduling import largest_batch, warmup_sizes
 from mms.workers.settings import PoolSettings
 
 log = logging.getLogger("mms.controlplane")
@@ -62,7 +63,10 @@ class Pools:
         only_stricter(settings, self.config.model_defaults(), f"{archive.path.name}: {archive.manifest.config_file}")
         settings = merge_settings(settings, changes, origin, strict=True)
         only_stricter(settings, self.config.model_defaults(), origin)
-        placement = plan(settings, self.gpus, environment.cores())
+        try:
+            placement = plan(settings, self.gpus, environment.cores())
+        except ConfigError as error:  # at a start, many are loaded
+            raise ConfigError(f"{archive.path.name}: {error.message}") from None
         settings = dataclasses.replace(settings, gpus=placement.gpus)
         if settings.min_workers == -1:
             most = placement.size if settings.max_workers == -1 else settings.max_workers
@@ -70,6 +74,12 @@ class Pools:
         if self.others is not None:
             check_shared(settings, archive.path.name)
         return settings
+
+    def begin_imports(self, archive: ModelArchive, settings: ModelSettings) -> None:
+        """Of what workers of a version that is about to be registered are forked with, if they will be forked."""
+        own = archive.manifest.requirements_file and self.config.install_requirements
+        if settings.min_workers and not own:
+            self.forkservers.begin(_preload(archive, settings))
 
     def pool(
         self, version: ModelVersion, folder: Path, model_config: dict[str, Any], sandbox: wire.Sandbox
@@ -93,7 +103,7 @@ class Pools:
             preprocess_threads=settings.preprocess_threads,
             preparation=wire.Preparation(
                 warmup=settings.warmup,
-                batch_sizes=_warmup_sizes(settings),
+                batch_sizes=warmup_sizes(settings),
                 compile=settings.compile,
                 cuda_graphs=settings.cuda_graphs,
             ),
@@ -102,7 +112,7 @@ class Pools:
             name=f"mms-{version.name}",
             directory=load.directory,
             environ=environment.worker_environment(self.config.worker_env),
-            preload=tuple(sorted({*manifest.preload, *settings.preload})),
+            preload=_preload(version.archive, settings),
             scratch=self.sandboxes.scratch,
             sandbox=sandbox,
         )
@@ -158,7 +168,5 @@ def bounds_of(settings: ModelSettings) -> Bounds:
     )
 
 
-def _warmup_sizes(settings: ModelSettings) -> tuple[int, ...]:
-    """The batch sizes that a warm-up runs: those that workers will see."""
-    sizes = settings.cuda_graphs or (*settings.preferred_batch_sizes, 1, settings.batch_size)
-    return tuple(sorted({min(size, settings.batch_size) for size in sizes}))
+def _preload(archive: ModelArchive, settings: ModelSettings) -> tuple[str, ...]:
+    return tuple(sorted({*archive.manifest.preload, *settings.preload}))

@@ -94,7 +94,8 @@ class Readiness:
             and pool is not None
             and pool.ready >= max(pool.scaling.minimum, not pool.scaling.bounds.on_request)
         )
-        return _answer(str(version.state), ready, [] if ready else [entry(version, details=True)])
+        word = "incomplete" if version.state is VersionState.READY else str(version.state)
+        return _answer(word, ready, [] if ready else [entry(version, details=True)])
 
 
 def refusing(why: str) -> tuple[str, str]:

@@ -110,6 +110,7 @@ class ModelVersion(ServedVersion):
             "queueBytes": settings.queue_bytes,
             "queueTimeout": settings.queue_timeout,
             "queueOrder": "fifo" if self.queue.fifo else settings.queue_order,
+            **({} if settings.retry else {"retry": 0}),
             **self._scheduling_described(),
             **({"cpuThreads": pool.cpu_threads} if pool is not None else {}),
             **({"maxRequests": settings.max_requests} if settings.max_requests else {}),

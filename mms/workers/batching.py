@@ -122,15 +122,15 @@ class BatchQueue:
 
     def submit_all(self, jobs: list[Job]) -> bool:
         """Take in as many jobs without terms as there are, or none if any of them might be refused."""
-        held = self.bytes + sum([job.size for job in jobs])
-        depth = self.depth + len(jobs)
+        held, depth = self.bytes, self.depth + len(jobs)
+        for job in jobs:
+            held += job.size
+            job.queue = self
         if depth > self.room or held > self.max_bytes or self._known_poisons:
             return False
         self.submitted += len(jobs)
         self.depth = depth
         self.bytes = held
-        for job in jobs:
-            job.queue = self
         self._waiting.extend(jobs)
         return True
 
@@ -185,8 +185,7 @@ class BatchQueue:
             job = self._next_alone()
             if job is not None:
                 worker.exclusive = True
-                job.taken = now
-                return self._hand_over(worker, [job], 1)
+                return self._hand_over(worker, [job], 1, now)
         if not self.depth:
             return None
         batch_size = self.batch_size if self._plain else self.batch_size_of(worker)
@@ -194,19 +193,18 @@ class BatchQueue:
         if not limit:
             return None
         waiting = self._waiting
-        if len(waiting) <= limit and self.bytes <= MAX_FRAME_BYTES:
-            jobs = [job for job in waiting if not job.settled]
+        if self.depth == len(waiting) <= limit and self.bytes <= MAX_FRAME_BYTES:  # all that wait, and none is settled
+            jobs = list(waiting)
             waiting.clear()
             self._overload.emptied = True
+            self.depth = self.bytes = 0
         else:
             jobs = waiting.some(limit, batch_size, self._newest_first(worker, now))
             if not waiting:
                 self._overload.emptied = True
-        for job in jobs:
-            job.taken = now
-        self.depth -= len(jobs)
-        self.bytes -= sum([job.size for job in jobs])
-        return self._hand_over(worker, jobs, batch_size)
+            self.depth -= len(jobs)
+            self.bytes -= sum([job.size for job in jobs])
+        return self._hand_over(worker, jobs, batch_size, now)
 
     def batch_size_of(self, worker: InFlight) -> int:
         """How large a batch may be that the worker gets now: a preferred size if enough wait for one."""
@@ -423,14 +421,15 @@ class BatchQueue:
         elif len(worker.frames) > worker.threads or self.depth < batch_size:
             return 0
         else:
-            room = ahead * worker.threads * batch_size - len(worker.jobs)
+            most = max(ahead, 2) if ahead else 0  # behind a batch that fits into AHEAD_SECONDS lies another one
+            room = most * worker.threads * batch_size - len(worker.jobs)
             limit = min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
         if self._preferred and limit > batch_size:
             limit = min(limit, max(1, self.depth // batch_size) * batch_size)
         return limit
 
-    def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int) -> tuple[int, list[Job]]:
-        worker.add(jobs)
+    def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int, now: float) -> tuple[int, list[Job]]:
+        worker.add(jobs, now)
         self._handed += len(jobs)
         return batch_size, jobs
 

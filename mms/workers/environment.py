@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import psutil
-
 _PASSED = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_.*|TZ|LD_LIBRARY_PATH|LD_PRELOAD|MALLOC_.*|PYTHON[A-Z]*|SSL_CERT_.*|"
     r"CUDA_.*|NVIDIA_.*|NCCL_.*|HIP_.*|ROCR_.*|TORCH.*|PYTORCH_.*|HF_.*|TRANSFORMERS_.*|OMP_.*|KMP_.*|MKL_.*|OPENBLAS_.*|"
@@ -74,6 +72,8 @@ def _limits(group: Path) -> Iterator[float]:
 
 def memory(root: Path = Path("/")) -> int:
     """Bytes of memory this process may use: the machine's, and of that what its control groups grant."""
+    import psutil  # later: this module is imported before the first fork server is started
+
     return min(psutil.virtual_memory().total, *(_memory_limit(group) for group in _groups("memory", root)), 1 << 62)
 
 

@@ -126,6 +126,10 @@ class Feeder:
         for job, error in self._queue.expire(now):
             self.fail(job, error)
 
+    def worker_idle(self) -> None:
+        """Of those that take jobs; a batch waits."""
+        self._dispatch()
+
     def wake(self) -> None:
         """What the queue hands out, or when, has changed: look again."""
         self._wake_soon()

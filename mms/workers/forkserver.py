@@ -6,18 +6,15 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from mms import wire
 from mms.errors import FrameError
 from mms.metrics import RestartFacts
-from mms.workers import environment
 from mms.workers.budget import Budget, how_it_ended
+from mms.workers.forkprocess import ForkProcess
 
 log = logging.getLogger("mms.forkserver")
 
@@ -35,22 +32,15 @@ class ForkServerDied(Exception):
 class ForkServer:
     """One fork server process and the conversation with it: one request at a time."""
 
-    def __init__(self, preload: tuple[str, ...]) -> None:
+    def __init__(self, preload: tuple[str, ...], started: ForkProcess | None = None) -> None:
+        """`started` is a process that nobody has told yet what to import."""
         self.preload = preload
         self.threads = 1
         self._turn = asyncio.Lock()
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.setblocking(False)
-        command = [sys.executable, "-P", "-m", "mms.backend.forkserver", "--control", str(theirs.fileno())]
-        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self._process = subprocess.Popen(
-            [*command, "--preload", ",".join(preload)],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**environment.worker_environment(()), **one_thread},  # a worker can read what it was started with
-        )
-        theirs.close()
+        self._started = started or ForkProcess()
+        self._process, self._control = self._started.process, self._started.control
+        with contextlib.suppress(OSError):  # it has ended: who waits for it is told
+            self._control.send(wire.encode(wire.Preload(list(preload))))
         self._ready: asyncio.Task[None] | None = None
         self._readable = asyncio.Event()
         self._closed = False
@@ -102,11 +92,8 @@ class ForkServer:
             return
         self._closed = True
         self._readable.set()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
         asyncio.get_running_loop().remove_reader(self._control)
-        self._control.close()
+        self._started.end()
 
     async def _await_preload(self) -> None:
         message, _ = await self._receive(PRELOAD_LIMIT)
@@ -155,6 +142,7 @@ class ForkServers:
     """The fork servers in use, by what they preload."""
 
     def __init__(self) -> None:
+        self.ahead: ForkProcess | None = None  # the first one that is needed becomes of this
         self._servers: dict[tuple[str, ...], ForkServer] = {}
         self._budgets: defaultdict[tuple[str, ...], Budget] = defaultdict(lambda: Budget(DEATHS, DEATH_WINDOW))
         self._given_up: set[tuple[str, ...]] = set()
@@ -168,9 +156,13 @@ class ForkServers:
             return await self._fork(server, request, descriptors)
         except (ForkServerDied, FrameError) as error:
             if self._servers.get(preload) is server:  # nobody was quicker
-                log.warning("%s; starting another", error)
-                self._died(server)
+                self._died(server, f": {error}")
             return await self._fork(self._get(preload), request, descriptors)
+
+    def begin(self, preload: tuple[str, ...]) -> None:
+        """Workers will soon be forked with it: what they need is imported from now on, if that is done at all."""
+        with contextlib.suppress(UnsafeFork):
+            self._get(preload)
 
     def deaths(self, preload: tuple[str, ...]) -> int:
         """How often that fork server has died lately."""
@@ -190,9 +182,12 @@ class ForkServers:
             yield budget.facts("forkserver", state, ",".join(preload))
 
     def pids(self) -> list[int]:
-        return [server.pid for server in self._servers.values()]
+        ahead = [] if self.ahead is None else [self.ahead.process.pid]
+        return [server.pid for server in self._servers.values()] + ahead
 
     def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.end()
         for server in list(self._servers.values()):
             self._discard(server)
 
@@ -208,13 +203,15 @@ class ForkServers:
             self._given_up.discard(preload)
             log.info("the fork server (preload: %s) is used again", _named(preload))
         if server is None:
-            server = self._servers[preload] = ForkServer(preload)
+            ahead, self.ahead = self.ahead, None
+            server = self._servers[preload] = ForkServer(preload, ahead)
         return server
 
-    def _died(self, server: ForkServer) -> None:
+    def _died(self, server: ForkServer, seen: str = "") -> None:
         self._discard(server)
-        preload = server.preload
-        self._budgets[preload].count(server.cause)
+        preload, cause = server.preload, server.cause
+        self._budgets[preload].count(cause)
+        log.error("the fork server (preload: %s) died: %s%s", _named(preload), cause, seen)
         if self._budgets[preload].spent:
             self._given_up.add(preload)
             log.error("the fork server (preload: %s) died more than %d times within %g s; until one of these is longer "

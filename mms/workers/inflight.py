@@ -13,16 +13,17 @@ MAX_FRAME_JOBS = 256
 
 
 class Frame:
-    """The jobs of one frame; `first` is the place of its first job among all that the worker was ever sent.
+    """The jobs of one frame and their ids; `first` is the place of its first job among all the worker was ever sent.
 
     `cancel` tells the worker that nobody waits for a job any more, where jobs wait in workers.
     """
 
-    __slots__ = ("cancel", "first", "jobs", "left")
+    __slots__ = ("cancel", "first", "ids", "jobs", "left")
 
     def __init__(self, first: int, jobs: list[Job], cancel: Callable[[int], None] | None) -> None:
         self.first = first
         self.jobs = jobs
+        self.ids = [job.id for job in jobs]
         self.cancel = cancel
         self.left = len(jobs)  # not yet answered
 
@@ -59,21 +60,32 @@ class InFlight:
         self.batch_seconds: float | None = None  # time of a batch: follows rises at once, falls slowly
         self.batch_limit: BatchLimit | None = None  # its batch size, where that follows a latency objective
 
-    def add(self, jobs: list[Job]) -> None:
+    def add(self, jobs: list[Job], now: float) -> None:
         """They are sent in one frame."""
         frame = Frame(self.sent, jobs, self.cancel)
-        held = self.jobs
         for job in jobs:
+            job.taken = now
             job.frame = frame
-            held[job.id] = job
+        self.jobs.update(zip(frame.ids, jobs, strict=True))
         self.frames.append(frame)
         self.sent += len(jobs)
 
     def finish(self, ids: list[int]) -> list[Job] | None:
         """The jobs of these ids, answered and no longer in hand. None, and all stay in hand, if one is not there."""
         held, frames = self.jobs, self.frames
+        if frames and frames[0].ids == ids and frames[0].left == len(ids):  # the usual case: all of a frame at once
+            frame = frames.popleft()
+            done, frame.jobs = frame.jobs, []  # it must hold no cycle
+            if len(held) == len(ids):
+                held.clear()
+                self.exclusive = False
+            else:
+                for id in ids:
+                    del held[id]
+            self.finished += len(ids)
+            return done
         pop = held.pop
-        done: list[Job] = []
+        done = []
         try:
             for id in ids:
                 done.append(pop(id))
@@ -83,22 +95,13 @@ class InFlight:
         if not done:
             return done
         self.finished += len(ids)
-        first = frames[0]
-        if (
-            first.left == len(ids)
-            and first is done[0].frame
-            and first is done[-1].frame
-            and not (self.overlaps and any([job.frame is not first for job in done]))
-        ):
-            frames.popleft().jobs = []  # the usual case: a frame is answered as a whole; it must hold no cycle
-        else:
-            for job in done:
-                frame = job.frame
-                assert frame is not None
-                frame.left -= 1
-                if not frame.left:
-                    frames.remove(frame)
-                    frame.jobs = []
+        for job in done:
+            its = job.frame
+            assert its is not None
+            its.left -= 1
+            if not its.left:
+                frames.remove(its)
+                its.jobs = []
         if not self.jobs:
             self.exclusive = False
         return done

@@ -81,7 +81,7 @@ class Job(msgspec.Struct, eq=False):
     id: int
     facts: RequestFacts
     request_id: bytes
-    parts: list[bytes]
+    parts: list[bytes | memoryview]
     size: int
     caller: Caller | StreamCaller
     arrived: float

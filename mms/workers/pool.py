@@ -448,9 +448,11 @@ class WorkerPool(Feeder):
             self._stop_worker(worker)
 
     def _check(self, worker: Worker, now: float) -> None:
-        """Kill a worker whose batch or whose start takes too long."""
+        """Kill a worker whose batch or whose start takes too long; what an idle one does not need is given back."""
         if worker.process is None:
             return
+        if worker.process.arena is not None and not worker.in_flight.jobs:
+            worker.process.arena.tidy(now)
         if self._lateness.starts_too_long(worker, now):
             worker.kill(f"not ready within startup_timeout ({self._settings.startup_timeout:g} s)")
         overdue = self._lateness.overdue(worker, now)

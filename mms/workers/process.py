@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import mmap
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -24,9 +23,11 @@ from typing import Protocol
 
 import msgspec
 
-from mms import sharedpage, wire
+from mms import arena, sharedpage, wire
 from mms.allocator import keep_freed_memory
+from mms.arena import Arena
 from mms.workers.budget import how_it_ended
+from mms.workers.forkprocess import let_open_files
 from mms.workers.forkserver import UnsafeFork
 from mms.workers.sandbox import new_scratch
 
@@ -53,13 +54,21 @@ class WorkerProcess:
     """One worker process; owns its descriptors and its scratch folder."""
 
     def __init__(
-        self, pid: int, pidfd: int, channel: socket.socket, page: mmap.mmap, output: int, scratch: Path
+        self,
+        pid: int,
+        pidfd: int,
+        channel: socket.socket,
+        page: mmap.mmap,
+        output: int,
+        scratch: Path,
+        arena: Arena | None = None,
     ) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.channel = channel
         self.output = output
         self.scratch = scratch
+        self.arena = arena
         self._page = page
 
     def progress(self) -> tuple[int, int, float]:
@@ -123,6 +132,8 @@ class WorkerProcess:
         """Release the descriptors; after the transports that use channel and output are closed."""
         os.close(self.pidfd)
         self._page.close()
+        if self.arena is not None:
+            self.arena.close()
         if not keep_scratch:
             _remove(self.scratch)
 
@@ -141,12 +152,11 @@ async def launch(how: Launch, forker: Forker) -> WorkerProcess:
     """Start a worker. Raises ForkServerDied or OSError, with nothing left behind."""
     ours, theirs = socket.socketpair()
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    page = os.memfd_create("mms-progress")
+    page = arena.create(sharedpage.page_size(how.threads, how.preprocess_threads))
     scratch = None
     try:
         scratch = new_scratch(how.scratch, how.name, how.sandbox)
-        os.ftruncate(page, sharedpage.page_size(how.threads, how.preprocess_threads))
-        shared = mmap.mmap(page, 0)
+        bodies, shared = arena.attach(page)
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
         if how.interpreter is None:
@@ -163,7 +173,7 @@ async def launch(how: Launch, forker: Forker) -> WorkerProcess:
         theirs.close()
         os.close(write_end)
         os.close(page)
-    return WorkerProcess(pid, pidfd, ours, shared, read_end, scratch)
+    return WorkerProcess(pid, pidfd, ours, shared, read_end, scratch, bodies)
 
 
 async def _fork_or_spawn(
@@ -227,8 +237,7 @@ def prepare_process() -> None:
     and keeps memory for large bodies.
     """
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    let_open_files()
     keep_freed_memory()
 
 

@@ -77,13 +77,16 @@ class Scaling:
 
     def _see(self, now: float, workers: Sequence[Worker], others: Sequence[Load]) -> Seen:
         queue, batch_size = self._queue, self._queue.batch_size
-        threads = sum(worker.in_flight.threads for worker in workers)
+        loads = [worker.in_flight for worker in workers]
+        limits = [load.batch_limit for load in loads]
+        sizes = [batch_size if limit is None else limit.limit for limit in limits]
+        rooms = [size * load.threads for size, load in zip(sizes, loads, strict=True)]
         waiting = queue.depth + sum(load.waiting for load in others)
-        batch_seconds = [worker.in_flight.batch_seconds or 0.0 for worker in workers]
+        batch_seconds = [load.batch_seconds or 0.0 for load in loads]
         return Seen(
             ready=len(workers),
-            busy=sum(min(1.0, worker.jobs / (batch_size * worker.in_flight.threads)) for worker in workers),
-            waiting=waiting / batch_size * (len(workers) / threads if workers else 1.0),
+            busy=sum(min(1.0, worker.jobs / room) for worker, room in zip(workers, rooms, strict=True)),
+            waiting=waiting * (len(loads) / sum(rooms) if loads else 1 / batch_size),
             oldest_wait=max([queue.oldest_wait(now), *(load.oldest_wait for load in others)]),
             batch_seconds=max([*batch_seconds, *(load.batch_seconds for load in others)], default=0.0),
             submitted=queue.submitted + sum(load.submitted for load in others),

@@ -104,6 +104,12 @@ def largest_batch(settings: ModelSettings) -> int:
     return settings.batch_size
 
 
+def warmup_sizes(settings: ModelSettings) -> tuple[int, ...]:
+    """The batch sizes that a warm-up runs: those that workers will see."""
+    sizes = settings.cuda_graphs or (*settings.preferred_batch_sizes, 1, settings.batch_size)
+    return tuple(sorted({min(size, largest_batch(settings)) for size in sizes}))
+
+
 def _encoded(output: Any) -> tuple[bytes, bytes]:
     if isinstance(output, str):
         return b"text/plain; charset=utf-8", output.encode()

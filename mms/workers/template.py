@@ -278,4 +278,5 @@ class Template(Kept):
         return msgspec.structs.replace(load, cpu_threads=1, preparation=wanted)
 
     def _fault_of(self, loaded: wire.Preloaded) -> str:
-        return f"its handler has started threads ({loaded.threads})" if loaded.threads > 1 else ""
+        others = loaded.threads - 1
+        return f"its handler has started threads ({others})" if others else ""

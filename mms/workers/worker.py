@@ -18,7 +18,7 @@ from mms.errors import FrameError, HandlerError
 from mms.metrics import VersionMetrics
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import InFlight
-from mms.workers.job import Caller, Job
+from mms.workers.job import Caller, Job, StreamCaller
 from mms.workers.largeframe import LARGE, LARGEST, LargeFrame
 from mms.workers.output import OutputReader
 from mms.workers.placement import Place
@@ -41,6 +41,10 @@ class Owner(Protocol):
     """The pool, as its workers know it."""
 
     def worker_ready(self, worker: Worker, ready: wire.Ready) -> None: ...
+
+    def worker_idle(self) -> None:
+        """A worker has nothing left to do, and a full batch waits; the answers it has sent are not delivered yet."""
+        ...
 
     def worker_free(self, worker: Worker) -> None: ...
 
@@ -160,22 +164,25 @@ class Worker(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def send(self, batch_size: int, jobs: list[Job]) -> None:
-        """One PREDICT frame with all of `jobs`."""
-        ids, request_ids = [job.id for job in jobs], [job.request_id for job in jobs]
+        """One PREDICT frame with all of `jobs`, which were the last to be added to those in flight."""
+        request_ids = [job.request_id for job in jobs]
         sizes = [job.size for job in jobs]
         facts = wire.share([job.facts for job in jobs])
         size = sum(sizes)
-        frame = wire.Predict(batch_size, ids, sizes, request_ids, *facts)
+        frame = wire.Predict(batch_size, self.in_flight.frames[-1].ids, sizes, request_ids, *facts)
         if self.in_flight.preprocess_threads and self._queue.scheduling.levels > 1:
             frame.levels = list(map(self._queue.scheduling.level_of, jobs))
         if size < wire.INLINE_BELOW:
             frame.sizes, frame.bodies = [], [b"".join(job.parts) for job in jobs]
             self._transport.write(wire.pack(wire.PREDICT, frame))
             return
-        parts = [wire.pack(wire.PREDICT, frame, size)]
-        for job in jobs:
-            parts += job.parts
-        self._transport.writelines(parts)
+        parts = [part for job in jobs for part in job.parts]
+        arena = self.process.arena
+        where = arena.requests.put(parts, size) if arena is not None else None
+        if where is not None:
+            self._transport.write(wire.pack(wire.PREDICT | wire.SHARED, frame, len(where)) + where)
+        else:
+            self._transport.writelines([wire.pack(wire.PREDICT, frame, size), *parts])
 
     def stop(self, grace: float) -> None:
         """Take no more jobs, leave when those in hand are answered; killed when that takes over `grace` seconds."""
@@ -203,6 +210,9 @@ class Worker(asyncio.Protocol):
             for kind, head, payload in self._reader.feed(data):
                 if kind == wire.RESULT:
                     self._results(wire.decode(wire.Result, head), payload)
+                elif kind == wire.RESULT | wire.SHARED and self.process.arena is not None:
+                    result = wire.decode(wire.Result, head)
+                    self._results(result, self.process.arena.answers.lend(payload, sum(result.sizes)))
                 elif kind == wire.STREAM:
                     self._chunks(wire.decode(wire.Chunks, head), payload)
                 elif kind == wire.MEASURED:
@@ -251,42 +261,55 @@ class Worker(asyncio.Protocol):
 
     def _results(self, result: wire.Result, payload: memoryview) -> None:
         now = time.monotonic()
-        count = len(result.ids)
-        outcomes = wire.spread(result.outcomes, result.outcome_of, count)
-        reported = sum([batch.jobs for batch in result.batches])
-        if reported != count:
-            self._early += count - reported
+        ids, outcomes, batches = result.ids, result.outcomes, result.batches
         bodies: Sequence[bytes | memoryview] = result.bodies
         if result.sizes:
             bodies = wire.cut(result.sizes, payload)
+        count = len(ids)
+        alike = len(outcomes) == 1 and not result.outcome_of and not outcomes[0].error
+        if not alike:
+            outcomes = wire.spread(outcomes, result.outcome_of, count)
+        reported = batches[0].jobs if len(batches) == 1 else sum([batch.jobs for batch in batches])
+        self._early += count - reported
         if not count or len(bodies) != count or self._early < 0:
             raise FrameError(f"a RESULT frame with {count} jobs whose sizes or batches do not fit")
-        jobs = self.in_flight.finish(result.ids)
+        jobs = self.in_flight.finish(ids)
         if jobs is None:
-            raise FrameError(f"answers to jobs {result.ids}, which this worker does not have")
-        waits = self._observe(result.batches, jobs, now)
-        if any([job.settled for job in jobs]):
+            raise FrameError(f"answers to jobs {ids}, which this worker does not have")
+        self._observe(batches, jobs, now, whole=reported == count)
+        if not self.in_flight.jobs and self._queue.depth >= self._queue.batch_size:
+            self._owner.worker_idle()
+        waits = _waits(batches, count)
+        callers = [job.caller for job in jobs if not job.settled]
+        if len(callers) < count:
             places = [place for place, job in enumerate(jobs) if not job.settled]
-            jobs, outcomes = [jobs[place] for place in places], [outcomes[place] for place in places]
-            bodies, waits = [bodies[place] for place in places], [waits[place] for place in places]
+            jobs, bodies = [jobs[place] for place in places], [bodies[place] for place in places]
+            outcomes = outcomes if alike else [outcomes[place] for place in places]
+            waits = waits if len(waits) == 1 else [waits[place] for place in places]
         if jobs:
-            alike = not outcomes[0].error and outcomes.count(outcomes[0]) == len(outcomes)
             self._count(jobs, outcomes, waits, now, alike=alike)
-            self._deliver(jobs, outcomes, bodies, alike=alike)
+            self._deliver(jobs, callers, outcomes, bodies, alike=alike)
         self._owner.worker_free(self)
 
     def _deliver(
-        self, jobs: list[Job], outcomes: list[wire.Outcome], bodies: Sequence[bytes | memoryview], *, alike: bool
+        self,
+        jobs: list[Job],
+        callers: list[Caller | StreamCaller],
+        outcomes: list[wire.Outcome],
+        bodies: Sequence[bytes | memoryview],
+        *,
+        alike: bool,
     ) -> None:
-        """Tell each caller its job's outcome. `alike`: all are the same, and none is an error."""
+        """Tell each caller its job's outcome. `alike`: there is one for all, and it is no error."""
         for job in jobs:
             job.settled = True
-        callers = [job.caller for job in jobs]
-        if alike and len(set(map(type, callers))) == 1:
-            answer_all = getattr(callers[0], "answer_all", None)
-            if answer_all is not None:
-                answer_all(callers, outcomes[0].status, outcomes[0].head, bodies)
-                return
+        if alike:
+            if len(set(map(type, callers))) == 1:
+                answer_all = getattr(callers[0], "answer_all", None)
+                if answer_all is not None:
+                    answer_all(callers, outcomes[0].status, outcomes[0].head, bodies)
+                    return
+            outcomes = outcomes * len(jobs)
         for job, outcome, body in zip(jobs, outcomes, bodies, strict=True):
             try:
                 if outcome.error:
@@ -328,41 +351,44 @@ class Worker(asyncio.Protocol):
         if chunks.first and self.in_flight.batch_limit is not None:
             self._learn(len(chunks.first), now - min([held[id].taken for id in chunks.first]))
 
-    def _observe(self, batches: list[wire.BatchTimes], jobs: list[Job], now: float) -> list[float]:
-        """Count batches; how long each of the jobs has waited in the worker."""
+    def _observe(self, batches: list[wire.BatchTimes], jobs: list[Job], now: float, *, whole: bool) -> None:
+        """Count batches. `whole`: they are those of these jobs and of no others."""
         metrics = self._metrics
-        seconds = 0.0
-        waits: list[float] = []
-        for batch in batches:
-            seconds += batch.handler
-            waits += [batch.waited] * batch.jobs
-            metrics.handler.observe(batch.handler)
+        if len(batches) == 1:
+            (batch,) = batches
+            seconds = batch.handler
+            metrics.handler.observe(seconds)
             metrics.batch_size.observe(batch.jobs)
-            if batch.inference:
+        elif batches:
+            spent = [batch.handler for batch in batches]
+            seconds = sum(spent)
+            metrics.handler.observe_all(spent)
+            metrics.batch_size.observe_all([batch.jobs for batch in batches])
+        else:
+            return
+        if batches[0].inference:
+            for batch in batches:
                 metrics.preprocess.observe(batch.preprocess)
                 metrics.inference.observe(batch.inference)
                 metrics.postprocess.observe(batch.postprocess)
-        if batches:
-            self.in_flight.observe(len(batches), seconds)
-            if (
-                self.in_flight.batch_limit is not None
-                and len(waits) == len(jobs)
-                and not any([job.streams for job in jobs])
-            ):
-                self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
-        if len(waits) != len(jobs):
-            return [0.0] * len(jobs)  # of a batch with streams: an idle worker has begun it at once
-        return waits
+        self.in_flight.observe(len(batches), seconds)
+        if self.in_flight.batch_limit is not None and whole and not any([job.streams for job in jobs]):
+            self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
 
     def _count(
         self, jobs: list[Job], outcomes: list[wire.Outcome], waits: list[float], now: float, *, alike: bool
     ) -> None:
-        """Count jobs that somebody still waits for."""
+        """Count jobs that somebody still waits for; `waits` in the worker are one for each, or one for all."""
         metrics = self._metrics
-        metrics.duration.observe_all([now - job.arrived for job in jobs])
-        metrics.queued.observe_all([wait + job.taken - job.arrived for job, wait in zip(jobs, waits, strict=True)])
+        arrived = [job.arrived for job in jobs]
+        metrics.duration.observe_since(arrived, now)
+        if len(waits) == 1 and not self.in_flight.overlaps:  # then all were sent in one frame, too
+            metrics.queued.observe_since(arrived, waits[0] + jobs[0].taken)
+        else:
+            waits = waits * len(jobs) if len(waits) == 1 else waits
+            metrics.queued.observe_all([wait + job.taken - job.arrived for job, wait in zip(jobs, waits, strict=True)])
         if alike:
-            metrics.requests[outcomes[0].status] += len(outcomes)
+            metrics.requests[outcomes[0].status] += len(jobs)
             return
         for outcome in outcomes:
             metrics.requests[outcome.status] += 1
@@ -406,6 +432,16 @@ class Worker(asyncio.Protocol):
             self.control.close()
 
 
+def _waits(batches: list[wire.BatchTimes], count: int) -> list[float]:
+    """How long each of `count` jobs has waited in the worker: one figure for each, or one for all."""
+    if len(batches) == 1 and batches[0].jobs == count:
+        return [batches[0].waited]
+    waits: list[float] = []
+    for batch in batches:
+        waits += [batch.waited] * batch.jobs
+    return waits if len(waits) == count else [0.0]  # of a batch with streams: an idle worker has begun it at once
+
+
 def _remote_error(outcome: wire.Outcome, message: bytes) -> HandlerError:
     error = HandlerError(str(message, "utf-8", "replace"), status=outcome.status)
     error.type = outcome.error
@@ -423,6 +459,7 @@ def describe_worker(worker: Worker, memory: int, private: int | None, gpu_memory
         "gpu": gpu is not None,
         **({"gpuId": gpu.index, "gpuUuid": gpu.uuid} if gpu is not None else {}),
         "threads": worker.place.threads,
+        **({"preprocessThreads": count} if (count := worker.in_flight.preprocess_threads) else {}),
         "memoryUsage": memory,
         **({"privateMemory": private} if private is not None else {}),
         **({"gpuMemoryUsage": gpu_memory} if gpu_memory is not None else {}),

@@ -20,6 +20,7 @@ from tests.servers import Server, needs_nginx, server
 from tests.waiting import eventually
 
 TIMEOUT = 10.0  # nginx lingers up to 5 s on a refused body
+REGISTRATION = b"POST /models HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 RESET = b"\1\0\0\0\0\0\0\0"  # struct linger: close with RST
 
 
@@ -188,6 +189,29 @@ def test_f88_a_reset_connection_leaves_no_trace_in_the_log(direct: Server) -> No
         sock.sendall(length(b" 3") * 10)
         sock.close()
     eventually(lambda: direct.metric("mms_connections") == 0)
+    assert direct.output[before:] == ""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /models HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer \x01\r\n\r\n",
+        b"GET /models HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET /models HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+        REGISTRATION + b"Content-Length: 9\r\n\r\n{",
+        REGISTRATION + b"Content-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx",
+    ],
+    ids=["header", "hosts", "long", "half", "gzip"],
+)
+def test_s16_what_is_no_request_at_the_other_ports_leaves_no_trace_in_the_log(direct: Server, data: bytes) -> None:
+    before = len(direct.output)
+    for place in (direct.management, direct.metrics):
+        host, _, port = place.rpartition(":")
+        with socket.create_connection((host, int(port)), TIMEOUT) as sock:
+            send(sock, data)
+            sock.shutdown(socket.SHUT_WR)
+            receive(sock)
+    assert direct.manage("GET", "/models").status == 200
     assert direct.output[before:] == ""
 
 

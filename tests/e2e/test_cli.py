@@ -177,6 +177,22 @@ def test_config_takes_several_models_as_start_does() -> None:
     assert json.loads(shown.stdout)["models"]["value"] == "a.mar,b.mar"
 
 
+def test_lists_on_the_command_line_are_taken_apart_as_anywhere_else() -> None:
+    groups = '[{"kind":"cpu","count":2,"threads":3}]'
+    words = ["config", "--json", "--worker-read", "/a,/b", "--worker-read", "/c d", "--instances", groups]
+    shown = json.loads(CliRunner().invoke(main, words).stdout)
+    assert [shown[name]["value"] for name in ("worker_read", "instances")] == ["/a,/b,/c d", groups]
+    refused = CliRunner().invoke(main, ["config", "--models", "a.mar,=b.mar"])
+    assert refused.stderr == "mms: error: command line: models = ('a.mar', '=b.mar'): =b.mar: name=file is needed\n"
+
+
+def test_lists_on_the_command_line_may_have_commas_and_repetitions() -> None:
+    words = ["--allowed-networks", "10.1.0.0/16, 10.2.0.0/16", "--worker-env", "A,B", "--worker-env", "C"]
+    shown = json.loads(CliRunner().invoke(main, ["config", "--json", *words]).stdout)
+    assert shown["allowed_networks"]["value"].split(",") == ["10.1.0.0/16", "10.2.0.0/16"]
+    assert shown["worker_env"]["value"].split(",") == ["A", "B", "C"]
+
+
 def test_check_of_no_archive(tmp_path: Path) -> None:
     (tmp_path / "a.mar").write_bytes(b"nothing like an archive")
     for path in ("a.mar", "b.mar"):

@@ -37,6 +37,23 @@ def test_bodies_of_many_sizes(either: Server, size: int) -> None:
     assert (reply.json()["size"], reply.json()["sha256"]) == (size, digest(body))
 
 
+def test_large_bodies_of_several_clients_on_kept_connections_at_a_time(either: Server) -> None:
+    def client() -> None:
+        connection = connect(either.url)
+        for size in (70_000, 100_000, 300_000, 10, 100_000, 100_000, 1 << 20):
+            body = os.urandom(size)
+            replies.append(ask(connection, "POST", "/predictions/echo", body).json()["sha256"] == digest(body))
+        connection.close()
+
+    replies: list[bool] = []
+    threads = [threading.Thread(target=client) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert replies == [True] * 42
+
+
 @pytest.mark.parametrize("size", [0, 1, 70_000, 1 << 20])
 def test_answers_of_many_sizes(either: Server, size: int) -> None:
     reply = either.predict("big", str(size))

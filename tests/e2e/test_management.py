@@ -328,8 +328,8 @@ def test_instances_are_taken_as_json_in_body_and_query(bare: Server) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"instances": [{"kind": "gpu", "gpus": [977]}]}, "gpus: 977 does not exist; this server sees: "),
-        ({"gpus": ["GPU-none"]}, "gpus: GPU-none does not exist; this server sees: "),
+        ({"instances": [{"kind": "gpu", "gpus": [977]}]}, "echo-1.0.mar: gpus: 977 does not exist; this server sees: "),
+        ({"gpus": ["GPU-none"]}, "echo-1.0.mar: gpus: GPU-none does not exist; this server sees: "),
         ({"instances": [{"kind": "tpu"}]}, "instances = [{'kind': 'tpu'}]: Invalid enum value 'tpu'"),
         ({"instances": [{"kind": "cpu"}], "device": "cpu"}, "instances say where the workers run, and so does device"),
         ({"instances": "[{"}, "a list is needed"),

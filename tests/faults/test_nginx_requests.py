@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import h11
 import pytest
@@ -118,22 +119,27 @@ class Seen:
         self.requests, self.refusals, self.raw = [], [], b""
 
 
-class Recording(HttpServer):
+class Listened(Connection):
     """Keeps the bytes, too."""
+
+    __slots__ = ()
+    seen: ClassVar[Seen]
+
+    def data_received(self, data: bytes) -> None:
+        self.seen.raw += data
+        super().data_received(data)
+
+
+class Recording(HttpServer):
+    """Its connections are listened to."""
 
     def __init__(self, seen: Seen) -> None:
         super().__init__(seen, LIMITS, edge=True)
-        self._seen = seen
+        Listened.seen = seen
 
     def _connect(self) -> Connection:
         connection = super()._connect()
-        receive = connection.data_received
-
-        def record(data: bytes) -> None:
-            self._seen.raw += data
-            receive(data)
-
-        connection.data_received = record  # type: ignore[method-assign]  # this one is listened to
+        connection.__class__ = Listened
         return connection
 
 

@@ -82,7 +82,9 @@ def test_f9_a_model_that_fails_at_the_start_is_missing(make_archive: MakeArchive
         assert "the weights are missing" in line["reason"]
         (line,) = fetch(running.url, "GET", "/readyz").json()["missing"]
         assert line["reason"] == "it failed to load"
+        assert running.manage("GET", "/models/crashes_on_load/ready").json()["status"] == "FAILED"
         assert running.manage("PUT", "/models/crashes_on_load?min_worker=0").status == 202
+        assert running.manage("GET", "/models/crashes_on_load/ready").json()["status"] == "incomplete"
         assert fetch(running.url, "GET", "/readyz").status == 200
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from mms import wire
+from mms import arena, wire
 from mms.backend import sandbox
 from tests.faults.misbehaving import MODULES, NOBODY, as_root, make_folder_public, restricted, serves, tell
 from tests.processes.pools import Serve, serve, subreaper, until
@@ -154,7 +154,7 @@ def test_s12_address_space_is_bounded_on_request(serve: Serve) -> None:
         limit = 2 << 30
         async with serve("misbehaves", sandbox=wire.Sandbox(memory=limit, nice=3)) as served:
             facts = (await tell(served, "facts"))["result"]
-            assert (facts["memory"], facts["nice"]) == ([limit, limit], os.nice(0) + 3)
+            assert (facts["memory"], facts["nice"]) == ([limit + arena.SIZE] * 2, os.nice(0) + 3)
             assert (await tell(served, f"allocate {limit}"))["error"] == "MemoryError"
             assert await serves(served)
 

@@ -67,7 +67,7 @@ def activated(sockets: list[socket.socket], names: str, command: list[str]) -> l
 
 
 def test_sockets_of_the_manager_are_served_and_outlive_the_server(make_archive: MakeArchive, folder: Path) -> None:
-    """A client that connects while there is no server waits for the next one."""
+    """A client that connects while there is no server waits until the next one has its models."""
     echo = make_archive("echo")
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
@@ -86,7 +86,7 @@ def test_sockets_of_the_manager_are_served_and_outlive_the_server(make_archive: 
         assert first.stop() == 0
         host, _, port = addresses[0].rpartition(":")
         early = stack.enter_context(socket.create_connection((host, int(port)), 20))
-        early.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        early.sendall(b"POST /predictions/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx")
         second = Server(folder, command, addresses, descriptors=descriptors)
         stack.callback(second.close)
         for sock in sockets:

@@ -67,6 +67,7 @@ def test_a_fresh_start_forgets(make_archive: MakeArchive, folder: Path) -> None:
         first.kill()
     with restarted(folder, "--fresh") as second:
         assert second.manage("GET", "/models").json() == {"models": []}
+        assert json.loads(state_file(folder).read_bytes())["models"] == []
 
 
 def test_what_models_names_decides_what_it_named_before(make_archive: MakeArchive, folder: Path) -> None:

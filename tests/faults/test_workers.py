@@ -315,10 +315,12 @@ def test_s12_the_description_says_what_is_in_force_and_a_model_can_only_be_stric
     assert (reply.status, reply.message) == (
         400, "request: worker_network = open: this server demands none; a model can only be stricter"
     )  # fmt: skip
-    reply = bare.manage("POST", "/models?url=misbehaves-1.0.mar&model_name=other&worker_memory=4GiB&max_requests=7")
+    words = "url=misbehaves-1.0.mar&model_name=other&worker_memory=4GiB&max_requests=7&retry=0"
+    reply = bare.manage("POST", f"/models?{words}")
     assert reply.status == 200, reply
     described = bare.describe("other")
     assert (described["sandbox"], described["maxRequests"]) == ({"network": "none", "memory": 4 << 30}, 7)
+    assert (described["retry"], "retry" in bare.describe("misbehaves")) == (0, False)
     assert bare.manage("DELETE", "/models/other").status == 200
 
 

@@ -31,7 +31,7 @@ from tests.unit import test_http_connection as fake
 CORPUS = Path(__file__).parent / "corpus"
 MAX_SIZE = 20_000
 READ_KINDS = (wire.Load, wire.PredictView, wire.Result, wire.Chunks, wire.Measured, wire.Ready, wire.Failed,
-              wire.Preloaded, wire.ForkRequest, wire.ForkReply)  # fmt: skip
+              wire.Preload, wire.Preloaded, wire.ForkRequest, wire.ForkReply)  # fmt: skip
 FORM = "multipart/form-data; boundary=XX"
 
 Requests = list[tuple[bytes, bytes, bytes]]  # method, target, body

@@ -1,4 +1,7 @@
-"""A worker without a server, in a thread and as a process, so that the same assertions hold for both."""
+"""A worker without a server, in a thread and as a process, so that the same assertions hold for both.
+
+As a process it shares memory for large bodies with the test; in a thread these go through the socket.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from typing import Any
 
 import pytest
 
-from mms import lending, sharedpage, wire
+from mms import arena, lending, sharedpage, wire
 from mms.archive import ModelArchive
+from mms.arena import Arena
 from mms.backend import loop
 from mms.workers.process import WorkerProcess
 from tests.conftest import MakeArchive
@@ -30,9 +34,10 @@ HEADERS: list[bytes] = [b"X-Asked", b"this"]
 class FrontEnd:
     """A front end's end of its channel to a worker."""
 
-    def __init__(self, sock: socket.socket, progress: mmap.mmap) -> None:
+    def __init__(self, sock: socket.socket, progress: mmap.mmap, arena: Arena | None) -> None:
         sock.settimeout(20)
         self.progress = progress
+        self._arena = arena
         self._sock = sock
         self._ids = 0
 
@@ -47,7 +52,12 @@ class FrontEnd:
             wire.STREAM: wire.Chunks,
             wire.MEASURED: wire.Measured,
         }
-        return kind, wire.decode(kinds[kind], head), self._exactly(size)
+        message = wire.decode(kinds[kind & ~wire.SHARED], head)
+        payload = self._exactly(size)
+        if kind & wire.SHARED:
+            assert self._arena is not None
+            payload = bytes(self._arena.answers.lend(payload, sum(message.sizes)))
+        return kind & ~wire.SHARED, message, payload
 
     def ready(self) -> wire.Ready:
         kind, head, _ = self.frame()
@@ -65,6 +75,11 @@ class FrontEnd:
         frame.levels = [] if level is None else [level] * len(ids)
         if sum(sizes) < wire.INLINE_BELOW:
             frame.sizes, frame.bodies, bodies = [], list(bodies), ()
+        elif self._arena is not None:
+            where = self._arena.requests.put(bodies, sum(sizes))
+            assert where is not None
+            self._sock.sendall(wire.pack(wire.PREDICT | wire.SHARED, frame, len(where)) + where)
+            return ids
         self._sock.sendall(wire.pack(wire.PREDICT, frame, sum(frame.sizes)) + b"".join(bodies))
         return ids
 
@@ -118,9 +133,16 @@ class Backend(FrontEnd):
     """The main process's end. With `shared`, others get channels, too."""
 
     def __init__(
-        self, sock: socket.socket, progress: mmap.mmap, folder: Path, *, shared: bool = False, **load: Any
+        self,
+        sock: socket.socket,
+        progress: mmap.mmap,
+        arena: Arena | None,
+        folder: Path,
+        *,
+        shared: bool = False,
+        **load: Any,
     ) -> None:
-        super().__init__(sock, progress)
+        super().__init__(sock, progress, arena)
         defaults = {
             "model_name": "m", "version": "1.0", "directory": str(folder), "handler": "", "manifest": {},
             "model_config": {}, "batch_size": 8, "isolate_errors": "auto", "gpu": None, "cpu_threads": 1,
@@ -137,13 +159,12 @@ class Backend(FrontEnd):
     def lend(self) -> FrontEnd:
         """Another front end with a channel of its own; close it."""
         ours, theirs = socket.socketpair()
-        page = os.memfd_create("progress")
-        os.ftruncate(page, len(self.progress))
+        page = arena.create(len(self.progress))
         with theirs:
             lending.lend(self._control, theirs, page)
-        progress = mmap.mmap(page, 0)
+        bodies, progress = arena.attach(page)
         os.close(page)
-        return FrontEnd(ours, progress)
+        return FrontEnd(ours, progress, bodies)
 
     def close(self) -> None:
         super().close()
@@ -164,14 +185,15 @@ def start(request: pytest.FixtureRequest, make_archive: MakeArchive, tmp_path: P
             archive = ModelArchive.open(make_archive(name))
             archive.extract(folder)
             ours, theirs = socket.socketpair()
-            page = os.memfd_create("progress")
-            os.ftruncate(page, sharedpage.page_size(load.get("threads", 1), load.get("preprocess_threads", 0)))
-            progress = mmap.mmap(page, 0)
+            page = arena.create(sharedpage.page_size(load.get("threads", 1), load.get("preprocess_threads", 0)))
+            bodies, progress = arena.attach(page)
             run = in_thread if request.param == "thread" else in_process
+            stack.callback(bodies.close)
             stack.callback(progress.close)
             stack.callback(os.close, page)
             stack.enter_context(run(theirs, page, folder))
-            backend = Backend(ours, progress, folder, **{"handler": archive.manifest.handler, **load})
+            shared = bodies if request.param == "process" else None
+            backend = Backend(ours, progress, shared, folder, **{"handler": archive.manifest.handler, **load})
             stack.callback(backend.close)
             return backend
 
@@ -181,7 +203,8 @@ def start(request: pytest.FixtureRequest, make_archive: MakeArchive, tmp_path: P
 @contextlib.contextmanager
 def in_thread(theirs: socket.socket, page: int, folder: Path) -> Iterator[None]:
     path, modules = list(sys.path), set(sys.modules)
-    view = mmap.mmap(page, 0)
+    bodies, view = arena.attach(page)
+    bodies.close()
 
     def run() -> None:
         with contextlib.suppress(OSError), theirs:

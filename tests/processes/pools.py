@@ -105,10 +105,10 @@ class Served:
         self.pool.set_target(count)
         await self.pool.settled()
 
-    def submit(self, body: bytes) -> asyncio.Future[bytes]:
+    def submit(self, body: bytes, caller: Caller | None = None) -> asyncio.Future[bytes]:
         self._ids += 1
         facts = wire.RequestFacts("", "", b"", False, [])
-        caller = Caller()
+        caller = caller or Caller()
         self.pool.submit(Job(self._ids, facts, b"id-%d" % self._ids, [body], len(body), caller, time.monotonic()))
         return caller.outcome
 

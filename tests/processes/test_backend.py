@@ -43,6 +43,17 @@ def test_bodies_and_answers_of_many_sizes(start: Start, size: int) -> None:
         assert (result.status, digest(answer)) == (200, digest(body))
 
 
+def test_each_front_end_has_memory_of_its_own_for_large_bodies(start: Start) -> None:
+    backend = start("poison", shared=True)
+    backend.ready()
+    other = backend.lend()
+    for front_end in other, backend, other:
+        body = os.urandom(300_000)
+        ((_, answer),) = front_end.predict(body)
+        assert digest(answer) == digest(body)
+    other.close()
+
+
 def test_times_are_reported_for_each_batch(start: Start) -> None:
     backend = start("echo")
     backend.ready()

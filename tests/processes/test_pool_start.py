@@ -14,6 +14,8 @@ import uvloop
 
 from mms.errors import MMSError as Error
 from mms.errors import ModelLoadError
+from mms.workers.forkprocess import ForkProcess
+from mms.workers.forkserver import ForkServers
 from mms.workers.pool import WorkerPool
 from tests.processes.pools import Serve, serve, subreaper, until
 
@@ -130,7 +132,9 @@ def test_f35_a_load_that_takes_too_long_is_failed(serve: Serve, tmp_path: Path) 
     uvloop.run(scenario())
 
 
-def test_f36_workers_outlive_their_fork_server_and_a_new_one_is_started(serve: Serve) -> None:
+def test_f36_workers_outlive_their_fork_server_and_a_new_one_is_started(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario() -> None:
         async with serve("poison", workers=2) as served:
             before, (forkserver,) = served.pids, served.forkservers.pids()
@@ -144,6 +148,28 @@ def test_f36_workers_outlive_their_fork_server_and_a_new_one_is_started(serve: S
             assert served.forkservers.pids() != [forkserver]
 
     uvloop.run(scenario())
+    (line,) = [record.message for record in caplog.records if "fork server" in record.message]
+    assert line.startswith("the fork server (preload: nothing) died: signal 9 (SIGKILL)")
+
+
+def test_the_first_fork_server_that_is_needed_is_the_one_that_was_started_ahead(serve: Serve) -> None:
+    async def scenario() -> None:
+        async with serve("uses_preload", workers=0, preload=("colorsys",)) as served:
+            ahead = served.forkservers.ahead = ForkProcess()
+            served.forkservers.begin(("colorsys",))
+            await served.scale(1)
+            assert served.forkservers.pids() == [ahead.process.pid]
+            assert await served.submit(b"") == b"True"
+
+    uvloop.run(scenario())
+
+
+def test_a_fork_server_that_nobody_has_needed_ends_with_the_others() -> None:
+    forkservers = ForkServers()
+    ahead = forkservers.ahead = ForkProcess()
+    assert forkservers.pids() == [ahead.process.pid]
+    forkservers.close()
+    assert ahead.process.returncode == -signal.SIGKILL
 
 
 def test_preloaded_modules_are_there_before_the_handler(serve: Serve) -> None:

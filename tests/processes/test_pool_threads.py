@@ -11,6 +11,7 @@ import pytest
 import uvloop
 
 from mms.errors import MMSError as Error
+from mms.workers.worker import describe_worker
 from tests.conftest import MakeGate
 from tests.processes.pools import Serve, serve, subreaper, until
 
@@ -31,6 +32,18 @@ def test_a_worker_with_threads_gets_as_many_batches(serve: Serve, make_gate: Mak
                 gate.open()
             await asyncio.gather(*outcomes)
             assert len(served.pids) == 1
+
+    uvloop.run(scenario())
+
+
+@pytest.mark.parametrize(("archive", "threads"), [("request_style", 2), ("rows", None)])
+def test_a_worker_shows_the_threads_that_prepare(serve: Serve, archive: str, threads: int | None) -> None:
+    """Batch style has none, whatever is asked for."""
+
+    async def scenario() -> None:
+        async with serve(archive, preprocess_threads=2) as served:
+            shown = [describe_worker(worker, 1, None, None) for worker in served.pool.workers]
+            assert [worker.get("preprocessThreads") for worker in shown] == [threads]
 
     uvloop.run(scenario())
 

@@ -128,7 +128,7 @@ def test_a_handler_that_starts_threads_is_loaded_by_each_worker(serve: Serve, ca
 
     uvloop.run(scenario())
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    said = "m 1: share_weights cannot be: its handler has started threads (2); workers load by themselves"
+    said = "m 1: share_weights cannot be: its handler has started threads (1); workers load by themselves"
     assert warnings == [said]
 
 

@@ -155,6 +155,25 @@ def test_each_format_gives_back_what_was_put_in(tmp_path: Path, sources: dict[st
     assert (folder == archive.path) == (format == "no-archive")
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_one_small_file_can_be_read_before_the_others(tmp_path: Path, sources: dict[str, Path], format: str) -> None:
+    archive = ModelArchive.open(make(tmp_path, sources, format))
+    for name, data in SOURCES.items():
+        assert archive.peek(name, len(data)) == (None if format == "tgz" else data)
+        assert archive.peek(name, len(data) - 1) is None
+    assert archive.peek("missing", 1) is None
+
+
+def test_a_file_that_is_read_before_the_others_has_the_hash_of_the_manifest(
+    tmp_path: Path, sources: dict[str, Path]
+) -> None:
+    archive = ModelArchive.open(make(tmp_path, sources, "no-archive"))
+    name = next(iter(SOURCES))
+    (archive.path / name).write_bytes(b"other")
+    with pytest.raises(ArchiveError, match=name):
+        archive.peek(name, 100)
+
+
 @pytest.mark.parametrize("format", ["default", "zip-store", "tgz"])
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path, sources: dict[str, Path], format: str) -> None:
     first = make(tmp_path, sources, format).read_bytes()

@@ -209,6 +209,7 @@ def test_packing_runs_nothing_of_the_model(folder: Path) -> None:
         ),
         (["--handler", "handler.py", "--config-file", "bad.yaml"], ["bad.yaml", "batch_size"]),
         (["--handler", "handler.py", "--config-file", "twice.yaml"], ["twice.yaml: line 2", "stands twice"]),
+        (["--handler", "handler.py", "--config-file", "warm.yaml"], ["warm.yaml: ", "sample cat.jpg", "--extra-files"]),
         (["--handler", "handler.py", "--extra-files", "b"], ["fifo: not a plain file"]),
         (["--handler", "handler.py", "--extra-files", "c"], ["a link to a folder"]),
     ],
@@ -222,6 +223,7 @@ def test_a_mistake_in_the_model_is_one_clear_line(folder: Path, arguments: list[
     (folder / "json.py").write_text(SERVICE)
     (folder / "bad.yaml").write_text("batch_size: many\n")
     (folder / "twice.yaml").write_text("a: 1\na: 2\n")
+    (folder / "warm.yaml").write_text("warmup: [{file: cat.jpg}]\n")
     (folder / "b").mkdir()
     (folder / "b" / "labels.json").write_text("[]")
     os.mkfifo(folder / "b" / "fifo")
@@ -317,10 +319,16 @@ def test_verify_names_a_changed_file(folder: Path) -> None:
 
 
 def test_verify_names_a_warmup_sample_that_is_not_there(folder: Path) -> None:
-    (folder / "model-config.yaml").write_text("warmup: [{file: gone.jpg}]\n")
-    packed("--handler", "handler.py", "--config-file", "model-config.yaml")
-    said = "cat.mar: model-config.yaml: the warmup sample gone.jpg is not in the archive"
-    fails(call("verify", "store/cat.mar"), 1, said)
+    (folder / "model-config.yaml").write_text("warmup: [{file: labels.json}]\n")
+    how = ("--handler", "handler.py", "--config-file", "model-config.yaml", "--extra-files", "labels.json")
+    packed(*how, "--archive-format", "no-archive", path="store/cat")
+    Path("store/cat/labels.json").unlink()
+    file = Path("store/cat", MANIFEST)
+    manifest = json.loads(file.read_text())
+    del manifest["files"]["labels.json"]
+    file.write_text(json.dumps(manifest))
+    said = "cat: model-config.yaml: the warmup sample labels.json is not in the archive"
+    fails(call("verify", "store/cat"), 1, said)
 
 
 def test_verify_takes_warmup_samples_of_the_archive(folder: Path) -> None:

@@ -21,7 +21,7 @@ from mms.errors import (
 )
 from mms.wire import RequestFacts
 from mms.workers.batching import BatchQueue
-from mms.workers.inflight import MAX_FRAME_JOBS, InFlight
+from mms.workers.inflight import AHEAD_SECONDS, MAX_FRAME_JOBS, InFlight
 from mms.workers.job import Job, StreamCaller
 from mms.workers.overload import EXCESS_SECONDS, FEWEST_WAITING, MAX_RETRY_AFTER, STANDING_SECONDS
 from mms.workers.poison import MAX_POISON_BYTES, RETRY_MINIMUM, RETRY_WINDOW
@@ -135,6 +135,14 @@ def test_a_quick_worker_gets_many_batches_in_one_frame_and_one_more_frame_ahead(
     finish(worker, *range(1, 9))
     assert len(take(queue, worker)) == 8
     assert take(queue, worker) == [], "two unanswered frames are enough"
+
+
+def test_behind_a_batch_that_fits_into_the_time_ahead_lies_another_one() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker(0.7 * AHEAD_SECONDS)
+    fill(queue, 6)
+    assert take(queue, worker) == [1, 2]
+    assert take(queue, worker) == [3, 4]
+    assert take(queue, worker) == []
 
 
 def test_nothing_is_sent_ahead_that_would_not_fill_a_batch() -> None:

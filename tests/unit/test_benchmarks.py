@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,8 @@ from benchmarks import guard
 from benchmarks.coldstart import nearest
 from benchmarks.figures import Figure
 from benchmarks.hotpath import BESIDE_IDLE, Point, missed_bars, ratios
-from benchmarks.peers import PEERS, against_the_best
+from benchmarks.peer_servers import PEERS, Counts, absence, peer_spec
+from benchmarks.peers import against_the_best, judged_memory
 from benchmarks.servers import BATCH_1, BATCH_32, BEHIND_NGINX, FLOOR, PROXY
 
 GOOD = [
@@ -103,6 +106,45 @@ def test_we_are_held_against_the_best_peer_in_each_round() -> None:
     assert (cpu.ratio, cpu.least) == (0.5, False)
 
 
-def test_a_peer_that_takes_json_only_gets_the_body_in_an_object() -> None:
+def test_memory_is_held_against_the_least_of_servers_for_python_alone() -> None:
+    sizes = {"mms": 90 << 20, "triton": 70 << 20, "litserve": 200 << 20, "mosec": 100 << 20}
+    (figure,) = judged_memory(sizes)
+    assert figure.ratio == 0.9 and not figure.least and "mosec" in figure.what
+    assert figure.detail == "mms 90, triton 70, litserve 200, mosec 100 MiB"
+    assert not list(judged_memory({"mms": 1, "triton": 1}))
+
+
+def test_each_peer_gets_the_body_in_the_form_that_it_takes() -> None:
     assert len(json.loads(PEERS["litserve"].body("noop"))["body"]) == 1024
     assert len(json.loads(PEERS["litserve"].body("mlp"))["body"]) == 64
+    (numbers,), (text,) = (json.loads(PEERS["triton"].body(work))["inputs"] for work in ("mlp", "noop"))
+    assert (numbers["datatype"], numbers["shape"], len(numbers["data"])) == ("FP32", [1, 64], 64)
+    assert (text["datatype"], text["shape"], len(text["data"][0])) == ("BYTES", [1, 1], 1024)
+    assert PEERS["mosec"].body("mlp") == PEERS["torchserve"].body("mlp")
+
+
+def test_every_peer_has_what_starts_it(tmp_path: Path) -> None:
+    for name in PEERS:
+        (command,) = peer_spec(tmp_path, name, "noop", 1, tmp_path / "counts").commands(tmp_path, 1)
+        at = command.index(str(tmp_path / name / "bin" / "python"))
+        assert Path(command[at + 1]).is_file()
+
+
+def test_a_peer_that_cannot_be_measured_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert absence(tmp_path, "torchserve").startswith(f"torchserve is not installed in {tmp_path}: make peers")
+    packages = tmp_path / "torchserve" / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "torch.pth").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "openjdk-17" in absence(tmp_path, "torchserve")
+    java = tmp_path / "java"
+    java.touch(0o755)
+    assert not absence(tmp_path, "torchserve")
+
+
+def test_the_work_of_peers_counts_its_batches(tmp_path: Path) -> None:
+    counts = Counts(tmp_path / "counts")
+    work: Any = importlib.import_module("benchmarks.handlers.work")
+    noop = work.make("noop", counts.path)
+    assert counts.read() == (0, 0) and noop.forward([b"a"]) == ["ok"] and len(noop.forward([b"a", b"b", b"c"])) == 3
+    assert counts.read() == (2, 4)

@@ -195,7 +195,7 @@ def test_requests_in_flight_are_joined_and_all_get_the_answer() -> None:
 def test_who_joins_keeps_no_body() -> None:
     rig = Rig()
     rig.ask(b"body")
-    parts = [b"body"]
+    parts: list[bytes | memoryview] = [b"body"]
     rig.cache.submit(Job(9, PLAIN, b"id", parts, 4, Client(), rig.now), rig._run, serves=True)
     assert parts == [] and rig.jobs[0].parts == [b"body"]
 
@@ -411,20 +411,20 @@ def test_any_history(events: list[tuple[str, int]], room: int) -> None:
         elif running and what in ("reply", "fail"):
             number = running[value % len(running)]
             if what == "reply":
-                answer = rig.jobs[number].parts[0] + b" by %d" % number
+                answer = bytes(rig.jobs[number].parts[0]) + b" by %d" % number
                 made[answer] = rig.now
                 rig.reply(number, body=answer)
             else:
                 rig.jobs[number].fail(HandlerError(""))
         alike = [
-            (rig.jobs[number].parts[0], epochs[number])
+            (bytes(rig.jobs[number].parts[0]), epochs[number])
             for number in range(len(rig.jobs))
             if not rig.jobs[number].settled
         ]
         assert len(set(alike)) == len(alike)
         assert 0 <= rig.cache.bytes <= rig.cache.settings.size and (rig.cache.bytes > 0) is (len(rig.cache) > 0)
     for number in range(len(rig.jobs)):
-        rig.reply(number, body=rig.jobs[number].parts[0] + b" at last" if rig.jobs[number].parts else b"")
+        rig.reply(number, body=bytes(rig.jobs[number].parts[0]) + b" at last" if rig.jobs[number].parts else b"")
     for number, (client, _, body) in enumerate(clients):
         assert len(client.outcomes) == (number not in left)
         assert all(isinstance(one, MMSError) or one[2].split()[0] == body for one in client.outcomes)

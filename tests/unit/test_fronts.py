@@ -12,7 +12,7 @@ from typing import Any
 
 import uvloop
 
-from mms import fronts, lending, sharedpage, wire
+from mms import arena, fronts, lending, sharedpage, wire
 from mms.backend.channel import Channel
 from mms.backend.turns import Busy, Turns
 from mms.fronts import Counted, Counts
@@ -121,9 +121,8 @@ class Echo:
 
 def test_a_worker_serves_all_channels_in_turn_until_its_own_ends() -> None:
     def page() -> tuple[int, mmap.mmap]:
-        descriptor = os.memfd_create("page")
-        os.ftruncate(descriptor, sharedpage.PAGE)
-        return descriptor, mmap.mmap(descriptor, 0)
+        file = arena.create(sharedpage.PAGE)
+        return file, arena.attach(file)[1]
 
     def send(sock: socket.socket, id: int) -> None:
         sock.sendall(wire.pack(wire.PREDICT, wire.Predict(1, [id], [0], [b""], [], [])))

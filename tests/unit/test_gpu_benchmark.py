@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.gpu import Child
 from tests.servers import environment
 
 pytestmark = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
@@ -26,3 +28,9 @@ def test_the_table_has_a_row_per_batch_size_and_number_of_threads() -> None:
         (name, threads) for name in ("mlp", "resnet50", "encoder") for threads in ("1", "2")
     ]
     assert [bool(share) for _, _, share in found] == [True, False] * 3
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)))
+    with pytest.raises(SystemExit, match="torch sees no GPU"):
+        Child().machine(device="cuda")

@@ -41,10 +41,10 @@ OK = wire.Outcome(200, b"content-type: text/plain\r\n", "")
 LIMITS = Limits(max_request_size=1 << 20, max_connections=999, header_timeout=9, body_timeout=9, keepalive_timeout=9)
 
 # per request, at 32 requests a turn; what was measured is 10 to 15 % below
-CALLS_IN = 13.5  # functions of Python and C, from the bytes of requests to the frame for the worker
-CALLS_OUT = 13.0  # from the frame of results to the bytes of answers
+CALLS_IN = 12.1  # functions of Python and C, from the bytes of requests to the frame for the worker
+CALLS_OUT = 9.2  # from the frame of results to the bytes of answers
 BLOCKS = 7.0  # of memory, held for a request at a worker
-WORKER_CALLS = 5.8  # from frame to frame, batches of 32
+WORKER_CALLS = 4.7  # from frame to frame, batches of 32
 
 
 class Transport(asyncio.Transport):

@@ -48,6 +48,23 @@ class Transport(asyncio.Transport):
         self.closed = False
         self.aborted = False
         self._half_close = half_close
+        self._protocol: asyncio.BaseProtocol = asyncio.Protocol()
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        assert not self.reading  # uvloop would go on as before
+        self._protocol = protocol
+
+    def receive(self, data: bytes) -> None:
+        """As the event loop hands it over."""
+        while data and isinstance(self._protocol, asyncio.BufferedProtocol):
+            with memoryview(self._protocol.get_buffer(-1)) as room:
+                count = min(len(room), len(data))
+                room[:count] = data[:count]
+            self._protocol.buffer_updated(count)
+            data = data[count:]
+        if data:
+            assert isinstance(self._protocol, asyncio.Protocol)
+            self._protocol.data_received(data)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         assert not self.ended and not self.closed, "written after the end"
@@ -156,7 +173,7 @@ class Client:
         """In pieces of `step` bytes, as long as somebody reads."""
         for at in range(0, len(data), step or len(data)):
             if not self.transport.closed:
-                self.connection.data_received(data[at : at + (step or len(data))])
+                self.transport.receive(data[at : at + (step or len(data))])
                 turn(self.connection)
 
     def answer(self, exchange: Exchange) -> None:
@@ -194,6 +211,9 @@ def connect(
 
     connection = LOOP.run_until_complete(make())
     transport = Transport(half_close=half_close)
+    transport.pause_reading()
+    transport.set_protocol(connection)
+    transport.resume_reading()
     connection.connection_made(transport)
     return Client(application, connection, transport)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 from mms_nginx import Listener, render
-from mms_nginx.check import listen_addresses, socket_address
+from mms_nginx.check import listen_addresses, socket_address, worker_count
 
 from mms.http.response import json_body
 
@@ -124,6 +125,17 @@ def test_errors_are_json_of_the_known_shape() -> None:
         answer = json.loads(text)
         assert answer.keys() == {"code", "type", "message"} and answer["code"] == int(status)
         assert text.encode() + b"\n" == json_body(answer)
+
+
+def test_a_worker_for_each_front_end_and_one_more_for_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    sockets, tls = tuple(Path(f"/{number}.sock") for number in range(8)), (Path("/cert"), Path("/key"))
+    count = {
+        (many, bool(pair)): worker_count(rendered(Listener("inference", "[::]:80", sockets[:many], pair)))
+        for many in (1, 2, 8)
+        for pair in (None, tls)
+    }
+    assert count == {(1, False): 1, (1, True): 2, (2, False): 2, (2, True): 3, (8, False): 4, (8, True): 4}
 
 
 def test_upstream_of_several_front_ends() -> None:

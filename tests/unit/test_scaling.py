@@ -12,6 +12,7 @@ from mms.metrics import VersionMetrics
 from mms.workers.autoscaler import Bounds
 from mms.workers.inflight import InFlight
 from mms.workers.scaling import Scaling
+from mms.workers.scheduling import Scheduling
 from mms.workers.worker import Worker
 from tests.unit.test_batching import NOW, make_job, make_queue
 
@@ -23,8 +24,11 @@ class Busy:
 
     def __init__(self, jobs: int, threads: int = 1) -> None:
         self.in_flight = InFlight(threads)
-        self.in_flight.add([make_job(number) for number in range(jobs)])
-        self.jobs = jobs
+        self.in_flight.add([make_job(number) for number in range(jobs)], NOW)
+
+    @property
+    def jobs(self) -> int:
+        return len(self.in_flight.jobs)
 
 
 def make(bounds: Bounds, target: int = 0, **queue: Any) -> Scaling:
@@ -80,6 +84,17 @@ def test_a_worker_whose_batches_are_half_empty_needs_no_other(jobs: int, threads
 def test_what_waits_at_another_front_end_counts(waiting: int, oldest_wait: float, target: int) -> None:
     other = Load(1, {}, waiting, oldest_wait, 0.01, submitted=9)
     assert look(make(Bounds(1, 8), 1), 2.5, Busy(0), others=[other]) == target
+
+
+@pytest.mark.parametrize(("jobs", "target"), [(3, 2), (1, 1)])
+def test_with_a_latency_objective_a_full_batch_is_one_of_the_limit(jobs: int, target: int) -> None:
+    scaling = make(Bounds(1, 8), 1, batch_size=256, scheduling=Scheduling(objective=0.05))
+    worker = Busy(0)
+    worker.in_flight = scaling._queue.new_worker()
+    assert worker.in_flight.batch_limit is not None
+    worker.in_flight.batch_limit.limit = 3
+    worker.in_flight.add([make_job(number) for number in range(jobs)], NOW)
+    assert look(scaling, 2.5, worker) == target
 
 
 def test_only_those_that_were_asked_for_are_missed() -> None:

@@ -21,7 +21,7 @@ from mms.model_settings import MAX_TIMEOUT, ModelSettings, merge_settings
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import InFlight
 from mms.workers.job import Job, Terms
-from mms.workers.scheduling import PLAIN, Scheduling, largest_batch
+from mms.workers.scheduling import PLAIN, Scheduling, largest_batch, warmup_sizes
 from mms.workers.waiting import FAIR_TURN
 from tests.unit.test_batching import FACTS, NOW, QUICK, SLOW, Caller, finish, make_worker, numbers, take
 
@@ -322,3 +322,19 @@ def test_the_default_output_replaces_what_load_takes(output: Any, head: bytes, b
 def test_other_failures_stay_what_they_are(error: Exception) -> None:
     settings = ModelSettings(latency_objective_ms=50, default_output="x", default_on_miss=True)
     assert Scheduling.of(settings).outcome(error) is error  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({}, (1,)),
+        ({"batch_size": 8}, (1, 8)),
+        ({"batch_size": 8, "preferred_batch_sizes": [4, 6]}, (1, 4, 6, 8)),
+        ({"batch_size": 6, "cuda_graphs": [2, 4, 8, 16]}, (2, 4, 6)),
+        ({"latency_objective_ms": 50, "preferred_batch_sizes": [4]}, (1, 4)),
+        ({"latency_objective_ms": 50, "cuda_graphs": [2, 4]}, (2, 4)),
+        ({"latency_objective_ms": 50, "cuda_graphs": [2, 4], "batch_size": 3}, (2, 3)),
+    ],
+)
+def test_a_warm_up_runs_the_sizes_that_workers_will_see(settings: dict[str, Any], sizes: tuple[int, ...]) -> None:
+    assert warmup_sizes(merge_settings(ModelSettings(), settings, "x", strict=True)) == sizes

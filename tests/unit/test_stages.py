@@ -399,3 +399,16 @@ def test_a_prediction_error_with_a_status_that_is_no_error_is_the_handlers_fault
     assert statuses(answers) == [200, 500]
     assert answers[1][2:] == (why.encode(), "HandlerException")
     assert f"requests id-2: {why}" in capsys.readouterr().err
+
+
+def test_a_bucket_without_a_hash_is_named() -> None:
+    class Buckets(Handler):
+        def bucket_by(self, item: Any) -> Any:
+            return [len(item)] if item == b"b" else len(item)
+
+        def inference(self, batch: Any) -> Any:
+            return batch
+
+    answers = run_requests(Buckets(), "a", "b", "a")
+    assert statuses(answers) == [200, 500, 200]
+    assert b"bucket_by returned a list, which has no hash; return a tuple, a number or a text" in answers[1][2]

@@ -153,6 +153,17 @@ def test_what_does_nothing_here_is_said_in_one_line(tmp_path: Path, capfd: pytes
     ]
 
 
+@pytest.mark.parametrize(("gpu", "lines"), [(None, 1), (0, 0)], ids=["asked for", "the default of GPUs"])
+def test_batch_style_prepares_nothing_beside(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], gpu: int | None, lines: int
+) -> None:
+    _, load = make(tmp_path, Model())
+    load.preprocess_threads, load.gpu = 2, gpu
+    prepare(BatchStages(lambda data, context: data, Context(load, "cpu"), isolate=False, limit=1000), load)
+    said = ["warning: preprocess_threads does nothing: it needs a request-style handler"]
+    assert capfd.readouterr().err.splitlines() == said * lines
+
+
 class Network:
     """Stands for an nn.Module: importing torch takes seconds, and compiling a minute."""
 

@@ -43,6 +43,7 @@ def frames(data: bytes, *, step: int) -> list[tuple[int, bytes, bytes]]:
         ),
         wire.Ready("request", 0.25),
         wire.Failed("no", "Traceback\n"),
+        wire.Preload(["torch"]),
         wire.Preloaded(["torch: ImportError: no"], 1),
         wire.ForkRequest({"A": "b"}, "cat", "/m", 42, "/tmp/x", wire.Sandbox(uid=9, groups=(1, 2), read=("/r",))),
         wire.ForkReply(43, ""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mms import sharedpage, wire
@@ -35,8 +36,12 @@ class Caller:
 class Owner:
     def __init__(self) -> None:
         self.missed: list[float] = []
+        self.idle: Callable[[], None] = lambda: None
 
     def worker_ready(self, worker: Worker, ready: wire.Ready) -> None: ...
+
+    def worker_idle(self) -> None:
+        self.idle()
 
     def worker_free(self, worker: Worker) -> None: ...
 
@@ -101,6 +106,17 @@ def test_a_worker_of_several_threads_is_told_who_waits_no_longer() -> None:
     metrics = rig.worker._metrics
     rig.says(wire.RESULT, wire.Result([1], [0], [wire.Outcome(499, b"", "Cancelled")], [], []))
     assert list(rig.worker.in_flight.jobs) == [2, 3] and not metrics.requests and not metrics.errors
+
+
+def test_a_full_batch_leaves_before_the_answers_of_the_last_one_are_delivered() -> None:
+    rig = Rig(wire.Ready("batch", 0.1))
+    (job,) = rig.takes(1)
+    seen: list[bool] = []
+    rig.owner.idle = lambda: seen.append(job.settled)
+    for id in range(2, 10):
+        rig.queue.submit(Job(id, FACTS, b"", [], 1, Caller(), 0.0))
+    rig.says(wire.RESULT, wire.Result([1], [0], [OK], [], [wire.BatchTimes(1, 0, 0.1, 0, 0, 0)]))
+    assert seen == [False] and job.settled
 
 
 def test_who_leaves_a_worker_of_one_thread_costs_nothing() -> None:

@@ -1,0 +1,207 @@
+"""Connections that send large bodies, which are read in place; with the transport of test_http_connection."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+
+import pytest
+
+from mms.http.largereads import LEAST, MOST, LargeReads
+from mms.http.limits import LARGE_BODY
+from mms.http.listener import HttpServer
+from tests.unit.test_http_connection import GET, LIMITS, Application, Client, connect, post
+
+KIB = 1 << 10
+DATA = os.urandom(1 << 20)
+
+
+def large(size: int = 100 * KIB, *lines: bytes, target: bytes = b"/p") -> bytes:
+    return post(DATA[:size], *lines, target=target)
+
+
+def connected(*, at_once: bool = True, most: int = 1 << 20) -> Client:
+    application = Application(at_once)
+    client = connect(server=HttpServer(application, replace(LIMITS, max_request_size=most), edge=False))
+    client.application = application
+    return client
+
+
+def bodies(client: Client) -> list[bytes]:
+    return [answer.body for answer in client.answers()]
+
+
+def reads_large(client: Client) -> bool:
+    return isinstance(client.transport._protocol, LargeReads)
+
+
+SIZES = (LARGE_BODY - 1, LARGE_BODY, 100 * KIB, MOST, MOST + 1, 1 << 20)
+
+
+@pytest.mark.parametrize("step", [0, 1999, 16 * KIB, 100_001, MOST + 7])
+def test_every_body_is_right_whatever_comes_before_and_in_which_pieces(step: int) -> None:
+    client = connected()
+    sizes = [*SIZES, 0, 5, *reversed(SIZES), *SIZES[2:4] * 2]
+    for size in sizes:
+        client.send(large(size), step=step)
+    assert bodies(client) == [b"POST /p " + DATA[:size] for size in sizes]
+
+
+@pytest.mark.parametrize("step", [0, 7777, 100_000])
+def test_requests_in_a_row_are_cut_apart(step: int) -> None:
+    client = connected()
+    requests = [large(), GET, large(200 * KIB), large(70 * KIB), large(300 * KIB), GET, GET, large()]
+    client.send(b"".join(requests) * 2, step=step)
+    wanted = [b"GET /a " if request == GET else b"POST /p " + request.partition(b"\r\n\r\n")[2] for request in requests]
+    assert bodies(client) == wanted * 2
+
+
+def test_a_body_is_not_copied_and_its_head_not_parsed_again() -> None:
+    client = connected(at_once=False)
+    for _ in range(3):
+        client.send(large())
+        client.answer(client.application.exchanges[-1])
+    first, second, third = client.application.exchanges
+    assert [type(part) for part in third.parts] == [memoryview]
+    assert third.head is second.head is not first.head
+
+
+def test_a_head_that_is_forgotten_is_looked_at_again() -> None:
+    client = connected(at_once=False)
+    heads = []
+    for _ in range(4):
+        client.send(large())
+        client.answer(client.application.exchanges[-1])
+        heads.append(client.application.exchanges[-1].head)
+        heads[-1].meaning = "known"
+        client.connection.forget_heads()
+    assert len(set(map(id, heads))) == 4
+
+
+def test_what_is_noted_on_the_head_of_a_body_that_is_read_is_forgotten() -> None:
+    client = connected(at_once=False)
+    for _ in range(2):
+        client.send(large())
+        client.answer(client.application.exchanges[-1])
+    client.application.exchanges[-1].head.meaning = "a version"
+    request = large()
+    client.send(request[:90_000])
+    client.connection.forget_heads()
+    client.send(request[90_000:])
+    assert client.application.exchanges[-1].head.meaning is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GARBAGE\r\n\r\n" + bytes(LARGE_BODY),
+        b"P",
+        b"POST /p HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx" + GET,
+        GET,
+    ],
+    ids=["garbage", "beginning", "small", "get"],
+)
+def test_what_is_no_large_request_is_for_the_parser(data: bytes) -> None:
+    plain, after = connected(), connected()
+    after.send(large())
+    assert reads_large(after)
+    sent = len(after.transport.sent)
+    plain.send(data)
+    after.send(data)
+    assert not reads_large(after)
+    assert after.transport.sent[sent:].partition(b"date")[0] == plain.transport.sent.partition(b"date")[0]
+    if not after.transport.ended:
+        after.send(b"OST /p HTTP/1.1\r\nHost: x\r\n\r\n" if data == b"P" else large())
+        assert after.statuses()[-1] == 200
+
+
+def test_a_body_that_is_too_large_is_refused_by_its_length() -> None:
+    client = connected(most=200 * KIB)
+    client.send(large())
+    client.send(large(200 * KIB + 1)[: 150 * KIB])
+    assert client.statuses() == [200, 413]
+    client.send(bytes(100 * KIB))
+    assert client.statuses() == [200, 413]
+
+
+def test_what_speaks_against_the_rest_of_a_body_is_asked_once_per_request() -> None:
+    client = connected()
+    for _ in range(3):
+        client.send(large(600 * KIB), step=MOST)
+    assert [size for _, size in client.application.asked] == [600 * KIB] * 3
+    client.send(large(600 * KIB, target=b"/full"), step=MOST)
+    assert client.statuses() == [200, 200, 200, 429]
+
+
+def test_what_follows_a_refusal_within_a_body_is_dropped_and_counted_once() -> None:
+    client = connected()
+    client.send(large())
+    request = large(900 * KIB)
+    client.send(request[: 200 * KIB])
+    client.connection.shedding.bytes = 1 << 40  # others have brought so much
+    client.send(request[200 * KIB : 250 * KIB])
+    assert client.statuses() == [200, 429]
+    left = client.connection._lingering
+    client.send(request[250 * KIB : 260 * KIB], step=KIB)
+    assert client.connection._lingering == left - 10 * KIB
+
+
+def test_who_asks_first_is_told_to_continue() -> None:
+    client = connected()
+    client.send(large())
+    head, _, body = large(300 * KIB, b"Expect: 100-continue").partition(b"\r\n\r\n")
+    client.send(head + b"\r\n\r\n")
+    assert client.transport.sent.endswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+    client.transport.sent = b""
+    client.send(body, step=MOST)
+    assert bodies(client) == [b"POST /p " + body]
+
+
+def test_what_is_promised_takes_no_memory() -> None:
+    """As much room as was sent, and LEAST more."""
+    client = connected()
+    client.send(large(1 << 20))
+    request = large(1 << 20)
+    for at in itertools.chain(range(0, 20 * KIB, 1 * KIB), range(20 * KIB, 900 * KIB, 30 * KIB)):
+        client.send(request[at : at + (1 * KIB if at < 20 * KIB else 30 * KIB)])
+        parts = [part for part in client.connection._reader._parts if isinstance(part, memoryview)]
+        held = sum([len(memoryview(piece)) for piece in {id(part.obj): part.obj for part in parts}.values()])
+        assert held <= 2 * client.connection._reader.size + LEAST
+
+
+def test_a_client_that_leaves_within_a_body_leaves_nothing() -> None:
+    client = connected()
+    client.send(large())
+    client.send(large(300 * KIB)[: 200 * KIB])
+    shedding = client.connection.shedding
+    assert shedding.bytes > 150 * KIB
+    protocol = client.transport._protocol
+    assert isinstance(protocol, LargeReads)
+    protocol.connection_lost(None)
+    assert shedding.bytes == 0 and not client.connection._reader._parts
+
+
+def test_a_client_that_does_not_read_is_not_read_from() -> None:
+    client = connected(at_once=False)
+    client.send(large())
+    protocol = client.transport._protocol
+    assert isinstance(protocol, LargeReads)
+    protocol.pause_writing()
+    assert not client.transport.reading
+    protocol.resume_writing()
+    assert client.transport.reading
+    assert protocol.eof_received()  # an answer is owed
+
+
+def test_a_server_that_stops_ends_the_connection_with_the_next_answer() -> None:
+    client = connected(at_once=False)
+    client.send(large())
+    client.answer(client.application.exchanges[-1])
+    request = large(200 * KIB)
+    client.send(request[: 100 * KIB])
+    client.connection.drain()
+    client.send(request[100 * KIB :])
+    client.answer(client.application.exchanges[-1])
+    assert client.answers()[-1].headers["connection"] == "close"
+    assert client.transport.ended or client.transport.closed
