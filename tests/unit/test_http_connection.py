@@ -929,7 +929,8 @@ def test_a_body_is_not_late_because_of_what_the_client_had_to_read_first(monkeyp
     client = connect()
     client.send(post(b"abc")[:-1])
     client.connection.pause_writing()
-    monkeypatch.setattr("mms.http.connection.monotonic", lambda now=last(client): now + 100)
+    later = last(client) + 100
+    monkeypatch.setattr("mms.http.connection.monotonic", lambda: later)
     client.connection.resume_writing()
     client.connection.sweep(last(client) + 59)
     assert client.statuses() == []
