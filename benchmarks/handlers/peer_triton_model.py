@@ -5,7 +5,7 @@ import sys
 
 sys.path[:0] = os.environ["PEER_PATH"].split(os.pathsep)
 
-import numpy  # noqa: E402
+import numpy  # noqa: E402  # found by the path above, as the others are
 import triton_python_backend_utils as backend  # noqa: E402
 import work  # noqa: E402
 

@@ -88,8 +88,6 @@ async def errors_as_json(
         return _failure(RequestTooLargeError(f"the body is over the limit of {MAX_BODY} bytes"))
     except web.HTTPException as error:
         return _failure(BadRequestError(error.reason, status=error.status))
-    except (ConnectionResetError, web.RequestPayloadError):
-        return _failure(BadRequestError("the body ends too early, or is not what its headers say"))
     except Exception:
         log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         return _failure(MMSError("the server failed to handle this; its log has the traceback"))
@@ -139,6 +137,8 @@ async def _body(request: web.Request) -> _Parameters:
         raise BadRequestError(f"the body is {request.content_type}; send application/json or query parameters")
     try:
         return msgspec.json.decode(await request.read(), type=dict[str, Any])
+    except (ConnectionResetError, web.RequestPayloadError):
+        raise BadRequestError("the body ends too early, or is not what its headers say") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequestError(f"the body is not a JSON object: {error}") from None
 

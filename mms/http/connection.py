@@ -137,7 +137,7 @@ class Connection(LargeBodies):
 
     def resume_writing(self) -> None:
         self._write_paused = False
-        self.last_activity = monotonic()
+        self.last_activity = self._brought_at = monotonic()
         if not self._kept:
             self.shedding.slow.discard(self)
         self._steer_reading()
@@ -301,7 +301,7 @@ class Connection(LargeBodies):
                 self._look_at_taking(now)
             elif now > self._linger_until:
                 self._transport.abort()
-        elif self._alone is not None or self._pending or self._read_paused:
+        elif self._alone is not None or self._pending:
             self._brought_at = now  # until then it was not the client who made the body wait
         elif self._transport.is_closing():  # as soon as all is sent
             if silent > limits.keepalive_timeout + limits.body_timeout:

@@ -4,6 +4,7 @@ import os
 import random
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from mms.handler import Handler
@@ -26,6 +27,7 @@ class Shares(Handler):
         self.forked = os.getpid()
 
     def inference(self, batch):
+        time.sleep(0.003)  # work that is not worth sharing would go to one worker
         name = Path(tempfile.mkstemp()[1])
         facts = {
             "loaded_by": self.loaded_by,

@@ -179,11 +179,14 @@ def test_calls_per_request_in_the_front_end() -> None:
 
 def test_blocks_of_memory_per_request_in_hand() -> None:
     async def run(front_end: FrontEnd) -> None:
-        before = sys.getallocatedblocks()
-        await front_end.receive()
-        held = sys.getallocatedblocks() - before
-        front_end.answer()
-        left = sys.getallocatedblocks() - before
+        rounds = []
+        for _ in range(5):
+            before = sys.getallocatedblocks()
+            await front_end.receive()
+            held = sys.getallocatedblocks() - before
+            front_end.answer()
+            rounds.append((held, sys.getallocatedblocks() - before))
+        held, left = map(min, zip(*rounds, strict=True))  # others in this process have memory, too, now and then
         assert held <= BLOCKS * CONNECTIONS
         assert left <= CONNECTIONS / 8, "answered requests are still held"
 

@@ -925,6 +925,26 @@ def test_a_body_has_its_time_from_when_the_request_before_is_answered(monkeypatc
     assert client.statuses() == [200, 408]
 
 
+def test_a_body_is_not_late_because_of_what_the_client_had_to_read_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connect()
+    client.send(post(b"abc")[:-1])
+    client.connection.pause_writing()
+    later = last(client) + 100
+    monkeypatch.setattr("mms.http.connection.monotonic", lambda: later)
+    client.connection.resume_writing()
+    client.connection.sweep(last(client) + 59)
+    assert client.statuses() == []
+
+
+def test_a_connection_that_closes_is_cut_in_the_end_though_it_was_not_read_any_more() -> None:
+    client = connect(at_once=False)
+    client.send(GET * 20)
+    assert not client.transport.reading
+    client.connection.cut(client.application.exchanges[0])
+    client.connection.sweep(last(client) + 136)
+    assert client.transport.aborted
+
+
 def test_a_head_that_drips_in_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
     client = connect()
     now = last(client)
