@@ -114,7 +114,7 @@ def test_f44_each_worker_gets_its_own_variables(serve: Serve) -> None:
     uvloop.run(scenario())
 
 
-def test_f45_the_fork_server_has_no_address_that_others_could_connect_to(serve: Serve) -> None:
+def test_f45_s7_the_fork_server_has_no_address_that_others_could_connect_to(serve: Serve) -> None:
     async def scenario() -> None:
         async with serve("misbehaves") as served:
             (pid,) = served.forkservers.pids()
