@@ -25,6 +25,7 @@ VERSION = 2
 MAX_HEAD = 64 << 20
 MAX_PAYLOAD = 16 << 30
 INLINE_BELOW = 64 << 10  # bytes: bodies that are fewer in all are a column of their frame's head, cut and joined in C
+FAIR_TURN = 10  # so often a lower priority has its turn, at the latest: of a queue's frames, of what a worker runs
 
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
 READY, FAILED, RESULT, MEASURED, STREAM = 16, 17, 18, 19, 20  # worker -> server

@@ -32,8 +32,6 @@ from mms.backend.stages import RequestStages, Stages
 from mms.backend.streams import Stream, Streams
 from mms.backend.turns import Busy
 
-FAIR_TURN = 10  # times what a worker runs and prepares at a time: so many of a higher priority may overtake a request
-
 _monotonic = time.monotonic
 
 _RANK = attrgetter("rank")
@@ -113,8 +111,10 @@ class Pipeline:
         self._ended.put(None)
 
     def _rank(self, tickets: list[Ticket], frame: wire.PredictView) -> None:
-        """By priority. How many may overtake a request is bounded, so none starves."""
-        most = FAIR_TURN * (frame.batch_size * self._threads + self._preprocess_threads)
+        """By priority. None starves: what overtakes a request is worth so many turns at most, one being what a worker
+        runs and prepares at a time.
+        """
+        most = wire.FAIR_TURN * (frame.batch_size * self._threads + self._preprocess_threads)
         for ticket, level in zip(tickets, frame.levels, strict=True):
             ticket.rank += level * most
 

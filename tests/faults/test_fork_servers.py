@@ -50,8 +50,8 @@ def test_a_fork_server_that_cannot_be_kept_is_done_without(serve: Serve, caplog:
                 await served.scale(1)
                 await served.scale(2)
             assert served.forkservers.pids() == []
-            assert (served.pool.ready, served.pool.forkserver_deaths) == (2, forkserver.DEATHS + 1)
-            assert 0 < served.pool.forkserver_back_in <= forkserver.DEATH_WINDOW
+            assert (served.pool.ready, served.pool.starter.forkserver_deaths) == (2, forkserver.DEATHS + 1)
+            assert 0 < served.pool.starter.forkserver_back_in <= forkserver.DEATH_WINDOW
             (facts,) = served.forkservers.facts()
             assert (facts.spent, facts.causes) == (True, {"signal 9 (SIGKILL)": forkserver.DEATHS + 1})
             assert await serves(served)

@@ -242,9 +242,9 @@ def test_f71_a_full_dev_shm_does_not_matter_to_large_bodies(make_archive: MakeAr
         )
         try:
             await_ping(addresses[0], process)
+            eventually(lambda: fetch(addresses[0], "POST", "/predictions/large", b"\n").status == 200)
             body = os.urandom(1 << 20)
-            reply = fetch(addresses[0], "POST", "/predictions/large", b"\n" + body)
-            assert reply.status == 200 and reply.body == body
+            assert fetch(addresses[0], "POST", "/predictions/large", b"\n" + body).body == body
         finally:
             process.terminate()
             assert process.wait(20) == 0

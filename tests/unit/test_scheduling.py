@@ -18,12 +18,12 @@ from mms.errors import (
 )
 from mms.http.response import error_response
 from mms.model_settings import MAX_TIMEOUT, ModelSettings, merge_settings
+from mms.wire import FAIR_TURN
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import InFlight
 from mms.workers.job import Job, Terms
 from mms.workers.scheduling import PLAIN, Scheduling, largest_batch, warmup_sizes
-from mms.workers.waiting import FAIR_TURN
-from tests.unit.test_batching import FACTS, NOW, QUICK, SLOW, Caller, finish, make_worker, numbers, take
+from tests.unit.jobs import FACTS, NOW, QUICK, SLOW, Caller, finish, make_worker, numbers, take
 
 HIGH, LOW = Terms(0), Terms(1)
 
