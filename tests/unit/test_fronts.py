@@ -61,6 +61,23 @@ def test_messages_arrive_in_order_and_each_with_its_descriptors() -> None:
             os.close(writer)
 
 
+def test_what_the_other_end_has_said_before_it_ended_is_heard() -> None:
+    heard: list[Any] = []
+
+    async def scenario() -> None:
+        ours, theirs = socket.socketpair()
+        receiver = fronts.Line(ours, fronts.ToMain, lambda: None)
+        receiver.listen(lambda message, descriptors: heard.append(message))
+        sender = fronts.Line(theirs, fronts.ToMain, lambda: None)
+        for number in range(3):
+            sender.tell(fronts.Said("mms", number, "x" * (30 << 10)))
+        sender.close()
+        receiver.finish()
+
+    uvloop.run(scenario())
+    assert [message.level for message in heard] == [0, 1, 2]
+
+
 def counts(answered: int, seconds: float) -> Counts:
     metrics = VersionMetrics()
     metrics.requests[200] += answered
