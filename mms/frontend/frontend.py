@@ -19,7 +19,7 @@ from mms.http.listener import HttpServer
 from mms.http.shedding import NO_CONNECTIONS
 from mms.models.readiness import refusing, unready
 from mms.models.registry import Versions
-from mms.token import VARIABLES, take_token
+from mms.token import Token, TokenFile
 
 log = logging.getLogger("mms.frontend")
 
@@ -71,9 +71,7 @@ class FrontEnd:
         hello, _ = await self._messages.get()
         assert type(hello) is fronts.Hello
         self._front_ends = hello.front_ends
-        file = Path(hello.token_file) if hello.token_file else None
-        token = take_token("inference", file, {VARIABLES["inference"]: hello.token} if hello.token else {})
-        self._inference = InferenceApi(DataPlane(self._registry), self._told, token)
+        self._inference = InferenceApi(DataPlane(self._registry), self._told, _token(hello))
         self._http = self._told.http = HttpServer(self._inference, hello.limits, edge=hello.edge)
         self._registry.forget = self._forget_versions
         self._listening = False
@@ -187,6 +185,13 @@ class FrontEnd:
     def _tick(self) -> None:
         asyncio.get_running_loop().call_later(TICK, self._tick)
         self._inference.renew_token()
+
+
+def _token(hello: fronts.Hello) -> Token | None:
+    """As the main process has it: it serves on with a file that is missing or unsafe, and so does this one."""
+    if hello.token:
+        return Token(hello.token.encode())
+    return TokenFile(Path(hello.token_file), read=False) if hello.token_file else None
 
 
 def main(number: int) -> None:
