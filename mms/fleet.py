@@ -138,10 +138,13 @@ class Fleet:
         return sum(each.result() for each in done)
 
     async def close(self) -> None:
-        """They end at once."""
+        """They end, when what they were told last has reached their clients."""
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_LIMIT):
+                await self.sync()
         for front in self._fronts.values():
             front.kill("stopped")
         for sock in self._sockets.values():

@@ -54,7 +54,7 @@ def test_each_front_end_has_memory_of_its_own_for_large_bodies(start: Start) -> 
     other.close()
 
 
-def test_a_front_end_that_ends_amid_a_stream_owes_nothing(start: Start, make_gate: MakeGate) -> None:
+def test_f47_a_front_end_that_ends_amid_a_stream_owes_nothing(start: Start, make_gate: MakeGate) -> None:
     """Or the worker would be ended because of what it does no more."""
     backend, gate = start("streams", shared=True), make_gate()
     backend.ready()

@@ -14,14 +14,19 @@ import pytest
 import uvloop
 
 from mms import fleet, fronts
+from mms.archive import ModelArchive
 from mms.fleet import Fleet
 from mms.http.limits import Limits
 from mms.metrics import VersionMetrics
+from mms.model_settings import ModelSettings
 from mms.models.registry import ModelRegistry
+from mms.models.served import VersionState
+from mms.models.version import ModelVersion
 from mms.workers.batching import BatchQueue
 from mms.workers.placement import Place
 from mms.workers.worker import Owner, Worker
 from tests.asking import fetch
+from tests.conftest import MakeArchive
 from tests.waiting import eventually
 
 LIMITS = Limits(
@@ -38,7 +43,18 @@ class Probes:
         return "Healthy", (self.status, {})
 
 
-def with_one(scenario: Callable[[Fleet, str, Probes], Awaitable[None]], token_file: str = "") -> None:
+class Waiting(ModelVersion):
+    """Requests wait for a worker that never comes."""
+
+    state = VersionState.READY
+    can_wait = True
+
+
+def with_one(
+    scenario: Callable[[Fleet, str, Probes], Awaitable[None]],
+    registry: ModelRegistry | None = None,
+    token_file: str = "",
+) -> None:
     """Run it with one that is up, and its address."""
     lost = asyncio.Event()
 
@@ -47,7 +63,7 @@ def with_one(scenario: Callable[[Fleet, str, Probes], Awaitable[None]], token_fi
         address = "{}:{}".format(*sock.getsockname())
         hello = fronts.Hello(front_ends=2, edge=False, limits=LIMITS, token="", token_file=token_file)
         probes = Probes()
-        running = Fleet(2, ModelRegistry(), hello, probes, lambda: (LIMITS, "info"), lost.set)
+        running = Fleet(2, registry or ModelRegistry(), hello, probes, lambda: (LIMITS, "info"), lost.set)
         running.start([sock])
         try:
             await asyncio.wait_for(running.sync(), 5)
@@ -73,7 +89,7 @@ def test_f10_probes_hear_at_once_that_a_worker_has_ended(monkeypatch: pytest.Mon
     with_one(scenario)
 
 
-def test_one_that_hangs_holds_a_management_call_up_only_until_it_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f47_one_that_hangs_holds_a_management_call_up_only_until_it_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(running: Fleet, address: str, probes: Probes) -> None:
         monkeypatch.setattr(fleet, "SILENCE", 0.1)
         (pid,) = running.pids
@@ -95,4 +111,23 @@ def test_one_starts_while_the_file_of_its_token_is_missing(tmp_path: Path) -> No
         assert reply.status == 401
         assert not running.restarts()[0].causes
 
-    with_one(scenario, str(tmp_path / "token"))
+    with_one(scenario, token_file=str(tmp_path / "token"))
+
+
+def test_f48_what_fails_at_the_very_end_is_told_its_clients(make_archive: MakeArchive) -> None:
+    registry = ModelRegistry()
+
+    async def scenario(running: Fleet, address: str, probes: Probes) -> None:
+        version = Waiting("m", "1.0", ModelArchive.open(make_archive("echo")), ModelSettings())
+        registry.add(version)
+        await running.sync()
+        reply = asyncio.create_task(asyncio.to_thread(fetch, address, "POST", "/predictions/m", b"x"))
+        while not running.waiting(version.number):
+            await running.look()
+        registry.remove(version)
+        running.leave(version.number, "it is being unloaded", lambda: None)
+        running.forget(version.number)
+        await running.close()
+        assert (await reply).status == 503
+
+    with_one(scenario, registry)
