@@ -60,7 +60,7 @@ class FrontEnd:
     def __init__(self, sock: socket.socket) -> None:
         self._messages: asyncio.Queue[tuple[Any, list[int]]] = asyncio.Queue()
         self._registry: Versions[Replica] = Versions()
-        self._replicas: dict[int, Replica] = {}  # registered, or being unloaded
+        self._replicas: dict[int, Replica] = {}  # that may have workers: registered ones, and those that are unloaded
         self._told = Told()
         self._line = fronts.Line(sock, fronts.ToFront, lambda: os._exit(0))  # the main process has ended
 
@@ -125,17 +125,17 @@ class FrontEnd:
             logging.getLogger("mms").setLevel(picture.log_level.upper())
         self._told.picture = picture
         self._http.apply(picture.limits)
-        registry, replicas = self._registry, self._replicas
+        registry = self._registry
+        known = {version.told: version for version in registry.versions()}
         shown = {one.number: one for one in picture.versions}
-        for version in registry.versions():
-            if version.told not in shown:
-                registry.remove(version)
+        for number in known.keys() - shown.keys():
+            registry.remove(known[number])
         for number, one in shown.items():
-            if number in replicas:
-                replicas[number].show(one)
+            if number in known:  # maybe without workers for good: a stop leaves registered what it unloads
+                known[number].show(one)
             else:
-                replicas[number] = Replica(one, self._front_ends, self._line.tell)
-                registry.add(replicas[number])
+                self._replicas[number] = Replica(one, self._front_ends, self._line.tell)
+                registry.add(self._replicas[number])
         for name, default in picture.defaults.items():
             if registry.model(name).default != default:
                 registry.set_default(name, default)

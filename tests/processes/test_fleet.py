@@ -114,6 +114,23 @@ def test_one_starts_while_the_file_of_its_token_is_missing(tmp_path: Path) -> No
     with_one(scenario, token_file=str(tmp_path / "token"))
 
 
+def test_a_version_that_a_stop_unloads_stays_registered(make_archive: MakeArchive) -> None:
+    registry = ModelRegistry()
+
+    async def scenario(running: Fleet, address: str, probes: Probes) -> None:
+        version = Waiting("m", "1.0", ModelArchive.open(make_archive("echo")), ModelSettings())
+        registry.add(version)
+        running.leave(version.number, "it is being unloaded", lambda: None)
+        running.forget(version.number)
+        probes.status = 503
+        await running.sync()
+        assert not running.restarts()[0].causes
+        reply = await asyncio.to_thread(fetch, address, "POST", "/predictions/m", b"x")
+        assert reply.status == 503
+
+    with_one(scenario, registry)
+
+
 def test_f48_what_fails_at_the_very_end_is_told_its_clients(make_archive: MakeArchive) -> None:
     registry = ModelRegistry()
 
