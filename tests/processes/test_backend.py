@@ -54,6 +54,20 @@ def test_each_front_end_has_memory_of_its_own_for_large_bodies(start: Start) -> 
     other.close()
 
 
+def test_f47_a_front_end_that_ends_amid_a_stream_owes_nothing(start: Start, make_gate: MakeGate) -> None:
+    """Or the worker would be ended because of what it does no more."""
+    backend, gate = start("streams", shared=True), make_gate()
+    backend.ready()
+    other = backend.lend()
+    other.send(json.dumps(["one", {"gate": gate.body.decode()}, "two", "three"]).encode())
+    eventually(gate.begun)
+    assert sharedpage.PROGRESS.unpack_from(other.progress)[2]
+    other.close()
+    gate.open()
+    backend.predict(b"{}")
+    assert not sharedpage.PROGRESS.unpack_from(other.progress)[2]
+
+
 def test_times_are_reported_for_each_batch(start: Start) -> None:
     backend = start("echo")
     backend.ready()
