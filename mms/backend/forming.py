@@ -37,19 +37,18 @@ class Ready:
 
         `coming`: the worker has requests that are not prepared yet.
         """
-        batch: list[Ticket] = []
         gone: list[Ticket] = []
         for key, line in sorted(self._lines.items(), key=_first_rank):
             if line.goes_at(coming) > now:
                 continue
-            gone += line.drop_gone()
-            if line.tickets and line.goes_at(coming) <= now:
-                batch = line.take()
+            dropped = line.drop_gone()
+            gone += dropped
+            batch = line.take() if not dropped or line.goes_at(coming) <= now else []
             if not line.tickets:
                 del self._lines[key]
             if batch:
-                break
-        return batch, gone
+                return batch, gone
+        return [], gone
 
     def goes_at(self, coming: bool) -> float | None:
         """When the next batch runs if no other request comes; None if there is none."""
@@ -68,8 +67,10 @@ class _Line:
 
     def add(self, ticket: Ticket) -> None:
         line_up(self.tickets, ticket)
-        self._arrived = min(self._arrived, ticket.arrived)
-        self._received = min(self._received, ticket.received)
+        if ticket.arrived < self._arrived:
+            self._arrived = ticket.arrived
+        if ticket.received < self._received:
+            self._received = ticket.received
 
     def goes_at(self, coming: bool) -> float:
         """When its next batch runs if nothing is added; the past if it is to run at once.
@@ -100,15 +101,17 @@ class _Line:
 
     def _keep(self, tickets: list[Ticket]) -> None:
         self.tickets = deque(tickets)
-        self._arrived = min([ticket.arrived for ticket in tickets], default=math.inf)
-        self._received = min([ticket.received for ticket in tickets], default=math.inf)
+        if tickets:
+            self._arrived = min([ticket.arrived for ticket in tickets])
+            self._received = min([ticket.received for ticket in tickets])
 
     def _size(self) -> int:
         """Of a batch: the largest preferred size for which enough are here, else as many as may be in one."""
         source, count = self._source, len(self.tickets)
-        for preferred in source.forming.preferred if source.forming is not None else ():
-            if preferred <= source.batch_size and preferred <= count:
-                return preferred
+        if source.forming is not None:
+            for preferred in source.forming.preferred:
+                if preferred <= source.batch_size and preferred <= count:
+                    return preferred
         return source.batch_size
 
 
