@@ -77,7 +77,7 @@ class BatchQueue:
     def set_batches(self, batch_size: int, preferred: tuple[int, ...] = ()) -> None:
         """At most so many jobs in a batch, and of these sizes those that are better than others."""
         self.batch_size = batch_size
-        self._preferred = tuple(sorted(preferred, reverse=True))
+        self.preferred = tuple(sorted(preferred, reverse=True))
         self._plain = not preferred and self.objective is None
         for limit in self.objective.limits if self.objective is not None else ():
             limit.most = batch_size
@@ -199,13 +199,14 @@ class BatchQueue:
                 self._overload.emptied = True
             self.depth -= len(jobs)
             self.bytes -= sum([job.size for job in jobs])
+        if self.preferred and worker.preprocess_threads:  # it takes these sizes itself, of what is prepared
+            batch_size = self._most(worker)
         return self._hand_over(worker, jobs, batch_size, now)
 
     def batch_size_of(self, worker: InFlight) -> int:
         """How large a batch may be that the worker gets now: a preferred size if enough wait for one."""
-        limit = worker.batch_limit
-        size = limit.limit if limit is not None else self.batch_size
-        for preferred in self._preferred:
+        size = self._most(worker)
+        for preferred in self.preferred:
             if preferred <= size and preferred <= self.depth:
                 return preferred
         return size
@@ -392,18 +393,25 @@ class BatchQueue:
         self.bytes += sum([job.size for job in back])
         return begun
 
+    def _most(self, worker: InFlight) -> int:
+        """Jobs in a batch of this worker."""
+        limit = worker.batch_limit
+        return limit.limit if limit is not None else self.batch_size
+
     def _limit(self, worker: InFlight, batch_size: int, now: float) -> int:
         """How many jobs may go to `worker` now: whole batches, more than one only if they are short."""
         ahead = worker.batches_ahead()
         if not worker.jobs or len(worker.frames) < worker.threads:
-            if self.max_batch_delay and self.depth < batch_size:
+            waits = self.max_batch_delay and not (worker.jobs and worker.preprocess_threads)  # else it waits itself
+            if waits and self.depth < batch_size:
                 oldest = self._oldest()
                 if oldest is not None and oldest.arrived + self.max_batch_delay > now:
                     return 0
             limit = min(max(1, ahead) * batch_size, max(MAX_FRAME_JOBS, batch_size))
         elif worker.preprocess_threads and not worker.streams:
             # a batch more for the preprocess threads, and what they have in hand
-            window = max(batch_size * (worker.threads + 1) + worker.preprocess_threads, ahead * batch_size)
+            most = self._most(worker)
+            window = max(most * (worker.threads + 1) + worker.preprocess_threads, ahead * most)
             room = window - len(worker.jobs)
             if room <= 0 and self.scheduling.levels > 1:
                 room = self.scheduling.room_above(self._waiting, worker.jobs.values(), window)
@@ -414,7 +422,7 @@ class BatchQueue:
             most = max(ahead, 2) if ahead else 0  # behind a batch that fits into AHEAD_SECONDS lies another one
             room = most * worker.threads * batch_size - len(worker.jobs)
             limit = min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
-        if self._preferred and limit > batch_size:
+        if self.preferred and limit > batch_size:
             limit = min(limit, max(1, self.depth // batch_size) * batch_size)
         return limit
 

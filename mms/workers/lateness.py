@@ -48,6 +48,8 @@ class Lateness:
         done, started, begun_at = worker.process.progress()
         if not begun_at:  # stopped or stuck between two batches: it owes the next one
             begun_at = max(next(iter(worker.in_flight.jobs.values())).taken, self._standing_since(worker, done, now))
+            if worker.in_flight.preprocess_threads:  # it may wait for a fuller batch
+                begun_at += self._queue.max_batch_delay
             started = max(started, done + self._queue.batch_size_of(worker.in_flight))
         if now - begun_at <= limit:
             return None

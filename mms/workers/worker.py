@@ -24,6 +24,7 @@ from mms.workers.largeframe import LARGE, LARGEST, LargeFrame
 from mms.workers.output import OutputReader
 from mms.workers.placement import Place
 from mms.workers.process import WorkerProcess
+from mms.workers.scheduling import forming_of
 
 log = logging.getLogger("mms.worker")
 
@@ -171,8 +172,11 @@ class Worker(asyncio.Protocol):
         facts = wire.share([job.facts for job in jobs])
         size = sum(sizes)
         frame = wire.Predict(batch_size, self.in_flight.frames[-1].ids, sizes, request_ids, *facts)
-        if self.in_flight.preprocess_threads and self._queue.scheduling.levels > 1:
-            frame.levels = list(map(self._queue.scheduling.level_of, jobs))
+        if self.in_flight.preprocess_threads:
+            queue = self._queue
+            frame.forming = forming_of(jobs, queue.preferred, queue.max_batch_delay)
+            if queue.scheduling.levels > 1:
+                frame.levels = list(map(queue.scheduling.level_of, jobs))
         if size < wire.INLINE_BELOW:
             frame.sizes, frame.bodies = [], [b"".join(job.parts) for job in jobs]
             self._transport.write(wire.pack(wire.PREDICT, frame))

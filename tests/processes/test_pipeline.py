@@ -104,6 +104,46 @@ def test_requests_are_prepared_while_a_batch_runs_and_make_up_the_next_one(start
     assert [body for _, body in results.values()] == [b"1", b"2", b"2"]
 
 
+def test_batches_are_of_preferred_sizes(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    first, others = request_().hold("inference"), [request_() for _ in range(7)]
+    backend.send(first.body)
+    reaches(first, "inference")
+    backend.send(*[held.body for held in others], forming=wire.Forming((4, 2), 0.0, 0.0))
+    reaches(others[-1], "preprocess")
+    first.let_go()
+    assert [body for _, body in backend.results(8).values()] == [b"1", *[b"4"] * 4, *[b"2"] * 2, b"1"]
+
+
+def test_a_batch_waits_to_be_full_while_its_oldest_may_wait(start: Start, request_: Requests) -> None:
+    backend = begin(start, threads=3, preprocess_threads=1)
+    for _ in range(2):
+        first, second = request_(), request_()
+        backend.send(first.body, batch_size=2, forming=wire.Forming((), 60.0, time.monotonic()))
+        reaches(first, "preprocess")
+        assert not first.reached("inference")
+        backend.send(second.body, batch_size=2, forming=wire.Forming((), 60.0, time.monotonic()))
+        assert [body for _, body in backend.results(2).values()] == [b"2", b"2"]
+    begun = time.monotonic()
+    backend.send(request_().body, forming=wire.Forming((), 0.05, begun))
+    assert next(iter(backend.results(1).values()))[1] == b"1" and time.monotonic() - begun >= 0.05
+
+
+@pytest.mark.parametrize("name", ["", "bad"])
+def test_what_came_together_after_the_delay_is_waited_for_until_it_is_prepared(
+    start: Start, request_: Requests, name: str
+) -> None:
+    backend = begin(start, preprocess_threads=1)
+    requests = [request_(), request_().hold("preprocess"), request_(name).hold("preprocess")]
+    ids = backend.send(*[held.body for held in requests], forming=wire.Forming((), 60.0, time.monotonic() - 60.0))
+    for held in requests[1:]:
+        reaches(held, "preprocess")
+        assert not requests[0].reached("inference")
+        held.let_go()
+    results = backend.results(3)
+    assert {results[id][1] for id in ids[:2]} == {b"2" if name else b"3"}
+
+
 def test_a_batch_runs_while_the_one_before_is_postprocessed(start: Start, request_: Requests) -> None:
     backend = begin(start, preprocess_threads=1)
     first, second = request_().hold("postprocess"), request_()

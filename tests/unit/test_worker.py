@@ -10,8 +10,10 @@ from pathlib import Path
 from mms import sharedpage, wire
 from mms.errors import MMSError
 from mms.metrics import VersionMetrics
+from mms.model_settings import ModelSettings
 from mms.workers.batching import BatchQueue
 from mms.workers.job import Job, Terms
+from mms.workers.lateness import Lateness
 from mms.workers.placement import Place
 from mms.workers.process import WorkerProcess
 from mms.workers.scheduling import Scheduling
@@ -106,6 +108,16 @@ def test_a_worker_of_several_threads_is_told_who_waits_no_longer() -> None:
     metrics = rig.worker._metrics
     rig.says(wire.RESULT, wire.Result([1], [0], [wire.Outcome(499, b"", "Cancelled")], [], []))
     assert list(rig.worker.in_flight.jobs) == [2, 3] and not metrics.requests and not metrics.errors
+
+
+def test_a_worker_that_waits_for_a_fuller_batch_is_not_late() -> None:
+    rig = Rig(wire.Ready("request", 0.1, 1, 1))
+    rig.takes(1)
+    rig.queue.max_batch_delay = 5.0
+    late = Lateness(ModelSettings(response_timeout=2.0), rig.queue)
+    now = time.monotonic()
+    assert late.overdue(rig.worker, now) is None and late.overdue(rig.worker, now + 6.9) is None
+    assert late.overdue(rig.worker, now + 7.1)
 
 
 def test_a_full_batch_leaves_before_the_answers_of_the_last_one_are_delivered() -> None:
