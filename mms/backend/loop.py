@@ -103,7 +103,8 @@ class Loop:
         replies.flush()
 
     def close(self) -> None:
-        """Of a further front end that has gone."""
+        """Of a further front end that has gone, maybe in the middle of a frame."""
+        _pack_progress(self._progress, 0, self._started, self._started, 0.0)
         self._channel.close()
 
     def _stream(self, ids: list[int], answers: list[Answer], done: int, received: float, begun: float) -> None:

@@ -30,7 +30,7 @@ from mms.backend.device import modes, own_lane
 from mms.backend.sources import Source, Ticket
 from mms.backend.stages import RequestStages, Stages
 from mms.backend.streams import Stream, Streams
-from mms.backend.turns import Busy
+from mms.backend.turns import Busy, Sending
 
 FAIR_TURN = 10  # times what a worker runs and prepares at a time: so many of a higher priority may overtake a request
 
@@ -71,7 +71,6 @@ class Pipeline:
         self._threads = load.threads
         self._preprocess_threads = preprocess_threads
         self._device = device
-        self._batch_size = load.batch_size
         self._closed = False
         lock = threading.Lock()
         self._arrived = threading.Condition(lock)
@@ -80,7 +79,8 @@ class Pipeline:
         self._ready: deque[Ticket] = deque()
         self._ended: SimpleQueue[Ended | None] = SimpleQueue()
         self._streaming: deque[Streaming] = deque()
-        self._replying = threading.Lock()  # one for all: what the handler has counted goes to the first channel
+        # one for all: what the handler has counted goes to the first channel
+        self._replying = threading.Lock() if busy is None else Sending(busy)
         self._taken = 0
         self._start_threads()
 
@@ -99,7 +99,7 @@ class Pipeline:
             self._rank(tickets, frame)
         ready, waiting = (self._arrived, self._waiting) if self._preprocess_threads else (self._prepared, self._ready)
         with ready:
-            self._batch_size = frame.batch_size
+            source.batch_size = frame.batch_size
             for ticket in tickets:
                 _line_up(waiting, ticket)
             ready.notify(len(tickets))
@@ -278,15 +278,17 @@ class Pipeline:
                         return []
                     prepared.wait()
                 batch, gone = self._take_ready()
-            for _, some in itertools.groupby(gone, _SOURCE):
-                tickets = list(some)
-                self._send(tickets, [_GONE] * len(tickets), [])
+            if gone:
+                for _, some in itertools.groupby(gone, _SOURCE):
+                    tickets = list(some)
+                    self._send(tickets, [_GONE] * len(tickets), [])
         return batch
 
     def _take_ready(self) -> tuple[list[Ticket], list[Ticket]]:
         """A batch, and those for which nobody waits any more."""
-        ready, size = self._ready, self._batch_size
+        ready, size = self._ready, 1
         source: Source | None = None
+        owner: Source | None = None
         cancelled: frozenset[int] = frozenset()
         bucket: set[object] = set()  # a set, as what has a hash may compare in ways of its own: nan, tensors
         batch: list[Ticket] = []
@@ -302,8 +304,8 @@ class Pipeline:
                 continue
             if not batch:
                 bucket.add(_bucket(ticket))
-            fits = _bucket(ticket) in bucket and (not batch or batch[0].source is source)
-            (batch if fits else others).append(ticket)
+                owner, size = source, source.batch_size
+            (batch if source is owner and _bucket(ticket) in bucket else others).append(ticket)
         ready.extendleft(reversed(others))
         return batch, gone
 

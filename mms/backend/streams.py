@@ -221,7 +221,14 @@ class Streams:
                 live[id] = one[1]
             else:
                 ended.append((id, one))
-        self._finish(ended, [])
+        try:
+            self._finish(ended, [])
+            self._drive(live, times)
+        finally:
+            for stream in live.values():  # of a front end that has gone
+                stream.close()
+
+    def _drive(self, live: dict[int, Stream], times: Callable[[], wire.BatchTimes]) -> None:
         while live:
             self._beat()
             ended = self._close_cancelled(live)

@@ -113,6 +113,34 @@ def test_the_time_of_a_stream_counts_anew_with_each_chunk(start: Start, make_gat
     assert sharedpage.PROGRESS.unpack_from(backend.progress) == (3, 3, 0.0)
 
 
+def test_a_front_end_that_goes_in_the_middle_of_its_stream_leaves_no_work_behind(
+    start: Start, make_gate: MakeGate
+) -> None:
+    backend, gate = start("streams", shared=True), make_gate()
+    backend.ready()
+    other = backend.lend()
+    other.send(json.dumps(["a", {"gate": gate.body.decode()}, {"repeat": "b", "times": 9}]).encode())
+    eventually(gate.begun)
+    other.close()
+    gate.open()
+    assert backend.predict(b'"next"')[0][1] == b"next"
+    assert sharedpage.PROGRESS.unpack_from(other.progress) == (1, 1, 0.0)
+
+
+def test_a_worker_that_waits_for_the_rest_of_a_frame_says_so_to_other_front_ends(start: Start) -> None:
+    backend = start("poison", shared=True)
+    backend.ready()
+    other = backend.lend()
+    facts = wire.RequestFacts("", "", b"", False, [])
+    frame = wire.pack(wire.PREDICT, wire.Predict(1, [1], [1], [b"id-1"], [facts], []), 1)
+    other.raw(frame)
+    eventually(lambda: sharedpage.read_busy(backend.progress))
+    other.raw(b"x")
+    assert other.results(1)[1][1] == b"x"
+    eventually(lambda: not sharedpage.read_busy(backend.progress))
+    other.close()
+
+
 def test_f9_a_handler_that_does_not_load_is_reported_with_its_traceback(start: Start) -> None:
     backend = start("crashes_on_load")
     kind, failed, _ = backend.frame()
