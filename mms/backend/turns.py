@@ -89,6 +89,12 @@ class LentChannel(Channel):
     def __init__(self, sock: socket.socket, arena: Arena, main: Channel) -> None:
         super().__init__(sock, arena)
         self._main = main
+        self._hang_up = _poll()
+        self._hang_up.register(sock, 0)
+
+    @property
+    def gone(self) -> bool:
+        return bool(self._hang_up.poll(0))
 
     def send_metrics(self) -> None:
         self._main.send_metrics()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -125,6 +126,18 @@ def test_a_front_end_that_goes_in_the_middle_of_its_stream_leaves_no_work_behind
     gate.open()
     assert backend.predict(b'"next"')[0][1] == b"next"
     assert sharedpage.PROGRESS.unpack_from(other.progress) == (1, 1, 0.0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_stream_without_chunks_ends_with_its_front_end(start: Start, tmp_path: Path, threads: int) -> None:
+    backend, note = start("streams", shared=True, threads=threads), tmp_path / "note"
+    backend.ready()
+    other = backend.lend()
+    other.send(json.dumps([{"note": str(note)}, "a", {"nothing": 10_000}]).encode())
+    assert other.frame()[2] == b"a"
+    other.close()
+    eventually(note.exists)
+    assert backend.predict(b'"next"')[0][1] == b"next"
 
 
 def test_a_worker_that_waits_for_the_rest_of_a_frame_says_so_to_other_front_ends(start: Start) -> None:

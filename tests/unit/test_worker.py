@@ -167,6 +167,10 @@ SETTINGS = ModelSettings(response_timeout=LIMIT)
 LONG = LIMIT + PATIENCE + 1
 
 
+def test_a_worker_that_does_not_know_of_a_front_end_yet_owes_it_nothing(shared: Shared) -> None:
+    assert sharedpage.read_busy(shared.other)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_shared_worker_that_stays_between_two_batches_is_found(shared: Shared, known: bool) -> None:
     """Be it that it never gets to know of the other front end."""
