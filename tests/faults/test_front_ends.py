@@ -210,6 +210,22 @@ def test_f1_a_killed_worker_costs_no_answer_at_any_front_end(two: Server) -> Non
     assert not traffic.failures
 
 
+def test_f3_a_batch_of_one_front_end_that_dies_is_no_try_of_what_another_has_sent(
+    two: Server, make_gate: MakeGate, first: FrontEnd, second: FrontEnd
+) -> None:
+    assert two.manage("POST", "/models?url=slow-1.0.mar&retry=0").status == 200
+    begun, sent = make_gate(), make_gate()
+    second("slow", begun.body)
+    eventually(begun.begun)
+    first("slow", sent.body)
+    eventually(lambda: two.metric("mms_requests_in_flight", model="slow") == 2)
+    sent.open()
+    os.kill(begun.begun()[0], signal.SIGKILL)
+    assert second.statuses() == {503}
+    assert first.statuses() == {200}
+    assert two.manage("DELETE", "/models/slow").status == 200
+
+
 def test_a_worker_that_is_overdue_at_any_front_end_is_replaced(two: Server, make_gate: MakeGate) -> None:
     assert two.manage("POST", "/models?url=slow-1.0.mar&response_timeout=0.2").status == 200
     replies = [fetch(two.url, "POST", "/predictions/slow", make_gate().body) for _ in range(2)]
