@@ -31,7 +31,7 @@ from mms.backend.forming import Ready, line_up
 from mms.backend.sources import Source, Ticket
 from mms.backend.stages import RequestStages, Stages
 from mms.backend.streams import Stream, Streams
-from mms.backend.turns import Busy
+from mms.backend.turns import Busy, Sending
 
 _monotonic = time.monotonic
 
@@ -78,7 +78,8 @@ class Pipeline:
         self._ready = Ready()
         self._ended: SimpleQueue[Ended | None] = SimpleQueue()
         self._streaming: deque[Streaming] = deque()
-        self._replying = threading.Lock()  # one for all: what the handler has counted goes to the first channel
+        # one for all: what the handler has counted goes to the first channel
+        self._replying = threading.Lock() if busy is None else Sending(busy)
         self._taken = 0
         self._start_threads()
 

@@ -15,7 +15,7 @@ from mms import sharedpage, wire
 from mms.backend.answers import Answer, Body
 from mms.backend.channel import Channel
 from mms.backend.stages import Prepared
-from mms.backend.turns import Busy
+from mms.backend.turns import Busy, Sending
 from mms.handler import Request
 
 _monotonic = time.monotonic
@@ -94,7 +94,7 @@ class Source:
         channel: Channel,
         page: mmap.mmap,
         busy: Busy | None,
-        lock: threading.Lock,
+        lock: threading.Lock | Sending,
         take: Callable[[Source, int, wire.PredictView, bytearray, int], None],
     ) -> None:
         self.page = page

@@ -50,7 +50,7 @@ class WorkerPool(Feeder):
         restarts: Restarts,
         others: FrontEnds | None = None,
     ) -> None:
-        super().__init__(queue, metrics)
+        super().__init__(queue, metrics, shared=others is not None)
         self.scaling = Scaling(settings.label, queue, metrics)
         self.losses = Losses(settings, metrics, restarts, self._reconcile, self._abandon)
         self.was_ready = False  # requests may wait while a worker is replaced
@@ -425,6 +425,8 @@ class WorkerPool(Feeder):
             return
         if worker.process.arena is not None and not worker.in_flight.jobs:
             worker.process.arena.tidy(now)
+        if self._lateness.stands_still(worker, now):
+            worker.kill("response_timeout")
         if self._lateness.starts_too_long(worker, now):
             worker.kill(f"not ready within startup_timeout ({self._settings.startup_timeout:g} s)")
         overdue = self._lateness.overdue(worker, now)

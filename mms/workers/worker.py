@@ -65,6 +65,12 @@ class Loan:
     def __init__(self, page: mmap.mmap) -> None:
         self.jobs = 0  # that it has in hand from there, if its version scales by itself
         self._page = page
+        sharedpage.write_busy(page, True)  # until the worker has come to know it, which says then what it does
+
+    @property
+    def busy(self) -> bool:
+        """As WorkerProcess.busy; also while the worker does not know of the loan."""
+        return sharedpage.read_busy(self._page)
 
     @property
     def answered(self) -> int:
@@ -112,6 +118,7 @@ class Worker(asyncio.Protocol):
         self._gone = False
         self.control: socket.socket | None = None  # on which it is given channels for further front ends
         self.elsewhere: dict[int, Loan] = {}  # by the numbers of the front ends that use it, too
+        self._answered_before = 0  # for those that do not use it any more
 
     async def attach(
         self, process: WorkerProcess, output: OutputReader, load: wire.Load, *, shared: bool = False
@@ -148,7 +155,8 @@ class Worker(asyncio.Protocol):
     @property
     def answered(self) -> int:
         """Jobs that it has answered since it started."""
-        return self.in_flight.finished + sum(loan.answered for loan in self.elsewhere.values())
+        elsewhere = sum(loan.answered for loan in self.elsewhere.values())
+        return self.in_flight.finished + self._answered_before + elsewhere
 
     @property
     def jobs(self) -> int:
@@ -157,8 +165,20 @@ class Worker(asyncio.Protocol):
 
     def left(self, front_end: int) -> None:
         """That one does not use it any more."""
-        if self.elsewhere.pop(front_end, None) is not None and not self._gone:
+        loan = self.elsewhere.pop(front_end, None)
+        if loan is None:
+            return
+        self._answered_before += loan.answered
+        if not self._gone:
             self._owner.worker_free(self)
+
+    @property
+    def between_batches(self) -> bool:
+        """Whether it says that it is at work for one of several front ends, but has no batch of any in hand."""
+        process, loans = self.process, self.elsewhere.values()
+        if not (process.busy or any(loan.busy for loan in loans)):
+            return False
+        return not (process.progress()[2] or process.running() or any(loan.begun_at for loan in loans))
 
     @property
     def connected(self) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from mms import sharedpage, wire
 from mms.backend.channel import ANSWER_WITHIN
-from tests.processes.conftest import Backend, Start
+from tests.processes.conftest import Backend, FrontEnd, Start
 from tests.waiting import eventually
 
 
@@ -371,6 +371,24 @@ def test_a_front_end_that_ends_takes_only_its_own_requests_along(start: Start, r
     running.let_go()
     assert backend.results(1)[1][1] == b"1"
     assert not waiting.reached("inference")
+
+
+def test_a_front_end_that_does_not_read_lets_others_wait_and_they_know_it(start: Start) -> None:
+    backend = start("poison", threads=2, shared=True)
+    backend.ready()
+    other, count = backend.lend(), 20
+    for _ in range(count):
+        other.send(bytes(60_000), batch_size=1)
+    eventually(lambda: 2 < sharedpage.PROGRESS.unpack_from(other.progress)[0] < count and not runs(other, backend))
+    backend.send(b"x")
+    eventually(lambda: not runs(other, backend) and sharedpage.read_busy(backend.progress))
+    assert len(other.results(count)) == count
+    assert backend.results(1)[1][1] == b"x"
+    other.close()
+
+
+def runs(*front_ends: FrontEnd) -> bool:
+    return any(list(sharedpage.read_slots(one.progress)) for one in front_ends)
 
 
 def test_a_worker_of_many_threads_ends_when_it_is_told_to(start: Start, request_: Requests) -> None:
