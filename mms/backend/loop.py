@@ -103,7 +103,7 @@ class Loop:
         replies.flush()
 
     def close(self) -> None:
-        """Of a further front end that has gone, maybe in the middle of a frame."""
+        """Of a further front end that has gone: what it had sent is given up, in the middle or not."""
         _pack_progress(self._progress, 0, self._started, self._started, 0.0)
         self._channel.close()
 

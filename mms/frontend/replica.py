@@ -273,7 +273,8 @@ class Replica(ServedVersion):
         self.pool.leave()
 
     def forget(self) -> None:
-        """Its workers have ended."""
+        """Its workers have ended. What they had in hand may come back yet, and then fails, too."""
+        self._shown = msgspec.structs.replace(self._shown, state=str(VersionState.UNLOADED), can_wait=False)
         for job, error in self.queue.abandon(DrainingError(f"model {self.label} was unloaded")):
             self.pool.fail(job, error)
         self.pool.close()

@@ -81,7 +81,7 @@ def test_f51_a_bug_costs_requests_that_came_in_the_same_turn_nothing(make_archiv
         transports = []
         for target in b"predictions/m", b"bug", b"livez":
             transports.append(Transport())
-            connection = server._http._connect()
+            connection = server._listeners._http._connect()
             connection.connection_made(transports[-1])
             connection.data_received(GET % (target, b""))
         await asyncio.sleep(0)
