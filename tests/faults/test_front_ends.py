@@ -243,7 +243,7 @@ def test_f47_a_killed_front_end_comes_back_and_what_it_has_counted_stays(
     eventually(gate.begun)
     counted = two.metric("mms_requests_total", model="echo", code="200")
     (front_end,) = two.named("mms-frontend")
-    with Traffic(two, reconnects=True) as traffic:
+    with Traffic(two, reconnects=2) as traffic:
         traffic.flows(20)
         front_end.kill()
         eventually(lambda: [one for one in two.named("mms-frontend") if one.pid != front_end.pid])

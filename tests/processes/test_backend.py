@@ -128,20 +128,6 @@ def test_the_time_of_a_stream_counts_anew_with_each_chunk(start: Start, make_gat
     assert sharedpage.PROGRESS.unpack_from(backend.progress) == (3, 3, 0.0)
 
 
-def test_a_front_end_that_goes_in_the_middle_of_its_stream_leaves_no_work_behind(
-    start: Start, make_gate: MakeGate
-) -> None:
-    backend, gate = start("streams", shared=True), make_gate()
-    backend.ready()
-    other = backend.lend()
-    other.send(json.dumps(["a", {"gate": gate.body.decode()}, {"repeat": "b", "times": 9}]).encode())
-    eventually(gate.begun)
-    other.close()
-    gate.open()
-    assert backend.predict(b'"next"')[0][1] == b"next"
-    assert sharedpage.PROGRESS.unpack_from(other.progress) == (1, 1, 0.0)
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_stream_without_chunks_ends_with_its_front_end(start: Start, tmp_path: Path, threads: int) -> None:
     backend, note = start("streams", shared=True, threads=threads), tmp_path / "note"
