@@ -97,7 +97,7 @@ class State:
 class Rig:
     """One server with the models that chaos needs, and the ways to hurt it. Faults are noted on `timeline`."""
 
-    def __init__(self, running: Server, edge: str, front_ends: int, dice: random.Random) -> None:
+    def __init__(self, running: Server, edge: str, dice: random.Random, front_ends: int = 1) -> None:
         self.running = running
         self.timeline = Timeline(EFFECTS)
         self.port = Port("nginx" if edge == "nginx" else "direct", running.url)
@@ -413,4 +413,4 @@ def rig(edge: str, seed: int, *, front_ends: int = 1, slow: bool = False) -> Ite
         patch.setenv("NOTIFY_SOCKET", str(archives / "nobody"))  # an upgrade needs a service manager, or a daemon
         settings: dict[str, Any] = {"response_timeout": RESPONSE_TIMEOUT, "drain_timeout": 5, "front_ends": front_ends}
         with server(*models, spare=spare, edge=edge, **settings) as running:
-            yield Rig(running, edge, front_ends, random.Random(seed))
+            yield Rig(running, edge, random.Random(seed), front_ends)
