@@ -356,6 +356,8 @@ class Connection(Patience):
         """The last answer is written: close, but read a little first if the client may still be sending."""
         self._last = True
         self._forget_requests()
+        self._reader.forget()  # a stream to an old client ends its connection whatever follows
+        self._forget_body()
         if self._transport.is_closing() or self._lingering >= 0:
             return
         if self._drained is None and self._transport.can_write_eof():

@@ -57,8 +57,8 @@ class LargeReads(asyncio.BufferedProtocol):
         rest = self._reader.rest
         if not rest:
             head = piece.find(_HEAD_END, begin, end) + len(_HEAD_END)
-            # a body that was refused, a request whose beginning the parser has, or no large one
-            if begin or not self._reader.idle or head < len(_HEAD_END) or 2 * end < len(piece):
+            # a body that was refused, a request whose beginning the parser has or that is not read, or no large one
+            if begin or not self._connection.may_begin or head < len(_HEAD_END) or 2 * end < len(piece):
                 self._leave(piece, begin, end)
                 return
             self._connection.take_head(bytes(memoryview(piece)[:head]))
@@ -139,10 +139,16 @@ class LargeBodies(asyncio.Protocol):
         self._arrived.append(exchange)
         return True
 
+    @property
+    def may_begin(self) -> bool:
+        """Whether what comes next is the beginning of a request, which is wanted."""
+        return self._reader.idle and not self._last
+
     def take_head(self, raw: bytes) -> None:
         """The head of a request, perhaps."""
         reader = self._reader
-        reader.feed(raw, monotonic())
+        now = self.last_activity = monotonic()
+        reader.feed(raw, now)
         if reader.refusal is not None:
             self._refuse(reader.refusal)
         elif self._backlog:

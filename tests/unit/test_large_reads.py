@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mms.http import largereads
+from mms.http.connection import Connection
 from mms.http.largereads import LEAST, MOST, LargeReads
 from mms.http.limits import LARGE_BODY
 from mms.http.listener import HttpServer
-from tests.unit.http_client import GET, LIMITS, Application, Client, chunked, connect, post
+from tests.unit.http_client import GET, LIMITS, Application, Client, chunked, connect, last, post
 
 KIB = 1 << 10
 DATA = os.urandom(1 << 20)
@@ -253,3 +256,38 @@ def test_a_server_that_stops_ends_the_connection_with_the_next_answer() -> None:
     client.answer(client.application.exchanges[-1])
     assert client.answers()[-1].headers["connection"] == "close"
     assert client.transport.ended or client.transport.closed
+
+
+def test_the_time_of_a_small_request_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of what the connection brought before it idled: a deadline is counted from it."""
+    client = connected()
+    client.send(large())
+    later = last(client) + 60
+    monkeypatch.setattr(largereads, "monotonic", lambda: later)
+    client.send(GET + large())
+    assert client.application.exchanges[1].arrived == later
+
+
+@pytest.mark.parametrize("ending", [Connection.drain, Connection.retire], ids=["drain", "retire"])
+def test_what_comes_behind_the_last_request_is_not_begun(ending: Callable[[Connection], object]) -> None:
+    client = connected(at_once=False)
+    client.send(large())
+    ending(client.connection)
+    client.send(large() + GET)
+    (exchange,) = client.application.exchanges
+    client.answer(exchange)
+    (answer,) = client.answers()
+    assert answer.headers["connection"] == "close"
+
+
+def test_a_body_that_comes_behind_the_last_answer_is_let_go_of() -> None:
+    client = connected(at_once=False)
+    client.send(post(b"", b"Connection: keep-alive", version=b"1.0") + large())
+    request = large(300 * KIB)
+    client.send(request[: 150 * KIB])
+    stream = client.application.exchanges[0].begin(200, b"")
+    stream.chunk(b"ends with its connection")
+    stream.answer(200, b"", b"")
+    assert client.transport.ended and not client.connection.shedding.bytes
+    client.send(request[150 * KIB :])
+    assert len(client.application.exchanges) == 2 and not client.connection._reader._parts
