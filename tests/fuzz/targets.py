@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import tarfile
 import tempfile
 import zipfile
@@ -17,12 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h11
+import pytest
 
 from mms import payload, wire
 from mms.archive import ModelArchive
 from mms.archive.manifest import Manifest
 from mms.errors import ArchiveError, BadRequestError, ConfigError, FrameError, MMSError, RequestTooLargeError
-from mms.http.connection import Connection
+from mms.http import connection, largereads, request
 from mms.http.listener import HttpServer
 from mms.safe_yaml import parse_yaml
 from mms.tallies import Tallies
@@ -38,28 +40,57 @@ Requests = list[tuple[bytes, bytes, bytes]]  # method, target, body
 
 
 def http(data: bytes) -> None:
-    """The front end's connection, whole and in pieces, against h11."""
-    whole = _served(data, 0)
-    for step in (1, 7):
-        cut = _served(data, step)
-        assert cut == whole, f"in pieces of {step}: {cut}, whole: {whole}"
+    """The front end's connection, whole and in pieces, large reads and known heads among them, against h11."""
+    ends: list[int] = []
+    whole = _served(data)
+    cuts = {step: list(range(step, len(data), step)) for step in (1, 7)}
+    for step, cut in cuts.items():
+        found = _served(data, cut, ends=ends if step == 1 else None)
+        assert found == whole, f"in pieces of {step}: {found}, whole: {whole}"
+    again = data[: max(ends, default=0)] * 3  # what has come before is known then
+    requests = [turn * len(again) // 3 + end for turn in range(3) for end in ends]
+    known = HttpServer(fake.Application(), fake.LIMITS, edge=False)
+    thrice = _served(again)
+    for _ in range(2):
+        found = _served(again, requests, server=known)
+        assert found == thrice, f"with known heads: {found}, with none: {thrice}"
+    with _all_large():
+        for cut in ([], *cuts.values(), [end + 20 for end in ends]):
+            found = _served(data, cut)
+            assert found == whole, f"read as large, cut at {cut[:9]}: {found}, whole: {whole}"
+        found = _served(again, requests)
+        assert found == thrice, f"three times, read as large: {found}, in the usual way: {thrice}"
     for index, (ours, (theirs, fault)) in enumerate(zip(whole, _h11(data), strict=False)):
         assert theirs is not None, f"request {index} is served as {ours}, but h11 says: {fault}"
         assert ours == theirs, f"request {index} is {ours} to us and {theirs} to h11"
 
 
-def _served(data: bytes, step: int) -> Requests:
-    application, transport = fake.Application(), fake.Transport()
-    connection = fake.LOOP.run_until_complete(_connect(application))
-    connection.connection_made(transport)
-    if data:
-        fake.Client(application, connection, transport).send(data, step=step)
+def _served(
+    data: bytes, cuts: list[int] | None = None, *, ends: list[int] | None = None, server: HttpServer | None = None
+) -> Requests:
+    """Cut at these places; of a connection of `server`, if there is one. `ends` gets the places where requests end."""
+    application = fake.Application()
+    client = fake.connect(server=server or HttpServer(application, fake.LIMITS, edge=False))
+    client.connection._application = client.connection._arrivals._application = client.application = application
+    for begin, end in itertools.pairwise([0, *(cut for cut in cuts or () if cut < len(data)), len(data)]):
+        count = len(application.exchanges)
+        if begin < end:
+            client.send(data[begin:end])
+        if ends is not None and len(application.exchanges) > count:
+            ends.append(end)
     exchanges = application.exchanges
     return [(each.head.method, each.head.target, b"".join(each.parts)) for each in exchanges]
 
 
-async def _connect(application: fake.Application) -> Connection:
-    return HttpServer(application, fake.LIMITS, edge=False)._connect()
+@contextlib.contextmanager
+def _all_large() -> Iterator[None]:
+    """Bodies of a few bytes are read in the way of large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (connection, largereads, request):
+            patch.setattr(module, "LARGE_BODY", 3)
+        for name, value in (("LEAST", 4), ("MOST", 256), ("HEAD", 120)):
+            patch.setattr(largereads, name, value)
+        yield
 
 
 def _h11(data: bytes) -> Iterator[tuple[tuple[bytes, bytes, bytes] | None, str]]:
