@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LEAST, MOST = 16 << 10, 256 << 10  # room for one read
 HEAD = 2 << 10  # for one that is not known yet
 _HEAD_END = b"\r\n\r\n"
+_NOTHING = bytearray()  # in place of memory that belongs to a request: a connection that idles must not keep it
 
 
 class LargeReads(asyncio.BufferedProtocol):
@@ -35,7 +36,7 @@ class LargeReads(asyncio.BufferedProtocol):
         self._connection = connection
         self._reader = reader
         self._usual = body + HEAD  # bytes of a request of this connection
-        self._piece = bytearray()
+        self._piece = _NOTHING
         self._from = 0  # where in it a body begins
         self._filled = 0  # how far it has come; 0 for the next read to get another
 
@@ -52,6 +53,7 @@ class LargeReads(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         piece, begin = self._piece, self._filled
         if not begin and self._connection.take_request(piece, nbytes):
+            self._piece = _NOTHING
             return
         end = begin + nbytes
         rest = self._reader.rest
@@ -70,6 +72,8 @@ class LargeReads(asyncio.BufferedProtocol):
             self._usual = head + rest
         more = min(end - begin, rest)
         self._filled = end if more < rest and end < len(piece) else 0
+        if not self._filled:
+            self._piece = _NOTHING
         self._connection.take_body(memoryview(piece)[self._from : begin + more], more)
         if begin + more < end:
             self._leave(piece, begin + more, end)

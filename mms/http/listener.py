@@ -100,6 +100,8 @@ class HttpServer:
     def apply(self, limits: Limits) -> None:
         """Other limits from now on; those of a request's time and size for connections that are made from now on."""
         self.limits = limits
+        self._known.max_body = limits.max_request_size
+        self.forget_heads()
         self.shedding.apply(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections)
 
     async def retire(self, limit: float) -> None:

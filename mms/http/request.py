@@ -177,6 +177,7 @@ class KnownHeads(dict[bytes, Head]):
     """
 
     shut = False  # none is kept: every request is looked at
+    max_body = LARGE_BODY  # bytes; one over the limit of new connections is not kept, though an older one may send it
 
     def may_come_again(self, raw: bytes, head: Head) -> bool:
         """Whether a head that was judged fit to serve is plain."""
@@ -191,7 +192,7 @@ class KnownHeads(dict[bytes, Head]):
 
     def remember(self, raw: bytes, head: Head) -> None:
         """Keep a plain head; that of a large body is each connection's own matter."""
-        if head.length >= LARGE_BODY or not self.may_come_again(raw, head):
+        if head.length >= LARGE_BODY or head.length > self.max_body or not self.may_come_again(raw, head):
             return
         if len(self) >= MAX_KNOWN:
             self.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -356,6 +357,17 @@ def test_draining_twice_changes_nothing() -> None:
     client.connection.drain()
     client.answer(client.application.exchanges[0])
     assert client.statuses() == [200]
+
+
+def test_a_lower_limit_holds_for_new_connections_whatever_heads_are_known() -> None:
+    server = HttpServer(Application(), LIMITS, edge=False)
+    older, request = connect(server=server), post(bytes(1000))
+    older.send(request)
+    server.apply(replace(LIMITS, max_request_size=999))
+    older.send(request)
+    newer = connect(server=server)
+    newer.send(request)
+    assert older.statuses() == [200, 200] and newer.statuses() == [413]
 
 
 def test_an_error_that_names_a_file_that_is_not_utf8_is_told() -> None:

@@ -118,6 +118,15 @@ def test_a_body_is_not_copied_and_its_head_not_parsed_again() -> None:
     assert third.head is second.head is not first.head
 
 
+def test_a_connection_that_idles_keeps_no_memory_of_its_last_body() -> None:
+    client = connected(at_once=False)
+    for _ in range(3):  # by the parser, by its head, at once
+        client.send(large())
+        client.answer(client.application.exchanges[-1])
+        protocol = client.transport._protocol
+        assert isinstance(protocol, LargeReads) and not protocol._piece
+
+
 def test_a_head_that_is_forgotten_is_looked_at_again() -> None:
     client = connected(at_once=False)
     heads = []
