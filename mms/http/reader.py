@@ -58,7 +58,7 @@ class SizeLines:
             self._line = b""
             at = end + 1
             try:
-                size = int(digits, 16)
+                size = int(digits, 16) if digits.isalnum() else 0  # no sign: it would lead back, and round and round
             except ValueError:
                 size = 0
             self._ended = not size  # what follows are trailers

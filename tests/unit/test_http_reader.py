@@ -112,6 +112,8 @@ REFUSED = {
     "chunk size and space": (chunked(b"3 \r\nabc\r\n0\r\n\r\n"), 400),
     "chunk 0x3": (chunked(b"0x3\r\nabc\r\n0\r\n\r\n"), 400),
     "chunk +3": (chunked(b"+3\r\nabc\r\n0\r\n\r\n"), 400),
+    "chunk -6": (chunked(b"-6\r\nabcdef\r\n0\r\n\r\n"), 400),
+    "chunk -9": (chunked(b"-9\r\nabcdef\r\n0\r\n\r\n"), 400),
     "empty chunk size": (chunked(b"\r\nabc\r\n0\r\n\r\n"), 400),
     "17 digits of chunk size": (chunked(b"00000000000000003\r\nabc\r\n0\r\n\r\n"), 400),
     "17 digits of a later chunk's size": (chunked(b"3;a\r\nabc\r\n" + b"0" * 16 + b"1;b\r\na\r\n0\r\n\r\n"), 400),
