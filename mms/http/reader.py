@@ -13,6 +13,7 @@ from mms.http.limits import CHUNK_FRAMING, MAX_CHUNK_DIGITS, MAX_CHUNK_EXTRA, MA
 from mms.http.request import Head
 
 _HEAD_END = b"\r\n\r\n"
+_MANY, _SMALL = 256, 1024  # parts of a chunked body, and bytes in one
 
 Part = bytes | memoryview  # of a body
 
@@ -30,7 +31,8 @@ class Sink(Protocol):
 
 
 class SizeLines:
-    """Follows a chunked body from size to size, to count digits, of which the parser takes any number of zeros.
+    """Follows a chunked body from size to size: to see where it may end, which no chunk's data can make believe, and to
+    count digits, of which the parser takes any number of zeros.
 
     It judges nothing else: on a line that is no size it stops, and the parser refuses it.
     """
@@ -38,32 +40,35 @@ class SizeLines:
     def __init__(self) -> None:
         self._line = b""  # the beginning of one
         self._skip = 0  # bytes of data, and its CRLF, before the next one
-        self._ended = False
+        self.ended = False  # the last chunk's line was read
 
-    def follow(self, data: bytes, at: int, stop: int) -> bool:
-        """The bytes that come next; False when a size has too many digits."""
-        while at < stop and not self._ended:
+    def follow(self, data: bytes, at: int) -> int:
+        """The bytes that come next, to the end of the last chunk's line; returns how far, or -1 when a size has too
+        many digits.
+        """
+        stop = len(data)
+        while at < stop and not self.ended:
             if self._skip:
                 step = min(self._skip, stop - at)
                 self._skip -= step
                 at += step
                 continue
-            end = data.find(b"\n", at, stop)
+            end = data.find(b"\n", at)
             self._line += data[at : min(end if end >= 0 else stop, at + MAX_CHUNK_DIGITS + 2)]
             digits = self._line.partition(b";")[0].rstrip(b"\r")
             if len(digits) > MAX_CHUNK_DIGITS:
-                return False
+                return -1
             if end < 0:
-                return True
+                return stop
             self._line = b""
             at = end + 1
             try:
                 size = int(digits, 16) if digits.isalnum() else 0  # no sign: it would lead back, and round and round
             except ValueError:
                 size = 0
-            self._ended = not size  # what follows are trailers
+            self.ended = not size  # what follows are trailers
             self._skip = size + 2
-        return True
+        return at
 
 
 class RequestReader:
@@ -87,6 +92,7 @@ class RequestReader:
         self._raw_head = 0
         self._parts: list[Part] = []
         self._size = 0
+        self._joined = self._joined_size = 0  # parts, and bytes in them, of a chunked body that were looked at by _join
         self._chunked_raw = 0
         self._size_lines: SizeLines | None = None  # of a chunked body
         self._tail = b""  # the last bytes fed, while an empty line is looked for
@@ -152,7 +158,7 @@ class RequestReader:
                 if at < 0:
                     return
             stop = self._piece(data, at)
-            self._count(data, at, stop)
+            self._count(stop - at)
             if self.refusal is None:
                 self._feed(view[at:stop])
             at = stop
@@ -185,20 +191,31 @@ class RequestReader:
     def _piece(self, data: bytes, at: int) -> int:
         """Where the bytes end that may be parsed without running into the next request."""
         if self.in_head or self.head.transfer_encoding:
-            tail = self._tail
-            end = (tail + data[at : at + 3]).find(_HEAD_END) if tail else -1  # both end with an empty line
+            begin = at if self.in_head else self._last_line(data, at)  # both end with an empty line
+            tail = self._tail if begin == at else b""
+            end = (tail + data[at : at + 3]).find(_HEAD_END) if tail else -1
             if end >= 0:
                 stop = at + end + 4 - len(tail)
             else:
-                end = data.find(_HEAD_END, at)
+                end = data.find(_HEAD_END, begin)
                 stop = end + 4 if end >= 0 else len(data)
-            self._tail = (tail + data[max(at, stop - 3) : stop])[-3:]
+            self._tail = (self._tail + data[max(at, stop - 3) : stop])[-3:]
             return stop
         rest = self.head.length - self._size
         return min(len(data), at + rest) if rest > 0 else len(data)
 
-    def _count(self, data: bytes, at: int, stop: int) -> None:
-        size = stop - at
+    def _last_line(self, data: bytes, at: int) -> int:
+        """Where the CRLF is, from `at` on, that ends the line of a chunked body's last chunk; else the end."""
+        if self._size_lines is None:
+            self._size_lines = SizeLines()
+        elif self._size_lines.ended:
+            return at
+        reached = self._size_lines.follow(data, at)
+        if reached < 0:
+            self.refusal = BadRequestError(f"a chunk's size has more than {MAX_CHUNK_DIGITS} digits")
+        return max(at, reached - 2) if self._size_lines.ended else len(data)
+
+    def _count(self, size: int) -> None:
         if self.in_head:
             self._raw_head += size
             if self._raw_head > MAX_HEAD:
@@ -207,10 +224,6 @@ class RequestReader:
             self._chunked_raw += size
             if self._chunked_raw - self._size > MAX_CHUNK_EXTRA + size:
                 self.refusal = BadRequestError("the chunked body has too many extensions or trailers")
-            if self._size_lines is None:
-                self._size_lines = SizeLines()
-            if not self._size_lines.follow(data, at, stop):
-                self.refusal = BadRequestError(f"a chunk's size has more than {MAX_CHUNK_DIGITS} digits")
 
     def _feed(self, piece: memoryview) -> None:
         try:
@@ -267,6 +280,8 @@ class RequestReader:
 
     def on_chunk_header(self) -> None:
         self._chunked_raw -= CHUNK_FRAMING
+        if len(self._parts) - self._joined >= _MANY:
+            self._join()
 
     def on_message_complete(self) -> None:
         self.between = True
@@ -280,10 +295,16 @@ class RequestReader:
             self._raw_head = 0
             if self._size_lines is not None:
                 self._size_lines = None
-                self._chunked_raw = 0
+                self._chunked_raw = self._joined = self._joined_size = 0
             self._tail = b""
             self._parts = []
             self._size = 0
+
+    def _join(self) -> None:
+        """Of many small parts make one: each is an object, which takes many times the memory of a few bytes."""
+        if self._size - self._joined_size < _MANY * _SMALL:
+            self._parts[self._joined :] = [b"".join(self._parts[self._joined :])]
+        self._joined, self._joined_size = len(self._parts), self._size
 
     def _too_large(self) -> MMSError:
         return RequestTooLargeError(f"the request body is over max_request_size ({self._max_body} bytes)")

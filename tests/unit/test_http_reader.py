@@ -260,6 +260,17 @@ def test_a_large_chunked_body_of_small_chunks_is_served() -> None:
     assert client.statuses() == [200]
 
 
+@pytest.mark.parametrize(
+    "chunk", [b"186a0\r\n" + b"\r\n" * 50_000 + b"\r\n", b"2\r\nab\r\n" * 50_000], ids=["crlf", "tiny"]
+)
+def test_a_chunked_body_costs_no_more_memory_than_it_is_long(chunk: bytes) -> None:
+    """Each part is an object of its own."""
+    client = connect(at_once=False)
+    client.send(chunked(chunk, b"0\r\n\r\n"), step=1 << 16)
+    (exchange,) = client.application.exchanges
+    assert exchange.size == 100_000 == len(b"".join(exchange.parts)) and len(exchange.parts) < 500
+
+
 @pytest.mark.parametrize("step", [0, 1 << 10])
 def test_a_request_line_over_the_limit_is_414(step: int) -> None:
     client = connect()
