@@ -1,4 +1,7 @@
-"""Answers with the digest of the body and the request's id; `delay` in model-config.yaml is what a batch takes."""
+"""Answers with the digest of the body and the request's id; `delay` in model-config.yaml is what a batch takes.
+
+A request whose query has `times` gets its digest so many times more, for a large answer.
+"""
 
 import hashlib
 import threading
@@ -13,7 +16,8 @@ class Account(Handler):
     def preprocess(self, request):
         if request.content_type == "application/json":
             request.json()
-        return {"sha256": hashlib.sha256(request.body).hexdigest(), "id": request.id}
+        digest = hashlib.sha256(request.body).hexdigest()
+        return {"sha256": digest, "id": request.id, "more": digest * int(request.query.get("times", 0))}
 
     def inference(self, batch):
         if self.delay:

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import random
+import re
 import select
 import socket
 import threading
@@ -26,9 +27,12 @@ ANSWER_TIMEOUT = 30.0
 RECONNECT = 0.005
 MAX_VIOLATIONS = 20
 
+_SIZES = (0, 10, 100, 1000, 1000, 1000, 20_000, 65_500, 70_000, 200_000, 200_000, 300_000)
 CUT = "closed after an answer"  # to what was sent before: this was not read
 
 _RETURNS = b"HTTP/1.1 "
+# what a server that loses its place in the bytes of a client takes for a request
+_BODY = (b"\r\n\r\n0\r\n\r\nPOST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n" * 5000)[:300_000]
 
 
 @dataclass
@@ -104,15 +108,21 @@ class Broken(Exception):
 
 
 class Connection:
-    """One keep-alive connection; reads exactly the answers that it waits for and notices any byte beyond."""
+    """One keep-alive connection; reads exactly the answers that it waits for and notices any byte beyond.
 
-    def __init__(self, address: str) -> None:
+    A `slow` one takes its time for large answers.
+    """
+
+    def __init__(self, address: str, *, slow: bool = False) -> None:
         host, _, port = address.rpartition(":")
         try:
             self.sock = socket.create_connection((host, int(port)), ANSWER_TIMEOUT)
         except OSError as error:
             raise Broken(f"cannot connect: {error}") from None
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if slow:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+        self._slow = slow
         self.reused = False
         self.open = True
         self._buffer = b""
@@ -120,6 +130,14 @@ class Connection:
     def send(self, data: bytes) -> None:
         with contextlib.suppress(ConnectionError):  # the answer may have come before the end of the request
             self.sock.sendall(data)
+
+    def send_in_pieces(self, data: bytes, dice: random.Random) -> None:
+        """Cut somewhere, or within a byte or two of where a head ends, and with time between the pieces."""
+        ends = [found.end() + dice.randrange(-2, 3) for found in re.finditer(rb"\r\n\r\n", data[:2000])]
+        cuts = sorted(dice.sample(ends, min(2, len(ends))) + dice.choices(range(len(data)), k=3))
+        for begin, end in itertools.pairwise([0, *cuts, len(data)]):
+            self.send(data[begin:end])
+            threading.Event().wait(dice.choice((0, 0.0005, 0.002)))
 
     def answer(self) -> tuple[int, bytes]:
         """Status and body of the next answer."""
@@ -153,7 +171,9 @@ class Connection:
 
     def _more(self) -> None:
         try:
-            data = self.sock.recv(65536)
+            if self._slow and self._buffer:
+                threading.Event().wait(0.001)
+            data = self.sock.recv(16384 if self._slow else 65536)
         except TimeoutError:
             raise AssertionError(f"no answer within {ANSWER_TIMEOUT:g} s") from None
         except OSError as error:
@@ -225,7 +245,7 @@ class Clients:
             if connection is None or not connection.open or dice.random() < 0.01:
                 if connection is not None:
                     connection.close()
-                connection = self._connect(port)
+                connection = self._connect(port, slow=self._naughty and dice.random() < 0.2)
                 if connection is None:
                     continue
             try:
@@ -240,11 +260,11 @@ class Clients:
         if connection is not None:
             connection.close()
 
-    def _connect(self, port: Port) -> Connection | None:
+    def _connect(self, port: Port, *, slow: bool) -> Connection | None:
         """None (and no request is begun) when nobody listens, which a fault must explain."""
         begun = time.monotonic()
         try:
-            return Connection(port.address)
+            return Connection(port.address, slow=slow)
         except Broken as error:
             outcome = Outcome(port.name, "", 0, "cannot connect", reused=False)
             if not self._explain(outcome, self._timeline.during(begun, time.monotonic())):
@@ -263,13 +283,18 @@ class Clients:
         else:
             self._good(port, connection, dice, count=1)
 
-    def _request(self, dice: random.Random) -> tuple[str, str, bytes, bytes]:
-        """Target, id, body and bytes of a right request."""
+    def _request(self, dice: random.Random, *, large_answer: bool = False) -> tuple[str, str, bytes, bytes]:
+        """Target, id (or none), body and bytes of a right request."""
         target = dice.choice(self._targets)
         name = f"r{next(self._numbers)}"
-        size = dice.choice((0, 10, 100, 1000, 1000, 1000, 20_000, 200_000)) if self._naughty else 100
-        body = name.encode() + b" " * size
-        head = f"POST /predictions/{target} HTTP/1.1\r\nHost: a\r\nX-Request-Id: {name}\r\n"
+        size = dice.choice(_SIZES) if self._naughty else 100
+        body = name.encode() + _BODY[:size]
+        times = f"?times={dice.choice((100, 2000, 10_000))}" if large_answer else ""
+        head = f"POST /predictions/{target}{times} HTTP/1.1\r\nHost: a\r\n"
+        if self._naughty and dice.random() < 0.4:
+            name = ""  # the server gives it one, and may know its head
+        else:
+            head += f"X-Request-Id: {name}\r\n"
         if self._naughty and dice.random() < 0.2:
             framed = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
             return target, name, body, f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + framed
@@ -278,8 +303,14 @@ class Clients:
     def _good(self, port: Port, connection: Connection, dice: random.Random, *, count: int) -> None:
         """So many requests at once; their answers must come in their order."""
         begun = time.monotonic()
-        requests = [self._request(dice) for _ in range(count)]
-        connection.send(b"".join(data for _, _, _, data in requests))
+        requests = [self._request(dice) for _ in range(count - 1)]
+        # only the last one: answers that nobody reads yet would keep the server from reading
+        requests.append(self._request(dice, large_answer=self._naughty and dice.random() < 0.1))
+        data = b"".join([data for _, _, _, data in requests])
+        if self._naughty and dice.random() < 0.2:
+            connection.send_in_pieces(data, dice)
+        else:
+            connection.send(data)
         for index, (target, name, body, _) in enumerate(requests):
             reused = connection.reused
             try:
@@ -293,7 +324,9 @@ class Clients:
                 assert found["sha256"] == digest(body), (
                     f"{port.name}: {name} got the answer to another body: {answer!r}"
                 )
-                assert found["id"] == name, f"{port.name}: {name} got the answer to {found['id']}"
+                assert found["id"] == name or not name, f"{port.name}: {name} got the answer to {found['id']}"
+                more = found.get("more", "")
+                assert more == found["sha256"] * (len(more) // 64), f"{port.name}: {name} got another's bytes"
                 self._note(right=1, seconds=time.monotonic() - begun)
             else:
                 self._judge(
