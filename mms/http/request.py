@@ -141,7 +141,10 @@ class Head:
         self.expect = value.lower()
 
     def note_length(self, value: bytes) -> None:
-        self.length = int(value) if value.strip().isdigit() else 0  # the parser refuses anything but digits
+        try:
+            self.length = int(value) if value.strip().isdigit() else 0  # the parser refuses anything but digits
+        except ValueError:  # Python refuses thousands of them, the parser takes any number of zeros
+            self.fault = "the Content-Length has too many digits"
 
     def note_transfer_encoding(self, value: bytes) -> None:
         self.transfer_encoding = (self.transfer_encoding + b"," + value if self.transfer_encoding else value).lower()

@@ -87,6 +87,7 @@ REFUSED = {
     "hexadecimal length": (LENGTH + b"0x3\r\n\r\nabc", 400),
     "length in two": (LENGTH + b"3 3\r\n\r\nabc", 400),
     "no length": (LENGTH + b"\r\n\r\n", 400),
+    "length of 5000 digits": (LENGTH + b"0" * 5000 + b"3\r\n\r\nabc", 400),
     "length with underscore": (LENGTH + b"1_0\r\n\r\n", 400),
     "length 2^64": (LENGTH + b"18446744073709551616\r\n\r\n", 400),
     "length 2^64-1": (LENGTH + b"18446744073709551615\r\n\r\n", 413),
