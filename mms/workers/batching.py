@@ -259,7 +259,7 @@ class BatchQueue:
                 failed.append((job, refusals.death(job, cause, closed=self.closed, retry=self.retry)))
             else:
                 self.retries += 1
-                job.taken = 0.0
+                job.frame = None
                 self._alone.append(job)
                 self.depth += 1
                 self.bytes += job.size
@@ -396,7 +396,7 @@ class BatchQueue:
             if not job.settled:
                 (begun if finished <= place < started or job.streams else back).append(job)
         for job in back:
-            job.taken = 0.0
+            job.frame = None
         self._put_back(back)
         self.depth += len(back)
         self.bytes += sum([job.size for job in back])

@@ -13,17 +13,19 @@ MAX_FRAME_JOBS = 256
 
 
 class Frame:
-    """The jobs of one frame and their ids; `first` is the place of its first job among all the worker was ever sent.
+    """The jobs of one frame and their ids, `taken` at that time; `first` is the place of its first job among all the
+    worker was ever sent.
 
     `cancel` tells the worker that nobody waits for a job any more, where jobs wait in workers.
     """
 
-    __slots__ = ("cancel", "first", "ids", "jobs", "left")
+    __slots__ = ("cancel", "first", "ids", "jobs", "left", "taken")
 
-    def __init__(self, first: int, jobs: list[Job], cancel: Callable[[int], None] | None) -> None:
+    def __init__(self, first: int, jobs: list[Job], taken: float, cancel: Callable[[int], None] | None) -> None:
         self.first = first
         self.jobs = jobs
         self.ids = [job.id for job in jobs]
+        self.taken = taken
         self.cancel = cancel
         self.left = len(jobs)  # not yet answered
 
@@ -62,9 +64,8 @@ class InFlight:
 
     def add(self, jobs: list[Job], now: float) -> None:
         """They are sent in one frame."""
-        frame = Frame(self.sent, jobs, self.cancel)
+        frame = Frame(self.sent, jobs, now, self.cancel)
         for job in jobs:
-            job.taken = now
             job.frame = frame
         self.jobs.update(zip(frame.ids, jobs, strict=True))
         self.frames.append(frame)

@@ -381,9 +381,11 @@ class Worker(asyncio.Protocol):
         """Count jobs that somebody still waits for; `waits` in the worker are one for each, or one for all."""
         metrics = self._metrics
         arrived = [job.arrived for job in jobs]
-        metrics.duration.observe_since(arrived, now)
+        arrived.sort()  # they mostly are
+        total = sum(arrived)
+        metrics.duration.observe_since(arrived, total, now)
         if len(waits) == 1 and not self.in_flight.overlaps:  # then all were sent in one frame, too
-            metrics.queued.observe_since(arrived, waits[0] + jobs[0].taken)
+            metrics.queued.observe_since(arrived, total, waits[0] + jobs[0].taken)
         else:
             waits = waits * len(jobs) if len(waits) == 1 else waits
             metrics.queued.observe_all([wait + job.taken - job.arrived for job, wait in zip(jobs, waits, strict=True)])

@@ -85,7 +85,7 @@ def test_an_objective_is_for_the_first_chunk_of_a_stream_and_not_for_its_end() -
     for id in range(1, 9):
         (job,) = rig.takes(id)
         rig.says(wire.STREAM, wire.Chunks([id], [1], {id: OK}), b"a")
-        job.taken -= 1.0
+        job.frame.taken -= 1.0
         rig.says(wire.RESULT, wire.Result([id], [0], [OK], [], [wire.BatchTimes(1, 0, 1.0, 0, 0, 0)]))
     assert limit.limit > 1 and not rig.owner.missed and limit.seconds < 0.05
     for id in range(11, 14):
