@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from mms.errors import MMSError
+from mms.structs import quickly_set
 from mms.wire import RequestFacts
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Terms(msgspec.Struct, frozen=True):
     timeout: float = 0.0
 
 
+@quickly_set
 class Job(msgspec.Struct, eq=False):
     """One request on its way through the queue and a worker; `parts` are the pieces in which its body arrived.
 
