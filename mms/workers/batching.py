@@ -185,7 +185,7 @@ class BatchQueue:
             job = self._next_alone()
             if job is not None:
                 worker.exclusive = True
-                return self._hand_over(worker, [job], 1, now)
+                return self._hand_over(worker, [job], job.size, 1, now)
         if not self.depth:
             return None
         batch_size = self.batch_size if self._plain else self.batch_size_of(worker)
@@ -197,14 +197,16 @@ class BatchQueue:
             jobs = list(waiting)
             waiting.clear()
             self._overload.emptied = True
+            size = self.bytes
             self.depth = self.bytes = 0
         else:
             jobs = waiting.some(limit, batch_size, self._newest_first(worker, now))
             if not waiting:
                 self._overload.emptied = True
+            size = sum([job.size for job in jobs])
             self.depth -= len(jobs)
-            self.bytes -= sum([job.size for job in jobs])
-        return self._hand_over(worker, jobs, batch_size, now)
+            self.bytes -= size
+        return self._hand_over(worker, jobs, size, batch_size, now)
 
     def batch_size_of(self, worker: InFlight) -> int:
         """How large a batch may be that the worker gets now: a preferred size if enough wait for one."""
@@ -428,8 +430,10 @@ class BatchQueue:
             limit = min(limit, max(1, self.depth // batch_size) * batch_size)
         return limit
 
-    def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int, now: float) -> tuple[int, list[Job]]:
-        worker.add(jobs, now)
+    def _hand_over(
+        self, worker: InFlight, jobs: list[Job], size: int, batch_size: int, now: float
+    ) -> tuple[int, list[Job]]:
+        worker.add(jobs, size, now)
         self._handed += len(jobs)
         return batch_size, jobs
 

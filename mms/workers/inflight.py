@@ -13,17 +13,20 @@ MAX_FRAME_JOBS = 256
 
 
 class Frame:
-    """The jobs of one frame and their ids, `taken` at that time; `first` is the place of its first job among all the
-    worker was ever sent.
+    """The jobs of one frame and their ids, `taken` at that time, with bodies of `size` bytes in all; `first` is the place
+    of its first job among all the worker was ever sent.
 
     `cancel` tells the worker that nobody waits for a job any more, where jobs wait in workers.
     """
 
-    __slots__ = ("cancel", "first", "ids", "jobs", "left", "taken")
+    __slots__ = ("cancel", "first", "ids", "jobs", "left", "size", "taken")
 
-    def __init__(self, first: int, jobs: list[Job], taken: float, cancel: Callable[[int], None] | None) -> None:
+    def __init__(
+        self, first: int, jobs: list[Job], size: int, taken: float, cancel: Callable[[int], None] | None
+    ) -> None:
         self.first = first
         self.jobs = jobs
+        self.size = size
         self.ids = [job.id for job in jobs]
         self.taken = taken
         self.cancel = cancel
@@ -62,9 +65,9 @@ class InFlight:
         self.batch_seconds: float | None = None  # time of a batch: follows rises at once, falls slowly
         self.batch_limit: BatchLimit | None = None  # its batch size, where that follows a latency objective
 
-    def add(self, jobs: list[Job], now: float) -> None:
-        """They are sent in one frame."""
-        frame = Frame(self.sent, jobs, now, self.cancel)
+    def add(self, jobs: list[Job], size: int, now: float) -> None:
+        """They are sent in one frame; their bodies have `size` bytes in all."""
+        frame = Frame(self.sent, jobs, size, now, self.cancel)
         for job in jobs:
             job.frame = frame
         self.jobs.update(zip(frame.ids, jobs, strict=True))

@@ -166,16 +166,17 @@ class Worker(asyncio.Protocol):
     def send(self, batch_size: int, jobs: list[Job]) -> None:
         """One PREDICT frame with all of `jobs`, which were the last to be added to those in flight."""
         request_ids = [job.request_id for job in jobs]
-        sizes = [job.size for job in jobs]
         facts = wire.share([job.facts for job in jobs])
-        size = sum(sizes)
-        frame = wire.Predict(batch_size, self.in_flight.frames[-1].ids, sizes, request_ids, *facts)
+        sent = self.in_flight.frames[-1]
+        frame = wire.Predict(batch_size, sent.ids, [], request_ids, *facts)
         if self.in_flight.preprocess_threads and self._queue.scheduling.levels > 1:
             frame.levels = list(map(self._queue.scheduling.level_of, jobs))
-        if size < wire.INLINE_BELOW:
-            frame.sizes, frame.bodies = [], [b"".join(job.parts) for job in jobs]
+        if sent.size < wire.INLINE_BELOW:
+            frame.bodies = [b"".join(job.parts) for job in jobs]
             self._transport.write(wire.pack(wire.PREDICT, frame))
             return
+        frame.sizes = [job.size for job in jobs]
+        size = sum(frame.sizes)
         parts = [part for job in jobs for part in job.parts]
         arena = self.process.arena
         where = arena.requests.put(parts, size) if arena is not None else None
