@@ -138,10 +138,13 @@ class Fleet:
         return sum(each.result() for each in done)
 
     async def close(self) -> None:
-        """They end at once."""
+        """They end, when what they were told last has reached their clients."""
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_LIMIT):
+                await self.sync()
         for front in self._fronts.values():
             front.kill("stopped")
         for sock in self._sockets.values():
@@ -192,7 +195,7 @@ class Fleet:
         now = time.monotonic()
         asleep = now - self._last_tick > 4 * TICK
         self._last_tick = now
-        self._show_all()
+        self.show()
         for front in list(self._fronts.values()):
             if asleep:
                 front.silent_since = None if front.silent_since is None else now
@@ -219,7 +222,7 @@ class Fleet:
     # what they are told
 
     async def sync(self) -> None:
-        self._show_all()
+        self.show()
         wanted = {front: front.sync() for front in self._fronts.values()}
 
         def behind() -> bool:
@@ -232,7 +235,7 @@ class Fleet:
     def lend(self, worker: Worker, number: int) -> None:
         known = self._numbers[worker] = self._next_worker()
         self._lent[known] = worker, number
-        self._show_all()
+        self.show()
         for front in self._fronts.values():
             self._lend(front, known, worker, number)
 
@@ -245,13 +248,14 @@ class Fleet:
         if number is None:
             return
         del self._lent[number]
+        self.show()  # a version has fewer workers than it had: probes are to know it at once
         self._strays = [stray for stray in self._strays if stray[0] is not worker]
         for front in worker.elsewhere:
             self._fronts[front].tell(fronts.Gone(number, worker.cause))
         worker.elsewhere.clear()
 
     def leave(self, number: int, reason: str, changed: Callable[[], None]) -> None:
-        self._show_all()
+        self.show()
         self._changed[number] = changed
         for front in self._fronts.values():
             front.leaving.add(number)
@@ -274,15 +278,16 @@ class Fleet:
         threads = worker.in_flight.threads, worker.in_flight.preprocess_threads
         try:
             with contextlib.ExitStack() as ours:
-                channel, file = _channel(worker.control, sharedpage.page_size(*threads), ours)
-                worker.elsewhere[front.number] = Loan(arena.attach(file)[1])
+                channel, file, loan = _channel(worker.control, sharedpage.page_size(*threads), ours)
+                worker.elsewhere[front.number] = loan
                 front.tell(fronts.Lent(known, number, worker.pid or 0, *threads), [channel.fileno(), file])
         except (BrokenPipeError, ConnectionResetError):
             return  # it has ended: that is seen soon
         except OSError as error:  # no descriptor is left
             worker.kill(f"could not be shared with front end {front.number}: {error.strerror}")
 
-    def _show_all(self) -> None:
+    def show(self) -> None:
+        """What they tell probes, and know of what is served, has changed."""
         if self._fronts:
             picture = self._picture()
             for front in self._fronts.values():
@@ -366,7 +371,7 @@ class Fleet:
         return [front.counts for front in self._fronts.values() if front.counts is not None]
 
 
-def _channel(control: socket.socket, size: int, ours: contextlib.ExitStack) -> tuple[socket.socket, int]:
+def _channel(control: socket.socket, size: int, ours: contextlib.ExitStack) -> tuple[socket.socket, int, Loan]:
     """A channel to the worker and the file of its arena and page, which `ours` closes. Raises OSError."""
     near, far = socket.socketpair()
     ours.enter_context(near)
@@ -375,8 +380,9 @@ def _channel(control: socket.socket, size: int, ours: contextlib.ExitStack) -> t
         ours.callback(os.close, file)
         for sock in (near, far):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
+        loan = Loan(arena.attach(file)[1])
         lending.lend(control, far, file)
-    return near, file
+    return near, file, loan
 
 
 def _shown(version: ModelVersion) -> fronts.Shown:

@@ -76,7 +76,7 @@ class Front:
             return
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self._line.close()
+        self._line.finish()
         code = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
         self.cause = self.cause or how_it_ended(code)
         self._ended(self)

@@ -258,10 +258,16 @@ class Line:
         if self._closed:
             return
         block = _encode(message)
-        kept = list(map(os.dup, descriptors))
+        kept = _copies(descriptors)
         self._unsent.append((memoryview(_SIZE.pack(len(block)) + block), kept, kept))
         if len(self._unsent) == 1:
             self._writable()
+
+    def finish(self) -> None:
+        """The other end's process has ended: hear what it has said until then, and close."""
+        while not self._closed and self._read():
+            pass
+        self.close()
 
     def close(self) -> None:
         if not self._closed:
@@ -284,7 +290,7 @@ class Line:
                 self._loop.add_writer(self._sock, self._writable)
                 return
             except OSError:  # its end is seen by reading
-                return
+                break
             if sent < len(data):
                 self._unsent[0] = data[sent:], _NO_DESCRIPTORS, kept
             else:
@@ -293,19 +299,23 @@ class Line:
         self._loop.remove_writer(self._sock)
 
     def _readable(self) -> None:
+        self._read()
+
+    def _read(self) -> bool:
+        """Whether there may be more."""
         try:
             data, descriptors, _, _ = socket.recv_fds(
                 self._sock, READ_SIZE, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
             )
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data, descriptors = b"", []
         self._received += descriptors
         if not data:
             self.close()
             self._ended()
-            return
+            return False
         unread = self._unread
         unread += data
         while not self._closed and len(unread) >= _SIZE.size:
@@ -315,6 +325,18 @@ class Line:
             message = self._decode(bytes(unread[_SIZE.size : end]))
             del unread[:end]
             self._told(message, self._received)
+        return True
+
+
+def _copies(descriptors: Sequence[int]) -> list[int]:
+    copies: list[int] = []
+    try:
+        for descriptor in descriptors:
+            copies.append(os.dup(descriptor))
+    except OSError:
+        _close(copies)
+        raise
+    return copies
 
 
 def _close(descriptors: Sequence[int] | deque[int]) -> None:

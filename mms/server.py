@@ -8,30 +8,22 @@ import gc
 import logging
 import os
 import signal
-import socket
 import time
-from collections.abc import Callable, Coroutine
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mms import fronts
 from mms.addresses import LISTENERS, Addresses
 from mms.api.predictions import InferenceApi
 from mms.config import Config
 from mms.controlplane import ControlPlane
 from mms.dataplane import DataPlane
-from mms.edge import KEEPALIVE, Edge
+from mms.edge import Edge
 from mms.errors import ConfigError
-from mms.fleet import Fleet
-from mms.http.limits import Limits
-from mms.http.listener import HttpServer
-from mms.http.shedding import NO_CONNECTIONS
-from mms.metrics import Collector, FrontEndFacts, GpuFacts, RestartFacts, registry
-from mms.models.readiness import Phase, Readiness, refusing
+from mms.listeners import Listeners
+from mms.metrics import Collector, GpuFacts, RestartFacts, registry
+from mms.models.readiness import Phase, Readiness
 from mms.models.registry import ModelRegistry
-from mms.models.served import part
 from mms.models.store import ModelStore
-from mms.operators import OperatorPorts
 from mms.reload import Reloads
 from mms.rundir import CacheDirectory, RunDirectory, Running, note
 from mms.setting import is_loopback
@@ -41,7 +33,6 @@ from mms.state import State, read
 from mms.systemd import Notifier, passed_sockets
 from mms.token import VARIABLES, Token, take_token
 from mms.upgrade import Predecessor, Upgrades
-from mms.workers.environment import memory
 from mms.workers.forkprocess import ForkProcess
 from mms.workers.gpus import GpuMonitor
 from mms.workers.process import prepare_process
@@ -92,18 +83,22 @@ class ModelServer:
         self._startup = Startup(Plan(config, self._control, saved), self._control, say, self._manager)
         self._run_dir = RunDirectory(config.run_dir, 1 if old is None else old.handover.generation)
         self._inference = InferenceApi(DataPlane(self._registry), self._readiness, inference_token)
-        given = taken.get(VARIABLES["inference"], "")
         self._edge = Edge(config, self._addresses, self._run_dir, self._cache, say, self._part_lost)
-        self._check_same_edge()
+        self._check_upgrade()
         self._reloads = Reloads(reread, lambda: self._config, self._apply, self._manager, self._run_dir)
-        self._http = HttpServer(self._inference, self._limits(), edge=self._edge.wanted)
-        self._listen: dict[str, Callable[[socket.socket], Coroutine[Any, Any, None]]] = {"inference": self._http.listen}
-        self._fleet = self._front_ends(given)
+        self._listeners = Listeners(
+            config,
+            self._addresses,
+            self._registry,
+            self._inference,
+            self._readiness,
+            edge=self._edge.wanted,
+            token=taken.get(VARIABLES["inference"], ""),
+            lost=self._part_lost,
+        )
+        self._fleet = self._listeners.fleet
         self._control.pools.others = self._fleet if config.front_ends > 1 else None
-        self._registry.forget = self._forget_versions
-        self._operators = OperatorPorts()
-        self._listen |= {name: partial(self._operators.listen, name) for name in LISTENERS[1:]}
-        self._listening: set[asyncio.Task[None]] = set()
+        self._registry.forget = self._listeners.forget_versions
         self._stop_asked = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._upgrades = Upgrades(
@@ -141,9 +136,7 @@ class ModelServer:
         try:
             self._cache.acquire(user, for_others=bool(self._config.worker_user))
             await self._control.check_sandbox()
-            behind_edge = self._run_dir.sockets if self._edge.wanted else None
-            sockets = self._addresses.listen(behind_edge, user[1] if user else None, shared=self._fleet.count > 1)
-            self._fleet.start(self._addresses.further(self._fleet.count - 1, behind_edge))
+            self._listeners.bind(self._run_dir.sockets if self._edge.wanted else None, user[1] if user else None)
             self._catch_signals()
             if self._old is None:
                 self._edge.listen()
@@ -155,29 +148,30 @@ class ModelServer:
             clients_wait = "inference" in self._addresses.activated
             if self._old is None:
                 if not clients_wait:
-                    await self._http.start(sockets[0])
+                    await self._listeners.start()
                 await self._edge.start()
             # aiohttp takes 0.2 s to import: beside the workers' start, and nobody's first prediction waits for it
             await asyncio.to_thread(_import_applications)
             applications = self._applications()
             if self._old is None:
-                await self._serve(sockets, applications)
+                await self._listeners.serve(applications)
             self._tick()
             await self._startup.wait(self._stop_asked)
-            await self._fleet.sync()
             if not self._stop_asked.is_set():
                 self._startup.check(self._run_dir.logs, () if self._old is None else self._old.handover.loaded)
                 if self._old is not None:
-                    await self._take_over(self._old, sockets, applications)
+                    await self._take_over(self._old, applications)
                 elif clients_wait:
-                    await self._http.start(sockets[0])
+                    await self._listeners.start()
+            if not self._stop_asked.is_set():
+                self._readiness.phase = Phase.SERVING
+                await self._fleet.sync()
         except BaseException:
             await self._startup.cancel()
             await self.stop()
             raise
         if self._stop_asked.is_set():
             return
-        self._readiness.phase = Phase.SERVING
         if self._fresh and self._old is None:
             await self._control.save()  # what was there before is forgotten also if nothing changes from now on
         gc.collect()
@@ -202,43 +196,14 @@ class ModelServer:
         sockets = {} if told.edge else self._old.sockets
         return Addresses.inherited(self._config, told.addresses, told.activated, sockets, told.files)
 
-    def _check_same_edge(self) -> None:
+    def _check_upgrade(self) -> None:
         if self._old is not None and self._old.handover.edge != self._edge.wanted:
             raise ConfigError(
                 f"edge: the running server is {'without' if self._edge.wanted else 'behind'} nginx, and an upgrade "
                 "keeps that; stop and start instead"
             )
-
-    def _front_ends(self, token: str) -> Fleet:
-        config = self._config
-        if config.front_ends > 1 and self._old is not None:
+        if self._old is not None and self._config.front_ends > 1:
             raise ConfigError("front_ends: a server with several cannot take over from another; stop and start instead")
-        hello = fronts.Hello(
-            front_ends=config.front_ends,
-            edge=self._edge.wanted,
-            limits=self._limits(),
-            token=token,
-            token_file=str(config.inference_token_file or ""),
-        )
-        fleet = Fleet(
-            config.front_ends,
-            self._registry,
-            hello,
-            lambda: (self._readiness.health(), self._readiness.report(details=False)),
-            lambda: (self._limits(), self._config.log_level),
-            self._part_lost,
-        )
-        for number in range(1, config.front_ends):
-            self._listen[f"inference-{number}"] = partial(fleet.listen, number)
-        if not self._edge.wanted:
-            self._listen["inference"] = self._listen_everywhere
-        return fleet
-
-    async def _listen_everywhere(self, sock: socket.socket) -> None:
-        """All front ends share a Unix socket that clients know."""
-        await self._http.listen(sock)
-        for number in range(1, self._fleet.count):
-            await self._fleet.listen(number, sock.dup())
 
     def _management_token(self) -> Token | None:
         """Whoever can register a model runs code here: only this machine may do that without a token."""
@@ -250,22 +215,6 @@ class ModelServer:
                 "here; set management_token_file, or keep it on 127.0.0.1 or a Unix socket"
             )
         return token
-
-    def _forget_versions(self) -> None:
-        self._inference.forget_routes()
-        self._http.forget_heads()
-
-    def _limits(self) -> Limits:
-        config = self._config
-        return Limits(
-            max_request_size=config.max_request_size,
-            max_connections=part(config.max_connections, config.front_ends),
-            header_timeout=config.header_timeout,
-            body_timeout=config.body_timeout,
-            keepalive_timeout=config.keepalive_timeout,
-            max_bytes_in_flight=part(config.max_bytes_in_flight or memory() // 4, config.front_ends),
-            max_response_size=config.max_response_size,
-        )
 
     def _running(self) -> Running:
         config = self._config
@@ -291,9 +240,7 @@ class ModelServer:
         collector = Collector(
             fleet.version_facts,
             lambda: self._gpus,
-            lambda: fleet.totals.front_ends(
-                FrontEndFacts(len(self._http.connections), self._http.shedding.bytes, self._http.shedding.step)
-            ),
+            self._listeners.facts,
             lambda: fleet.totals.failures(self._inference.failures),
             lambda: self._control.saver is not None and self._control.saver.failed,
             self._restarts,
@@ -311,20 +258,12 @@ class ModelServer:
             metrics.application(registry(collector), refresh),
         ]
 
-    async def _serve(self, sockets: list[socket.socket], applications: list[web.Application]) -> None:
-        """Let them answer."""
-        keepalive = KEEPALIVE if self._edge.wanted else self._config.keepalive_timeout
-        for name, application, sock in zip(LISTENERS[1:], applications, sockets[1:], strict=True):
-            await self._operators.serve(name, application, sock, keepalive)
-
-    async def _take_over(
-        self, old: Predecessor, sockets: list[socket.socket], applications: list[web.Application]
-    ) -> None:
+    async def _take_over(self, old: Predecessor, applications: list[web.Application]) -> None:
         """All that the old server serves is loaded: serve on its sockets beside it, and be the one that runs here."""
         old.stand_alone()
         self._readiness.phase = Phase.SERVING
-        await self._http.start(sockets[0])
-        await self._serve(sockets, applications)
+        await self._listeners.start()
+        await self._listeners.serve(applications)
         self._edge.listen(old.sockets)
         await self._edge.start()
         if not self._stop_asked.is_set():
@@ -335,9 +274,7 @@ class ModelServer:
         """Why no connection is taken: a word and a sentence; empty while they are."""
         if trouble := self._edge.trouble:
             return "unreachable", trouble
-        if self._http.shedding.step == NO_CONNECTIONS:
-            return refusing(self._http.shedding.full().message)
-        return "", ""
+        return self._listeners.obstacle()
 
     def _restarts(self) -> list[RestartFacts]:
         return [*self._edge.restarts(), *self._fleet.restarts(), *self._control.restarts()]
@@ -346,14 +283,8 @@ class ModelServer:
         # first: whatever fails below, the clock goes on
         self._timer = asyncio.get_running_loop().call_later(TICK, self._tick)
         self._edge.tick()
-        self._inference.renew_token()
         self._control.reap_orphans(self._edge.pids | self._upgrades.pids | self._fleet.pids)
-        if not self._operators.listening:  # another server serves these sockets
-            return
-        for name, sock in self._addresses.bind_anew().items():
-            listening = asyncio.create_task(self._listen[name](sock))
-            self._listening.add(listening)
-            listening.add_done_callback(self._listening.discard)
+        self._listeners.tick()
 
     def _watchdog(self) -> None:
         """Tell the service manager that the event loop turns; it wants to know from the ready message on."""
@@ -384,8 +315,7 @@ class ModelServer:
         await self._edge.apply(config)
         self._config = config
         self._control.apply(config)
-        self._http.apply(self._limits())
-        await self._fleet.sync()
+        await self._listeners.apply(config)
         logging.getLogger("mms").setLevel(config.log_level.upper())
         note(lambda: self._run_dir.record(self._running()))
 
@@ -394,8 +324,7 @@ class ModelServer:
             self._stop_now.set()
         elif not self._upgrades.handed_over:
             self._manager.send("STOPPING=1")
-        self._readiness.phase = Phase.DRAINING
-        self._stop_asked.set()
+        self._drains()
 
     def _given_up(self) -> None:
         self._exit_code = 1
@@ -403,7 +332,11 @@ class ModelServer:
 
     def _part_lost(self) -> None:
         self._exit_code = 1
+        self._drains()
+
+    def _drains(self) -> None:
         self._readiness.phase = Phase.DRAINING
+        self._fleet.show()
         self._stop_asked.set()
 
     # stop
@@ -432,8 +365,7 @@ class ModelServer:
                 await drain
             await self._edge.stop(0)
             await self._control.close(0)
-        await self._fleet.close()
-        await self._operators.close()
+        await self._listeners.close()
         await self._upgrades.ended()
         self._cache.release()
         self._run_dir.release()
@@ -444,14 +376,11 @@ class ModelServer:
 
         await asyncio.sleep(delay)
         if self._upgrades.handed_over and not self._edge.wanted:
-            await self._operators.shut()
-            await self._http.retire(min(LAST_REQUESTS, left()))
+            await self._listeners.retire(min(LAST_REQUESTS, left()))
         timeout = self._config.drain_timeout
         if not await self._edge.stop(left()):
             log.warning("nginx was ended: its requests took longer than drain_timeout (%g s)", timeout)
-        self._http.shut()
-        await self._fleet.shut()  # of all, before an answer ends its connection: the next must not come to another one
-        cut = sum(await asyncio.gather(self._http.drain(left()), self._fleet.drain(left())))
+        cut = await self._listeners.drain(until)
         if cut:
             log.warning("%d connections were cut: their requests took longer than drain_timeout (%g s)", cut, timeout)
         self._clients_done = True

@@ -83,12 +83,15 @@ class Token:
 
 
 class TokenFile(Token):
-    """The token that is in the file now: a file that is replaced while the server runs counts at once."""
+    """The token that is in the file now: a file that is replaced while the server runs counts at once.
 
-    def __init__(self, path: Path) -> None:
+    The constructor raises ConfigError; without `read` it does not, and the file is read when it is first needed.
+    """
+
+    def __init__(self, path: Path, *, read: bool = True) -> None:
         self._path = path
-        self._stamp = self._look()
-        super().__init__(read_token(path))
+        self._stamp = self._look() if read else None
+        super().__init__(read_token(path) if read else None)
 
     def refresh(self) -> None:
         stamp = self._look()

@@ -103,7 +103,8 @@ class Loop:
         replies.flush()
 
     def close(self) -> None:
-        """Of a further front end that has gone."""
+        """Of a further front end that has gone: what it had sent is given up, in the middle or not."""
+        _pack_progress(self._progress, 0, self._started, self._started, 0.0)
         self._channel.close()
 
     def _stream(self, ids: list[int], answers: list[Answer], done: int, received: float, begun: float) -> None:

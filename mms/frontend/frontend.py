@@ -19,7 +19,7 @@ from mms.http.listener import HttpServer
 from mms.http.shedding import NO_CONNECTIONS
 from mms.models.readiness import refusing, unready
 from mms.models.registry import Versions
-from mms.token import VARIABLES, take_token
+from mms.token import Token, TokenFile
 
 log = logging.getLogger("mms.frontend")
 
@@ -60,7 +60,7 @@ class FrontEnd:
     def __init__(self, sock: socket.socket) -> None:
         self._messages: asyncio.Queue[tuple[Any, list[int]]] = asyncio.Queue()
         self._registry: Versions[Replica] = Versions()
-        self._replicas: dict[int, Replica] = {}  # registered, or being unloaded
+        self._replicas: dict[int, Replica] = {}  # that may have workers: registered ones, and those that are unloaded
         self._told = Told()
         self._line = fronts.Line(sock, fronts.ToFront, lambda: os._exit(0))  # the main process has ended
 
@@ -71,9 +71,7 @@ class FrontEnd:
         hello, _ = await self._messages.get()
         assert type(hello) is fronts.Hello
         self._front_ends = hello.front_ends
-        file = Path(hello.token_file) if hello.token_file else None
-        token = take_token("inference", file, {VARIABLES["inference"]: hello.token} if hello.token else {})
-        self._inference = InferenceApi(DataPlane(self._registry), self._told, token)
+        self._inference = InferenceApi(DataPlane(self._registry), self._told, _token(hello))
         self._http = self._told.http = HttpServer(self._inference, hello.limits, edge=hello.edge)
         self._registry.forget = self._forget_versions
         self._listening = False
@@ -127,17 +125,17 @@ class FrontEnd:
             logging.getLogger("mms").setLevel(picture.log_level.upper())
         self._told.picture = picture
         self._http.apply(picture.limits)
-        registry, replicas = self._registry, self._replicas
+        registry = self._registry
+        known = {version.told: version for version in registry.versions()}
         shown = {one.number: one for one in picture.versions}
-        for version in registry.versions():
-            if version.told not in shown:
-                registry.remove(version)
+        for number in known.keys() - shown.keys():
+            registry.remove(known[number])
         for number, one in shown.items():
-            if number in replicas:
-                replicas[number].show(one)
+            if number in known:  # maybe without workers for good: a stop leaves registered what it unloads
+                known[number].show(one)
             else:
-                replicas[number] = Replica(one, self._front_ends, self._line.tell)
-                registry.add(replicas[number])
+                self._replicas[number] = Replica(one, self._front_ends, self._line.tell)
+                registry.add(self._replicas[number])
         for name, default in picture.defaults.items():
             if registry.model(name).default != default:
                 registry.set_default(name, default)
@@ -187,6 +185,13 @@ class FrontEnd:
     def _tick(self) -> None:
         asyncio.get_running_loop().call_later(TICK, self._tick)
         self._inference.renew_token()
+
+
+def _token(hello: fronts.Hello) -> Token | None:
+    """As the main process has it: it serves on with a file that is missing or unsafe, and so does this one."""
+    if hello.token:
+        return Token(hello.token.encode())
+    return TokenFile(Path(hello.token_file), read=False) if hello.token_file else None
 
 
 def main(number: int) -> None:

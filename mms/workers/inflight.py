@@ -13,8 +13,9 @@ MAX_FRAME_JOBS = 256
 
 
 class Frame:
-    """The jobs of one frame and their ids, `taken` at that time, with bodies of `size` bytes in all; `first` is the place
-    of its first job among all the worker was ever sent.
+    """The jobs of one frame and their ids, `taken` from the queue at that time, with bodies of `size` bytes in all.
+
+    `first` is the place of its first job among all the worker was ever sent.
 
     `cancel` tells the worker that nobody waits for a job any more, where jobs wait in workers.
     """

@@ -17,7 +17,7 @@ from mms.model_settings import ModelSettings
 from mms.models.version import ModelVersion
 from mms.server import ModelServer
 from tests.conftest import MakeArchive
-from tests.unit.test_http_connection import Transport
+from tests.unit.http_client import Transport
 
 LIMITS = Limits(max_request_size=1000, max_connections=10, header_timeout=5, body_timeout=5, keepalive_timeout=5)
 GET = b"GET /%b HTTP/1.1\r\nHost: a\r\n%b\r\n"
@@ -81,7 +81,7 @@ def test_f51_a_bug_costs_requests_that_came_in_the_same_turn_nothing(make_archiv
         transports = []
         for target in b"predictions/m", b"bug", b"livez":
             transports.append(Transport())
-            connection = server._http._connect()
+            connection = server._listeners._http._connect()
             connection.connection_made(transports[-1])
             connection.data_received(GET % (target, b""))
         await asyncio.sleep(0)

@@ -66,13 +66,17 @@ def activated(sockets: list[socket.socket], names: str, command: list[str]) -> l
     return ["bash", "-c", script, "bash", *command]
 
 
-def test_sockets_of_the_manager_are_served_and_outlive_the_server(make_archive: MakeArchive, folder: Path) -> None:
-    """A client that connects while there is no server waits until the next one has its models."""
-    echo = make_archive("echo")
+def test_sockets_of_the_manager_are_served_and_outlive_the_server(
+    make_archive: MakeArchive, folder: Path, tmp_path: Path
+) -> None:
+    """A client that connects while there is no server waits until the next one has its models, at any front end."""
+    gate = tmp_path / "gate"
+    gate.touch()
+    model = make_archive("loads_slowly", gate=str(gate))
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
         addresses = ["{}:{}".format(*sock.getsockname()) for sock in sockets]
-        words = [*start_arguments(folder, addresses, echo, edge="auto"), "--models", echo.name]
+        words = [*start_arguments(folder, addresses, model, edge="auto"), "--models", model.name]
         unused = [f"--{name}-address=127.0.0.1:{port}" for name, port in zip(
             ("inference", "management", "metrics"), free_ports(3), strict=True)]  # fmt: skip
         order = [sockets[1], sockets[0], sockets[2]]
@@ -82,15 +86,19 @@ def test_sockets_of_the_manager_are_served_and_outlive_the_server(make_archive: 
         stack.callback(first.process.kill)
         first.wait_until_ready()
         assert f"at http://{addresses[0]} without nginx, management http://{addresses[1]}" in first.ready_line
-        assert first.predict("echo", b"x").status == 200
+        assert first.predict("loads_slowly", b"x").status == 200
         assert first.stop() == 0
+        gate.unlink()
         host, _, port = addresses[0].rpartition(":")
         early = stack.enter_context(socket.create_connection((host, int(port)), 20))
-        early.sendall(b"POST /predictions/echo HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx")
-        second = Server(folder, command, addresses, descriptors=descriptors)
+        early.sendall(b"POST /predictions/loads_slowly HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx")
+        several = [*command, "--front-ends=2"]
+        second = Server(folder, several, addresses, descriptors=descriptors)
         stack.callback(second.close)
         for sock in sockets:
             stack.callback(sock.close)
+        assert fetch(addresses[2], "GET", "/metrics").status == 200  # all front ends there are were asked for it
+        gate.touch()
         assert early.recv(4096).startswith(b"HTTP/1.1 200 ")
         second.wait_until_ready()
         assert fetch(addresses[1], "GET", "/readyz").status == 200

@@ -7,17 +7,24 @@ import mmap
 import os
 import socket
 import threading
+import time
 from collections import deque
-from typing import Any
+from typing import Any, cast
 
+import pytest
 import uvloop
 
 from mms import arena, fronts, lending, sharedpage, wire
 from mms.backend.channel import Channel
 from mms.backend.turns import Busy, Turns
+from mms.errors import MMSError as Error
+from mms.frontend.replica import LentWorker, Replica
 from mms.fronts import Counted, Counts
 from mms.metrics import FrontEndFacts, VersionFacts, VersionMetrics
+from mms.model_settings import ModelSettings
 from mms.totals import Totals
+from mms.workers.job import Job
+from tests.processes.pools import Caller
 
 
 def test_messages_arrive_in_order_and_each_with_its_descriptors() -> None:
@@ -61,6 +68,23 @@ def test_messages_arrive_in_order_and_each_with_its_descriptors() -> None:
             os.close(writer)
 
 
+def test_what_the_other_end_has_said_before_it_ended_is_heard() -> None:
+    heard: list[Any] = []
+
+    async def scenario() -> None:
+        ours, theirs = socket.socketpair()
+        receiver = fronts.Line(ours, fronts.ToMain, lambda: None)
+        receiver.listen(lambda message, descriptors: heard.append(message))
+        sender = fronts.Line(theirs, fronts.ToMain, lambda: None)
+        for number in range(3):
+            sender.tell(fronts.Said("mms", number, "x" * (30 << 10)))
+        sender.close()
+        receiver.finish()
+
+    uvloop.run(scenario())
+    assert [message.level for message in heard] == [0, 1, 2]
+
+
 def counts(answered: int, seconds: float) -> Counts:
     metrics = VersionMetrics()
     metrics.requests[200] += answered
@@ -101,6 +125,34 @@ def test_what_front_ends_have_counted_is_added_up_and_that_of_the_dead_stays() -
     assert both.queue_depth == 3  # what waited at the dead one waits no more
     assert totals.failures({(404, "ModelNotFoundException"): 1}) == {(404, "ModelNotFoundException"): 3}
     assert totals.front_ends(FrontEndFacts(1, 1, 1)) == FrontEndFacts(6, 101, 1)
+
+
+def test_what_comes_back_from_a_worker_of_an_unloaded_version_fails() -> None:
+    """Its channel is seen to end last, when the version is forgotten already."""
+    told: list[Any] = []
+
+    async def scenario() -> Error:
+        defaults = ModelSettings()
+        settings = {name: getattr(defaults, name) for name in fronts.QueueSettings.__struct_fields__}
+        shown = fronts.Shown(1, "m", "1.0", fronts.QueueSettings(**settings), "READY", True, 0.0, False)
+        replica = Replica(shown, 2, told.append)
+        near, far = socket.socketpair()
+        await replica.pool.add(fronts.Lent(5, 1, 4711, 1, 0), near.detach(), arena.create(sharedpage.PAGE))
+        caller = Caller()
+        replica.submit(Job(1, wire.RequestFacts("", "", b"", False, []), b"", [b"x"], 1, caller, time.monotonic()))
+        await asyncio.sleep(0)
+        (worker,) = replica.pool.workers
+        assert worker.in_flight.jobs
+        replica.leave("it is being unloaded")
+        cast(LentWorker, worker).ended("stopped")
+        replica.forget()
+        far.close()
+        with pytest.raises(Error) as failed:
+            await asyncio.wait_for(caller.outcome, 5)
+        return failed.value
+
+    assert uvloop.run(scenario()).message == "model m 1.0 is unloaded"
+    assert told == [fronts.Empty(1)]
 
 
 class Echo:

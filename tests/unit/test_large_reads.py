@@ -1,4 +1,4 @@
-"""Connections that send large bodies, which are read in place; with the transport of test_http_connection."""
+"""Connections that send large bodies, which are read in place; with the transport of http_client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from mms.http.largereads import LEAST, MOST, LargeReads
 from mms.http.limits import LARGE_BODY
 from mms.http.listener import HttpServer
-from tests.unit.test_http_connection import GET, LIMITS, Application, Client, connect, post
+from tests.unit.http_client import GET, LIMITS, Application, Client, connect, post
 
 KIB = 1 << 10
 DATA = os.urandom(1 << 20)

@@ -16,7 +16,7 @@ from mms.model_settings import ModelSettings
 from mms.models.version import ModelVersion
 from mms.server import ModelServer
 from tests.conftest import MakeArchive
-from tests.unit.test_http_connection import Transport, post
+from tests.unit.http_client import Transport, post
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def test_f105_what_a_version_was_asked_does_not_keep_it_when_it_is_gone(
         server = ModelServer(config, print, fresh=True)
         version = ModelVersion("m", "1.0", ModelArchive.open(make_archive("echo")), ModelSettings())
         server._registry.add(version)
-        connection, in_pieces = server._http._connect(), server._http._connect()
+        http = server._listeners._http
+        connection, in_pieces = http._connect(), http._connect()
         for each in connection, in_pieces:
             each.connection_made(Transport())
         request = post(b"x", target=b"/predictions/m")
@@ -42,7 +43,7 @@ def test_f105_what_a_version_was_asked_does_not_keep_it_when_it_is_gone(
             connection.data_received(request)
         for piece in request[:-1], request[-1:]:
             in_pieces.data_received(piece)
-        assert len(server._http._known) == 1
+        assert len(http._known) == 1
         server._registry.remove(version)
         gone = weakref.ref(version)
         del version
