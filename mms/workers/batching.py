@@ -174,7 +174,7 @@ class BatchQueue:
         if worker.exclusive:
             return None
         if self._alone:
-            if worker.jobs:
+            if worker.count:
                 return None
             jobs = self._alone.some(1, 1, newest_first=False)
             if jobs:
@@ -403,8 +403,8 @@ class BatchQueue:
     def _limit(self, worker: InFlight, batch_size: int, now: float) -> int:
         """How many jobs may go to `worker` now: whole batches, more than one only if they are short."""
         ahead = worker.batches_ahead()
-        if not worker.jobs or len(worker.frames) < worker.threads:
-            waits = self.max_batch_delay and not (worker.jobs and worker.preprocess_threads)  # else it waits itself
+        if not worker.count or len(worker.frames) < worker.threads:
+            waits = self.max_batch_delay and not (worker.count and worker.preprocess_threads)  # else it waits itself
             if waits and self.depth < batch_size:
                 oldest = self._oldest()
                 if oldest is not None and oldest.arrived + self.max_batch_delay > now:
@@ -414,15 +414,15 @@ class BatchQueue:
             # a batch more for the preprocess threads, and what they have in hand
             most = self._most(worker)
             window = max(most * (worker.threads + 1) + worker.preprocess_threads, ahead * most)
-            room = window - len(worker.jobs)
+            room = window - worker.count
             if room <= 0 and self.scheduling.levels > 1:
-                room = self.scheduling.room_above(self._waiting, worker.jobs.values(), window)
+                room = self.scheduling.room_above(self._waiting, worker.jobs, window)
             return max(0, min(room, MAX_FRAME_JOBS))
         elif len(worker.frames) > worker.threads or self.depth < batch_size:
             return 0
         else:
             most = max(ahead, 2) if ahead else 0  # behind a batch that fits into AHEAD_SECONDS lies another one
-            room = most * worker.threads * batch_size - len(worker.jobs)
+            room = most * worker.threads * batch_size - worker.count
             limit = min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
         if self.preferred and limit > batch_size:
             limit = min(limit, max(1, self.depth // batch_size) * batch_size)

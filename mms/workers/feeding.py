@@ -33,12 +33,12 @@ class Feeder:
 
     @property
     def in_flight(self) -> int:
-        return sum(len(worker.in_flight.jobs) for worker in self.workers)
+        return sum(worker.in_flight.count for worker in self.workers)
 
     @property
     def bytes_in_flight(self) -> int:
         """Of the bodies that workers have in hand: they are kept until they are answered, to be run again."""
-        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs.values())
+        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs)
 
     def rouse(self) -> None:
         """A request is about to come, and no worker is ready."""
@@ -83,7 +83,7 @@ class Feeder:
         elif len(self.ready_workers) == 1:
             self._feed(self.ready_workers[0], now)
         else:
-            idle = [worker for worker in self.ready_workers if not worker.in_flight.jobs]
+            idle = [worker for worker in self.ready_workers if not worker.in_flight.count]
             for worker in idle:
                 self._feed(worker, now)
             if len(idle) < len(self.ready_workers) and queue.depth:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from typing import cast
 
 from mms.workers.job import Job
 from mms.workers.objective import BatchLimit
@@ -15,12 +16,11 @@ MAX_FRAME_JOBS = 256
 class Frame:
     """The jobs of one frame and their ids, `taken` from the queue at that time, with bodies of `size` bytes in all.
 
-    `first` is the place of its first job among all the worker was ever sent.
-
-    `cancel` tells the worker that nobody waits for a job any more, where jobs wait in workers.
+    `first` is the place of its first job among all the worker was ever sent. `cancel` tells the worker that nobody
+    waits for a job any more, where jobs wait in workers.
     """
 
-    __slots__ = ("cancel", "first", "ids", "jobs", "left", "size", "taken")
+    __slots__ = ("_open", "cancel", "first", "ids", "jobs", "size", "taken")
 
     def __init__(
         self, first: int, jobs: list[Job], size: int, taken: float, cancel: Callable[[int], None] | None
@@ -31,20 +31,38 @@ class Frame:
         self.ids = [job.id for job in jobs]
         self.taken = taken
         self.cancel = cancel
-        self.left = len(jobs)  # not yet answered
+        self._open: dict[int, Job] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether nobody has asked for one of its jobs yet: mostly it is answered as a whole."""
+        return self._open is None
+
+    @property
+    def open(self) -> dict[int, Job]:
+        """Those that are not answered, by id; who answers one takes it out."""
+        if self._open is None:
+            self._open = dict(zip(self.ids, self.jobs, strict=True))
+        return self._open
+
+    def placed(self) -> Iterator[tuple[int, Job]]:
+        """Those that are not answered, with their places."""
+        for place, job in enumerate(self.jobs, self.first):
+            if self._open is None or job.id in self._open:
+                yield place, job
 
 
 class InFlight:
-    """The jobs at one worker, by id, in the order in which they were sent, and what it may be sent ahead."""
+    """The jobs at one worker, in the order in which they were sent, and what it may be sent ahead."""
 
     __slots__ = (
         "batch_limit",
         "batch_seconds",
         "cancel",
+        "count",
         "exclusive",
         "finished",
         "frames",
-        "jobs",
         "overlaps",
         "preprocess_threads",
         "sent",
@@ -57,80 +75,88 @@ class InFlight:
         self.preprocess_threads = preprocess_threads  # with some, it prepares requests while batches run
         self.overlaps = threads > 1 or preprocess_threads > 0
         self.cancel: Callable[[int], None] | None = None  # of its frames
-        self.jobs: dict[int, Job] = {}
+        self.count = 0  # jobs in hand
         self.sent = 0
         self.finished = 0  # results received since the worker started
-        self.frames: deque[Frame] = deque()  # those that are not answered as a whole
+        self.frames: deque[Frame] = deque()  # those in which a job is not answered
         self.exclusive = False  # the one job in hand is a retry: nothing else may share its fate
         self.streams = False  # it has answered with a stream: what lies behind one waits for its end
         self.batch_seconds: float | None = None  # time of a batch: follows rises at once, falls slowly
         self.batch_limit: BatchLimit | None = None  # its batch size, where that follows a latency objective
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Those in hand."""
+        return [job for frame in self.frames for _, job in frame.placed()]
+
+    def get(self, id: int) -> Job | None:
+        """The one of that id, if it is in hand."""
+        for frame in self.frames:
+            if id in frame.open:
+                return frame.open[id]
+        return None
 
     def add(self, jobs: list[Job], size: int, now: float) -> None:
         """They are sent in one frame; their bodies have `size` bytes in all."""
         frame = Frame(self.sent, jobs, size, now, self.cancel)
         for job in jobs:
             job.frame = frame
-        self.jobs.update(zip(frame.ids, jobs, strict=True))
         self.frames.append(frame)
         self.sent += len(jobs)
+        self.count += len(jobs)
 
     def finish(self, ids: list[int]) -> list[Job] | None:
         """The jobs of these ids, answered and no longer in hand. None, and all stay in hand, if one is not there."""
-        held, frames = self.jobs, self.frames
-        if frames and frames[0].ids == ids and frames[0].left == len(ids):  # the usual case: all of a frame at once
-            frame = frames.popleft()
-            done, frame.jobs = frame.jobs, []  # it must hold no cycle
-            if len(held) == len(ids):
-                held.clear()
-                self.exclusive = False
-            else:
-                for id in ids:
-                    del held[id]
-            self.finished += len(ids)
-            return done
-        pop = held.pop
-        done = []
-        try:
-            for id in ids:
-                done.append(pop(id))
-        except KeyError:
-            held.update([(job.id, job) for job in done])
-            return None
-        if not done:
-            return done
-        self.finished += len(ids)
-        for job in done:
-            its = job.frame
-            assert its is not None
-            its.left -= 1
-            if not its.left:
-                frames.remove(its)
-                its.jobs = []
-        if not self.jobs:
+        for frame in self.frames:
+            if frame.ids == ids and frame.whole:
+                done = frame.jobs
+                self._end(frame)
+                break
+        else:
+            some = self._take(ids)
+            if some is None:
+                return None
+            done = some
+        self.finished += len(done)
+        self.count -= len(done)
+        if not self.count:
             self.exclusive = False
         return done
 
     def take_all(self) -> Iterator[tuple[int, Job]]:
         """Each job in hand with its place; then the worker has none."""
-        frames, held = list(self.frames), self.jobs
-        self.jobs = {}
+        frames = list(self.frames)
         self.frames.clear()
+        self.count = 0
         self.exclusive = False
         for frame in frames:
-            for place, job in enumerate(frame.jobs, frame.first):
-                if job.id in held:
-                    yield place, job
+            yield from frame.placed()
 
     def take_places(self, places: Collection[int]) -> list[Job]:
         """The jobs at these places, no longer in hand."""
-        jobs = [
-            job
-            for frame in self.frames
-            for place, job in enumerate(frame.jobs, frame.first)
-            if place in places and job.id in self.jobs
-        ]
-        return self.finish([job.id for job in jobs]) or []
+        ids = [job.id for frame in self.frames for place, job in frame.placed() if place in places]
+        return self.finish(ids) or []
+
+    def _take(self, ids: list[int]) -> list[Job] | None:
+        """Those of these ids, from whichever frames."""
+        done: list[Job] = []
+        for id in ids:
+            for frame in self.frames:
+                if (job := frame.open.pop(id, None)) is not None:
+                    done.append(job)
+                    break
+            else:
+                for job in done:
+                    cast(Frame, job.frame).open[job.id] = job
+                return None
+        for frame in [frame for frame in self.frames if not frame.open]:
+            self._end(frame)
+        return done
+
+    def _end(self, frame: Frame) -> None:
+        """All of it is answered."""
+        self.frames.remove(frame)
+        frame.jobs = []  # it must hold no cycle
 
     def begins_stream(self) -> None:
         """Times of its batches tell nothing any more of the next one: from now on nothing is sent ahead."""

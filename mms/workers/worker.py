@@ -161,7 +161,7 @@ class Worker(asyncio.Protocol):
     @property
     def jobs(self) -> int:
         """That it has in hand from all front ends; those of further ones are known if its version scales by itself."""
-        return len(self.in_flight.jobs) + sum(loan.jobs for loan in self.elsewhere.values())
+        return self.in_flight.count + sum(loan.jobs for loan in self.elsewhere.values())
 
     def left(self, front_end: int) -> None:
         """That one does not use it any more."""
@@ -214,7 +214,7 @@ class Worker(asyncio.Protocol):
         """Take no more jobs, leave when those in hand are answered; killed when that takes over `grace` seconds."""
         if self.state in (WorkerState.STARTING, WorkerState.READY):
             self.state = WorkerState.STOPPING
-        if not self.in_flight.jobs and self.connected:
+        if not self.in_flight.count and self.connected:
             self._transport.write(wire.pack(wire.STOP, None))
         if self._patience is None and not self._gone:
             loop = asyncio.get_running_loop()
@@ -307,7 +307,7 @@ class Worker(asyncio.Protocol):
             whole = reported == count  # they are the batches of these jobs and of no others
             if self.in_flight.batch_limit is not None and whole and not any([job.streams for job in jobs]):
                 self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
-        if not self.in_flight.jobs and self._queue.depth >= self._queue.batch_size:
+        if not self.in_flight.count and self._queue.depth >= self._queue.batch_size:
             self._owner.worker_idle()
         waits = waits_in_worker(batches, count)
         callers = [job.caller for job in jobs if not job.settled]
@@ -323,19 +323,20 @@ class Worker(asyncio.Protocol):
 
     def _chunks(self, chunks: wire.Chunks, payload: memoryview) -> None:
         """Pieces of answers; a job whose answer has begun stays in hand until its RESULT, and is not run again."""
-        metrics, held, now = self._metrics, self.in_flight.jobs, time.monotonic()
+        metrics, held, now = self._metrics, self.in_flight, time.monotonic()
         if len(chunks.sizes) != len(chunks.ids) or not chunks.first.keys() <= set(chunks.ids):
             raise FrameError(f"a STREAM frame with {len(chunks.ids)} jobs whose sizes or outcomes do not fit")
         metrics.chunks += len(chunks.ids)
         if chunks.first:
             self.in_flight.begins_stream()
-        at = 0
+        at, taken = 0, now
         for id, size in zip(chunks.ids, chunks.sizes, strict=True):
             data, at = bytes(payload[at : at + size]), at + size
             job, outcome = held.get(id), chunks.first.get(id)
             if job is None or (outcome is None) is not job.streams:
                 raise FrameError(f"a chunk of job {id}, which this worker does not have or has not begun")
             if outcome is not None:
+                taken = min(taken, job.taken)
                 job.abandon = self.process.cancel
                 metrics.streams += 1
                 metrics.first_chunk.observe(now - job.arrived)
@@ -350,7 +351,7 @@ class Worker(asyncio.Protocol):
             except Exception:  # one caller's fault must not cost the other jobs their worker
                 log.exception("a part of the answer to job %d could not be delivered", id)
         if chunks.first and self.in_flight.batch_limit is not None:
-            self._learn(len(chunks.first), now - min([held[id].taken for id in chunks.first]))
+            self._learn(len(chunks.first), now - taken)
 
     def _learn(self, largest: int, seconds: float) -> None:
         """Let the batch size follow the latency objective, which for a stream is that of its first chunk."""

@@ -19,7 +19,7 @@ def test_an_idle_worker_takes_what_is_there_at_once() -> None:
     queue, worker = make_queue(batch_size=8), make_worker()
     fill(queue, 3)
     assert queue.take(worker, NOW) is not None
-    assert queue.depth == 0 and list(worker.jobs) == [1, 2, 3]
+    assert queue.depth == 0 and [job.id for job in worker.jobs] == [1, 2, 3]
 
 
 def test_a_frame_says_the_batch_size_it_was_made_for() -> None:
@@ -239,7 +239,7 @@ def test_a_frame_is_done_with_its_last_job() -> None:
     fill(queue, 2)
     take(queue, worker)
     finish(worker, 1)
-    assert [frame.left for frame in worker.frames] == [1]
+    assert [list(frame.open) for frame in worker.frames] == [[2]]
     finish(worker, 2)
     assert not worker.frames and worker.finished == 2
 
@@ -250,7 +250,7 @@ def test_jobs_answered_out_of_order_leave_the_others_at_their_places() -> None:
     assert take(queue, worker) == [1, 2, 3, 4]
     finish(worker, 2)
     finish(worker, 4)
-    assert list(worker.jobs) == [1, 3] and worker.frames[0].left == 2
+    assert [(place, job.id) for place, job in worker.frames[0].placed()] == [(0, 1), (2, 3)] and worker.count == 2
     assert numbers(queue.lose(worker, 2, "signal 9", NOW)) == []
     assert [job.id for job in queue._alone] == [1] and [job.id for job in queue._waiting] == [3]
 
@@ -260,7 +260,7 @@ def test_answers_of_several_frames_in_turn_leave_the_others_in_hand() -> None:
     fill(queue, 5)
     assert (take(queue, worker), take(queue, worker)) == ([1, 2, 3], [4, 5])
     finish(worker, 1, 4, 2)
-    assert [(frame.first, frame.left) for frame in worker.frames] == [(0, 1), (3, 1)]
+    assert [(frame.first, list(frame.open)) for frame in worker.frames] == [(0, [3]), (3, [5])]
     finish(worker, 5)
     queue.lose(worker, 5, "signal 9", NOW)
     assert [job.id for job in queue._alone] == [3] and not worker.frames

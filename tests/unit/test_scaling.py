@@ -28,7 +28,7 @@ class Busy:
 
     @property
     def jobs(self) -> int:
-        return len(self.in_flight.jobs)
+        return self.in_flight.count
 
 
 def make(bounds: Bounds, target: int = 0, **queue: Any) -> Scaling:
