@@ -244,6 +244,16 @@ def test_a_frame_is_done_with_its_last_job() -> None:
     assert not worker.frames and worker.finished == 2
 
 
+def test_a_frame_may_be_answered_before_one_that_was_sent_earlier() -> None:
+    queue, worker = make_queue(batch_size=2), InFlight(threads=2)
+    fill(queue, 4)
+    assert (take(queue, worker), take(queue, worker)) == ([1, 2], [3, 4])
+    finish(worker, 3, 4)
+    assert [frame.ids for frame in worker.frames] == [[1, 2]] and worker.frames[0].whole
+    finish(worker, 1, 2)
+    assert not worker.frames and not worker.count
+
+
 def test_jobs_answered_out_of_order_leave_the_others_at_their_places() -> None:
     queue, worker = make_queue(), make_worker(QUICK)
     fill(queue, 4)
