@@ -43,6 +43,9 @@ class Histogram:
 
     def observe_since(self, moments: Sequence[float], now: float) -> None:
         """As `observe` for each of the times from these moments, at least one, until now."""
+        if len(moments) == 1:
+            self.observe(now - moments[0])
+            return
         self.total += len(moments) * now - sum(moments)
         bounds, counts = self.bounds, self.counts
         low = bisect_left(bounds, now - max(moments))

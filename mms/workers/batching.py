@@ -134,6 +134,30 @@ class BatchQueue:
         self._waiting.extend(jobs)
         return True
 
+    def pass_on(self, jobs: list[Job], worker: InFlight, now: float) -> bool:
+        """Jobs without terms, just come, go to an idle worker as one batch: what submit_all and take would do while
+        nothing waits, and nothing is to be decided. False, and none is taken, when something is.
+        """
+        count, size = len(jobs), 0
+        for job in jobs:
+            size += job.size
+            job.queue = self
+        if (
+            self.depth
+            or count > self.batch_size
+            or count > self.room
+            or size > self.max_bytes
+            or size > MAX_FRAME_BYTES
+            or self.max_batch_delay
+            or not self._plain
+            or self._known_poisons
+        ):
+            return False
+        self.submitted += count
+        self._overload.emptied = True
+        self._hand_over(worker, jobs, now)
+        return True
+
     def refusal(self, size: int, terms: Terms | None = None) -> MMSError | None:
         """What speaks against a job with a body of `size` bytes now. An empty queue takes a body of any size, and jobs
         of lower priority give way.
@@ -185,7 +209,8 @@ class BatchQueue:
             job = self._next_alone()
             if job is not None:
                 worker.exclusive = True
-                return self._hand_over(worker, [job], 1, now)
+                self._hand_over(worker, [job], now)
+                return 1, [job]
         if not self.depth:
             return None
         batch_size = self.batch_size if self._plain else self.batch_size_of(worker)
@@ -204,7 +229,8 @@ class BatchQueue:
                 self._overload.emptied = True
             self.depth -= len(jobs)
             self.bytes -= sum([job.size for job in jobs])
-        return self._hand_over(worker, jobs, batch_size, now)
+        self._hand_over(worker, jobs, now)
+        return batch_size, jobs
 
     def batch_size_of(self, worker: InFlight) -> int:
         """How large a batch may be that the worker gets now: a preferred size if enough wait for one."""
@@ -428,10 +454,9 @@ class BatchQueue:
             limit = min(limit, max(1, self.depth // batch_size) * batch_size)
         return limit
 
-    def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int, now: float) -> tuple[int, list[Job]]:
+    def _hand_over(self, worker: InFlight, jobs: list[Job], now: float) -> None:
         worker.add(jobs, now)
         self._handed += len(jobs)
-        return batch_size, jobs
 
     def _next_alone(self) -> Job | None:
         while self._alone:

@@ -52,7 +52,15 @@ class Feeder:
         """Queue all that have arrived together, none with terms, and hand them out at once; False, and none is taken,
         when they must be looked at one by one.
         """
-        if not self._queue.submit_all(jobs):
+        queue = self._queue
+        if not queue.depth:
+            for worker in self.ready_workers:
+                if not worker.in_flight.jobs:
+                    if queue.pass_on(jobs, worker.in_flight, time.monotonic()):
+                        worker.send(queue.batch_size, jobs)
+                        return True
+                    break
+        if not queue.submit_all(jobs):
             return False
         self._dispatch()
         return True

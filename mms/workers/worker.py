@@ -165,11 +165,16 @@ class Worker(asyncio.Protocol):
 
     def send(self, batch_size: int, jobs: list[Job]) -> None:
         """One PREDICT frame with all of `jobs`, which were the last to be added to those in flight."""
-        request_ids = [job.request_id for job in jobs]
-        sizes = [job.size for job in jobs]
-        facts = wire.share([job.facts for job in jobs])
-        size = sum(sizes)
-        frame = wire.Predict(batch_size, self.in_flight.frames[-1].ids, sizes, request_ids, *facts)
+        ids = self.in_flight.frames[-1].ids
+        if len(jobs) == 1:  # then it is the frame that costs, so its columns are made without loops
+            (job,) = jobs
+            size = job.size
+            frame = wire.Predict(batch_size, ids, [size], [job.request_id], [job.facts], [])
+        else:
+            sizes = [job.size for job in jobs]
+            size = sum(sizes)
+            request_ids = [job.request_id for job in jobs]
+            frame = wire.Predict(batch_size, ids, sizes, request_ids, *wire.share([job.facts for job in jobs]))
         if self.in_flight.preprocess_threads and self._queue.scheduling.levels > 1:
             frame.levels = list(map(self._queue.scheduling.level_of, jobs))
         if size < wire.INLINE_BELOW:
@@ -207,7 +212,8 @@ class Worker(asyncio.Protocol):
 
     def data_received(self, data: bytes | bytearray) -> None:
         try:
-            for kind, head, payload in self._reader.feed(data):
+            frame = self._reader.whole(data)
+            for kind, head, payload in self._reader.feed(data) if frame is None else (frame,):
                 if kind == wire.RESULT:
                     self._results(wire.decode(wire.Result, head), payload)
                 elif kind == wire.RESULT | wire.SHARED and self.process.arena is not None:
@@ -276,7 +282,8 @@ class Worker(asyncio.Protocol):
         jobs = self.in_flight.finish(ids)
         if jobs is None:
             raise FrameError(f"answers to jobs {ids}, which this worker does not have")
-        self._observe(batches, jobs, now, whole=reported == count)
+        if batches:
+            self._learn_from(batches, jobs, now, whole=reported == count)
         if not self.in_flight.jobs and self._queue.depth >= self._queue.batch_size:
             self._owner.worker_idle()
         waits = _waits(batches, count)
@@ -287,8 +294,10 @@ class Worker(asyncio.Protocol):
             outcomes = outcomes if alike else [outcomes[place] for place in places]
             waits = waits if len(waits) == 1 else [waits[place] for place in places]
         if jobs:
-            self._count(jobs, outcomes, waits, now, alike=alike)
             self._deliver(jobs, callers, outcomes, bodies, alike=alike)
+            self._count(jobs, outcomes, waits, now, alike=alike)
+        if batches:
+            self._observe(batches)
         self._owner.worker_free(self)
 
     def _deliver(
@@ -304,7 +313,7 @@ class Worker(asyncio.Protocol):
         for job in jobs:
             job.settled = True
         if alike:
-            if len(set(map(type, callers))) == 1:
+            if len(jobs) > 1 and len(set(map(type, callers))) == 1:
                 answer_all = getattr(callers[0], "answer_all", None)
                 if answer_all is not None:
                     answer_all(callers, outcomes[0].status, outcomes[0].head, bodies)
@@ -351,29 +360,28 @@ class Worker(asyncio.Protocol):
         if chunks.first and self.in_flight.batch_limit is not None:
             self._learn(len(chunks.first), now - min([held[id].taken for id in chunks.first]))
 
-    def _observe(self, batches: list[wire.BatchTimes], jobs: list[Job], now: float, *, whole: bool) -> None:
-        """Count batches. `whole`: they are those of these jobs and of no others."""
+    def _learn_from(self, batches: list[wire.BatchTimes], jobs: list[Job], now: float, *, whole: bool) -> None:
+        """How long batches take, for what is handed out next. `whole`: they are of these jobs and of no others."""
+        count, worker = len(batches), self.in_flight
+        worker.observe(count, batches[0].handler if count == 1 else sum([batch.handler for batch in batches]))
+        if worker.batch_limit is not None and whole and not any([job.streams for job in jobs]):
+            self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
+
+    def _observe(self, batches: list[wire.BatchTimes]) -> None:
+        """Count batches."""
         metrics = self._metrics
         if len(batches) == 1:
             (batch,) = batches
-            seconds = batch.handler
-            metrics.handler.observe(seconds)
+            metrics.handler.observe(batch.handler)
             metrics.batch_size.observe(batch.jobs)
-        elif batches:
-            spent = [batch.handler for batch in batches]
-            seconds = sum(spent)
-            metrics.handler.observe_all(spent)
-            metrics.batch_size.observe_all([batch.jobs for batch in batches])
         else:
-            return
+            metrics.handler.observe_all([batch.handler for batch in batches])
+            metrics.batch_size.observe_all([batch.jobs for batch in batches])
         if batches[0].inference:
             for batch in batches:
                 metrics.preprocess.observe(batch.preprocess)
                 metrics.inference.observe(batch.inference)
                 metrics.postprocess.observe(batch.postprocess)
-        self.in_flight.observe(len(batches), seconds)
-        if self.in_flight.batch_limit is not None and whole and not any([job.streams for job in jobs]):
-            self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
 
     def _count(
         self, jobs: list[Job], outcomes: list[wire.Outcome], waits: list[float], now: float, *, alike: bool
