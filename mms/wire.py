@@ -397,10 +397,7 @@ class FrameReader:
         return begun, size
 
     def whole(self, data: bytes | bytearray) -> tuple[int, memoryview, memoryview] | None:
-        """What `feed` would yield, if `data` is one frame and nothing came before: the usual case, without its loop.
-
-        Raises FrameError.
-        """
+        """What `feed` would yield, if `data` is one frame and nothing came before; else None. Raises FrameError."""
         if self._chunks or len(data) < HEADER.size:
             return None
         kind, head, payload = parse_header(data)

@@ -63,29 +63,27 @@ class InFlight:
     def add(self, jobs: list[Job], now: float) -> None:
         """They are sent in one frame."""
         held, count = self.jobs, len(jobs)
-        ids: list[int] = []
-        frame = Frame(self.sent, jobs, ids, count, self.cancel)
+        frame = Frame(self.sent, jobs, [job.id for job in jobs], count, self.cancel)
         for job in jobs:
             job.taken = now
             job.frame = frame
-            ids.append(job.id)
             held[job.id] = job
         self.frames.append(frame)
         self.sent += count
 
     def finish(self, ids: list[int]) -> list[Job] | None:
         """The jobs of these ids, answered and no longer in hand. None, and all stay in hand, if one is not there."""
-        held, frames = self.jobs, self.frames
-        if frames and frames[0].ids == ids and frames[0].left == len(ids):  # the usual case: all of a frame at once
-            frame = frames.popleft()
+        held, frames, count = self.jobs, self.frames, len(ids)
+        if frames and (frame := frames[0]).left == count and frame.ids == ids:  # the usual case: all of a frame at once
+            frames.popleft()
             done, frame.jobs = frame.jobs, []  # it must hold no cycle
-            if len(held) == len(ids):
+            if len(held) == count:
                 held.clear()
                 self.exclusive = False
             else:
                 for id in ids:
                     del held[id]
-            self.finished += len(ids)
+            self.finished += count
             return done
         pop = held.pop
         done = []
@@ -97,7 +95,7 @@ class InFlight:
             return None
         if not done:
             return done
-        self.finished += len(ids)
+        self.finished += count
         for job in done:
             its = job.frame
             assert its is not None

@@ -213,7 +213,10 @@ class Worker(asyncio.Protocol):
     def data_received(self, data: bytes | bytearray) -> None:
         try:
             frame = self._reader.whole(data)
-            for kind, head, payload in self._reader.feed(data) if frame is None else (frame,):
+            if frame is not None and frame[0] == wire.RESULT:
+                self._results(wire.decode(wire.Result, frame[1]), frame[2])
+                return
+            for kind, head, payload in self._reader.feed(data):
                 if kind == wire.RESULT:
                     self._results(wire.decode(wire.Result, head), payload)
                 elif kind == wire.RESULT | wire.SHARED and self.process.arena is not None:
