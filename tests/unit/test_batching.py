@@ -25,6 +25,7 @@ from mms.workers.inflight import AHEAD_SECONDS, MAX_FRAME_JOBS, InFlight
 from mms.workers.job import Job, StreamCaller
 from mms.workers.overload import EXCESS_SECONDS, FEWEST_WAITING, MAX_RETRY_AFTER, STANDING_SECONDS
 from mms.workers.poison import MAX_POISON_BYTES, RETRY_MINIMUM, RETRY_WINDOW
+from mms.workers.scheduling import Scheduling
 from mms.workers.waiting import MAX_FRAME_BYTES
 
 NOW = 1000.0
@@ -263,6 +264,37 @@ def test_of_jobs_that_arrive_together_none_is_taken_unless_there_is_room_for_all
     assert not queue.submit_all([make_job(number, size=4) for number in (1, 2, 3)])
     assert (queue.depth, queue.bytes, queue.submitted) == (0, 0, 0)
     assert queue.submit_all([make_job(number, size=4) for number in (1, 2)])
+
+
+def test_jobs_that_have_just_come_pass_an_empty_queue() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker()
+    assert queue.pass_on([make_job(1), make_job(2)], worker, NOW)
+    assert (queue.depth, queue.bytes, queue.submitted, list(worker.jobs)) == (0, 0, 2, [1, 2])
+    assert [job.taken for job in worker.finish([1, 2]) or []] == [NOW, NOW]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 1},
+        {"capacity": 1},
+        {"max_bytes": 19},
+        {"max_batch_delay": 1.0},
+        {"scheduling": Scheduling(preferred=(1,))},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_jobs_that_something_is_to_be_decided_of_do_not_pass_the_queue(settings: dict[str, Any]) -> None:
+    queue, worker = make_queue(**{"batch_size": 2, **settings}), make_worker()
+    assert not queue.pass_on([make_job(1), make_job(2)], worker, NOW)
+    assert not worker.jobs and (queue.depth, queue.submitted) == (0, 0)
+
+
+def test_nobody_passes_those_who_wait() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker()
+    fill(queue, 1)
+    assert not queue.pass_on([make_job(2)], worker, NOW)
+    assert take(queue, worker) == [1]
 
 
 def test_an_empty_queue_takes_a_body_of_any_size() -> None:
