@@ -79,7 +79,7 @@ class BatchQueue:
         """At most so many jobs in a batch, and of these sizes those that are better than others."""
         self.batch_size = batch_size
         self._preferred = tuple(sorted(preferred, reverse=True))
-        self._plain = not preferred and self.objective is None
+        self.plain = not preferred and self.objective is None  # then batches of any worker are of up to batch_size
         for limit in self.objective.limits if self.objective is not None else ():
             limit.most = batch_size
             limit.limit = min(limit.limit, batch_size)
@@ -149,7 +149,7 @@ class BatchQueue:
             or size > self.max_bytes
             or size > MAX_FRAME_BYTES
             or self.max_batch_delay
-            or not self._plain
+            or not self.plain
             or self._known_poisons
         ):
             return False
@@ -213,7 +213,7 @@ class BatchQueue:
                 return 1, [job]
         if not self.depth:
             return None
-        batch_size = self.batch_size if self._plain else self.batch_size_of(worker)
+        batch_size = self.batch_size if self.plain else self.batch_size_of(worker)
         limit = self._limit(worker, batch_size, now)
         if not limit:
             return None

@@ -52,17 +52,17 @@ class Feeder:
         """Queue all that have arrived together, none with terms, and hand them out at once; False, and none is taken,
         when they must be looked at one by one.
         """
-        queue = self._queue
-        if not queue.depth:
-            for worker in self.ready_workers:
-                if not worker.in_flight.jobs:
-                    if queue.pass_on(jobs, worker.in_flight, time.monotonic()):
-                        worker.send(queue.batch_size, jobs)
-                        return True
-                    break
-        if not queue.submit_all(jobs):
+        queue, idle = self._queue, None
+        for worker in self.ready_workers:
+            if not worker.in_flight.jobs:
+                idle = worker
+                break
+        if idle is not None and queue.pass_on(jobs, idle.in_flight, time.monotonic()):
+            idle.send(queue.batch_size, jobs)
+        elif not queue.submit_all(jobs):
             return False
-        self._dispatch()
+        elif idle is not None or self._overlaps or not queue.plain or queue.depth >= queue.batch_size:
+            self._dispatch()  # else all workers are busy, and are sent nothing ahead that is less than a batch
         return True
 
     def fail(self, job: Job, error: MMSError) -> None:
