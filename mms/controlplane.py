@@ -275,7 +275,7 @@ class ControlPlane:
         # what is being forked, installed or tried at the moment is ours, but not known yet
         if not self.pools.sandboxes.trying and not any(pool.starting for pool in pools):
             workers = {worker.pid for pool in pools for worker in pool.workers if worker.pid is not None}
-            workers |= {pid for pool in pools for pid in pool.helpers}
+            workers |= {pid for pool in pools for pid in pool.starter.helpers}
             for pid in reap_orphans(workers | others | set(self.pools.forkservers.pids())):
                 log.warning("process %d, which a worker had started, had left its session; killed", pid)
 

@@ -278,8 +278,8 @@ class Fleet:
         threads = worker.in_flight.threads, worker.in_flight.preprocess_threads
         try:
             with contextlib.ExitStack() as ours:
-                channel, file = _channel(worker.control, sharedpage.page_size(*threads), ours)
-                worker.elsewhere[front.number] = Loan(arena.attach(file)[1])
+                channel, file, loan = _channel(worker.control, sharedpage.page_size(*threads), ours)
+                worker.elsewhere[front.number] = loan
                 front.tell(fronts.Lent(known, number, worker.pid or 0, *threads), [channel.fileno(), file])
         except (BrokenPipeError, ConnectionResetError):
             return  # it has ended: that is seen soon
@@ -371,7 +371,7 @@ class Fleet:
         return [front.counts for front in self._fronts.values() if front.counts is not None]
 
 
-def _channel(control: socket.socket, size: int, ours: contextlib.ExitStack) -> tuple[socket.socket, int]:
+def _channel(control: socket.socket, size: int, ours: contextlib.ExitStack) -> tuple[socket.socket, int, Loan]:
     """A channel to the worker and the file of its arena and page, which `ours` closes. Raises OSError."""
     near, far = socket.socketpair()
     ours.enter_context(near)
@@ -380,8 +380,9 @@ def _channel(control: socket.socket, size: int, ours: contextlib.ExitStack) -> t
         ours.callback(os.close, file)
         for sock in (near, far):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER)
+        loan = Loan(arena.attach(file)[1])
         lending.lend(control, far, file)
-    return near, file
+    return near, file, loan
 
 
 def _shown(version: ModelVersion) -> fronts.Shown:

@@ -6,6 +6,7 @@ per front end a channel like the worker's first one, and a file in memory with a
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import socket
@@ -14,6 +15,10 @@ from mms.arena import Arena, attach
 
 _LENT = b"L"
 
+# A handler may replace functions of these modules; a worker keeps the ones that this was imported with.
+_socket = socket.socket
+_recv_fds = socket.recv_fds
+
 
 def lend(control: socket.socket, channel: socket.socket, file: int) -> None:
     """Give the worker one more channel. Raises OSError when it has ended."""
@@ -21,11 +26,13 @@ def lend(control: socket.socket, channel: socket.socket, file: int) -> None:
 
 
 def borrow(control: socket.socket) -> tuple[socket.socket, Arena, mmap.mmap] | None:
-    """What the server lends, in the worker; None when the server has gone."""
-    data, descriptors, _, _ = socket.recv_fds(control, len(_LENT), 2, socket.MSG_CMSG_CLOEXEC)
-    if data != _LENT or len(descriptors) != 2:
+    """What the server lends, in the worker; None when it has gone. Raises OSError when no descriptor is left."""
+    data, descriptors, _, _ = _recv_fds(control, len(_LENT), 2, socket.MSG_CMSG_CLOEXEC)
+    if data != _LENT:
         return None
+    if len(descriptors) != 2:
+        raise OSError(errno.EMFILE, "no descriptor is left for a channel to a further front end")
     channel, file = descriptors
     arena, page = attach(file)
     os.close(file)  # the maps keep descriptors of their own
-    return socket.socket(fileno=channel), arena, page
+    return _socket(fileno=channel), arena, page

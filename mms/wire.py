@@ -25,6 +25,7 @@ VERSION = 2
 MAX_HEAD = 64 << 20
 MAX_PAYLOAD = 16 << 30
 INLINE_BELOW = 64 << 10  # bytes: bodies that are fewer in all are a column of their frame's head, cut and joined in C
+FAIR_TURN = 10  # so often a lower priority has its turn, at the latest: of a queue's frames, of what a worker runs
 
 LOAD, PREDICT, STOP = 1, 2, 3  # server -> worker
 READY, FAILED, RESULT, MEASURED, STREAM = 16, 17, 18, 19, 20  # worker -> server
@@ -120,11 +121,24 @@ class RequestFacts(msgspec.Struct, array_like=True, eq=False, gc=False):
     headers: list[bytes]
 
 
+class Forming(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How a worker with preprocess threads forms batches of what it has prepared.
+
+    `preferred` sizes, the largest first; `delay` is how many seconds a request may wait for a fuller batch, and
+    `arrived` when the first of the frame's reached the front end (monotonic).
+    """
+
+    preferred: tuple[int, ...]
+    delay: float
+    arrived: float
+
+
 class Predict(msgspec.Struct, array_like=True):
     """Jobs in the order in which they are to run, in batches of up to `batch_size`: one column per fact.
 
     `facts` holds each RequestFacts once, `facts_of` the index of each job's; it is empty while all share the first.
-    `levels` are the jobs' priorities, 0 the highest, for workers that have an order of their own.
+    `levels` are the jobs' priorities, 0 the highest, for workers that have an order of their own; so is `forming`,
+    which is missing where batches are of what is there.
     """
 
     batch_size: int
@@ -135,6 +149,7 @@ class Predict(msgspec.Struct, array_like=True):
     facts_of: list[int]
     bodies: list[bytes] = []
     levels: list[int] = []
+    forming: Forming | None = None
 
 
 class RequestFactsView(msgspec.Struct, array_like=True, gc=False):
@@ -158,6 +173,7 @@ class PredictView(msgspec.Struct, array_like=True):
     facts_of: list[int]
     bodies: list[bytearray] = []
     levels: list[int] = []
+    forming: Forming | None = None
 
 
 class Outcome(msgspec.Struct, array_like=True, frozen=True, gc=False):

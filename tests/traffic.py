@@ -16,7 +16,7 @@ class Traffic:
 
     `failures` holds every answer that was not the right one. With `until_refused`, a client ends without complaint when
     the server takes no more connections or closes one before the request was begun; with `reconnects`, it sends the
-    request again on a new connection then.
+    request again on a new connection then, at most so many times in a row.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Traffic:
         model: str = "echo",
         clients: int = 8,
         until_refused: bool = False,
-        reconnects: bool = False,
+        reconnects: int = 0,
     ) -> None:
         self.count = 0
         self.failures: list[str] = []
@@ -59,7 +59,7 @@ class Traffic:
 
     def _client(self, number: int) -> None:
         connection = connect(self._server.url)
-        sent = answered = 0
+        sent, tries = 0, self._reconnects
         try:
             while not self._stop.is_set() and not self.failures:
                 sent += 1
@@ -70,13 +70,13 @@ class Traffic:
                 except (OSError, http.client.HTTPException) as error:
                     if self._until_refused and isinstance(error, ConnectionError):
                         return
-                    if self._reconnects and isinstance(error, ConnectionError) and answered:
+                    if tries and isinstance(error, ConnectionError):
                         connection.close()
-                        answered = 0
+                        tries -= 1
                         continue
                     self.failures.append(f"{body!r}: {error!r}")
                     return
-                answered += 1
+                tries = self._reconnects
                 self.slowest = max(self.slowest, time.monotonic() - begun)
                 if reply.status != 200 or reply.json()["sha256"] != digest(body):
                     self.failures.append(f"{body!r}: {reply}")

@@ -36,6 +36,11 @@ class Channel:
         self._at = self._end = 0  # what was read and not yet handed out
 
     @property
+    def gone(self) -> bool:
+        """Whether a front end has ended: without the main process, this one ends, too."""
+        return False
+
+    @property
     def pending(self) -> bool:
         """Whether something was read that was not handed out."""
         return self._end != self._at

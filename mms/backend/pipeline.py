@@ -8,8 +8,8 @@ with streams is driven to its end by an execution thread. Several front ends hav
 
 from __future__ import annotations
 
-import bisect
 import itertools
+import math
 import mmap
 import os
 import sys
@@ -27,16 +27,14 @@ from mms import wire
 from mms.backend.answers import Answer
 from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
 from mms.backend.device import modes, own_lane
+from mms.backend.forming import Ready, line_up
 from mms.backend.sources import Source, Ticket
 from mms.backend.stages import RequestStages, Stages
 from mms.backend.streams import Stream, Streams
-from mms.backend.turns import Busy
-
-FAIR_TURN = 10  # times what a worker runs and prepares at a time: so many of a higher priority may overtake a request
+from mms.backend.turns import Busy, Sending
 
 _monotonic = time.monotonic
 
-_RANK = attrgetter("rank")
 _SOURCE = attrgetter("source")
 _GONE: Answer = wire.Outcome(499, b"", "Cancelled"), b""  # for the server's account: nobody reads it
 
@@ -71,16 +69,17 @@ class Pipeline:
         self._threads = load.threads
         self._preprocess_threads = preprocess_threads
         self._device = device
-        self._batch_size = load.batch_size
         self._closed = False
         lock = threading.Lock()
         self._arrived = threading.Condition(lock)
         self._prepared = threading.Condition(lock)
         self._waiting: deque[Ticket] = deque()
-        self._ready: deque[Ticket] = deque()
+        self._preparing = 0  # requests that preprocess threads have in hand
+        self._ready = Ready()
         self._ended: SimpleQueue[Ended | None] = SimpleQueue()
         self._streaming: deque[Streaming] = deque()
-        self._replying = threading.Lock()  # one for all: what the handler has counted goes to the first channel
+        # one for all: what the handler has counted goes to the first channel
+        self._replying = threading.Lock() if busy is None else Sending(busy)
         self._taken = 0
         self._start_threads()
 
@@ -93,16 +92,21 @@ class Pipeline:
         requests = requests_of(frame, payload, at, self._limit)
         numbered = enumerate(zip(frame.ids, requests, strict=True))
         rank = self._taken
-        tickets = [Ticket(source, first + n, rank + n, id, request, now) for n, (id, request) in numbered]
+        arrived = frame.forming.arrived if frame.forming is not None else now
+        tickets = [Ticket(source, first + n, rank + n, id, request, now, arrived) for n, (id, request) in numbered]
         self._taken += len(tickets)
         if frame.levels:
             self._rank(tickets, frame)
-        ready, waiting = (self._arrived, self._waiting) if self._preprocess_threads else (self._prepared, self._ready)
-        with ready:
-            self._batch_size = frame.batch_size
-            for ticket in tickets:
-                _line_up(waiting, ticket)
-            ready.notify(len(tickets))
+        with self._arrived:  # the lock of both
+            source.batch_size, source.forming = frame.batch_size, frame.forming
+            if self._preprocess_threads:
+                for ticket in tickets:
+                    line_up(self._waiting, ticket)
+                self._arrived.notify(len(tickets))
+            else:
+                for ticket in tickets:
+                    self._ready.add(ticket)
+                self._prepared.notify(len(tickets))
 
     def close(self) -> None:
         """The threads end when they have done what they have in hand."""
@@ -113,8 +117,10 @@ class Pipeline:
         self._ended.put(None)
 
     def _rank(self, tickets: list[Ticket], frame: wire.PredictView) -> None:
-        """By priority. How many may overtake a request is bounded, so none starves."""
-        most = FAIR_TURN * (frame.batch_size * self._threads + self._preprocess_threads)
+        """By priority. None starves: what overtakes a request is worth so many turns at most, one being what a worker
+        runs and prepares at a time.
+        """
+        most = wire.FAIR_TURN * (frame.batch_size * self._threads + self._preprocess_threads)
         for ticket, level in zip(tickets, frame.levels, strict=True):
             ticket.rank += level * most
 
@@ -177,6 +183,10 @@ class Pipeline:
                 ticket = waiting.popleft()
                 source = ticket.source
                 gone = source.gone or ticket.id in source.cancelled.look()
+                if gone:
+                    self._prepared.notify()  # a batch may have waited for it
+                else:
+                    self._preparing += 1
             if gone:
                 self._send([ticket], [_GONE], [])
                 continue
@@ -186,12 +196,13 @@ class Pipeline:
             prepared = ticket.prepared = stages.prepare(ticket.request)
             ticket.preprocess = _monotonic() - begun
             account.idle(thread)
+            with self._prepared:
+                self._preparing -= 1
+                if prepared.answer is None:
+                    self._ready.add(ticket)
+                self._prepared.notify()
             if prepared.answer is not None:
                 self._ended.put(Ended([ticket], _monotonic(), 0.0))
-                continue
-            with self._prepared:
-                _line_up(self._ready, ticket)
-                self._prepared.notify()
 
     def _infer(self, thread: int, stages: RequestStages) -> None:
         """inference, on batches of what is prepared."""
@@ -266,46 +277,29 @@ class Pipeline:
         account.done(batch)
 
     def _next_batch(self) -> list[Ticket]:
-        """The first ready request and those behind it that share its bucket; empty when the channel has ended."""
+        """The next one that goes, when it does; empty when the channel has ended."""
         prepared, ready = self._prepared, self._ready
         batch: list[Ticket] = []
         while not batch:
             with prepared:
-                while not ready or self._streaming:
+                while True:
                     if self._streaming:
                         return self._streaming.popleft()
+                    now = math.inf if self._closed else _monotonic()  # at the end, nothing waits for a fuller batch
+                    coming = bool(self._waiting or self._preparing)
+                    batch, gone = ready.take(now, coming=coming)
+                    if batch or gone:
+                        break
                     if self._closed:
                         return []
-                    prepared.wait()
-                batch, gone = self._take_ready()
+                    goes_at = ready.goes_at(coming)
+                    prepared.wait(None if goes_at is None else goes_at - now)
+                if ready:
+                    prepared.notify()  # there may be a batch for another thread
             for _, some in itertools.groupby(gone, _SOURCE):
                 tickets = list(some)
                 self._send(tickets, [_GONE] * len(tickets), [])
         return batch
-
-    def _take_ready(self) -> tuple[list[Ticket], list[Ticket]]:
-        """A batch, and those for which nobody waits any more."""
-        ready, size = self._ready, self._batch_size
-        source: Source | None = None
-        cancelled: frozenset[int] = frozenset()
-        bucket: set[object] = set()  # a set, as what has a hash may compare in ways of its own: nan, tensors
-        batch: list[Ticket] = []
-        gone: list[Ticket] = []
-        others: list[Ticket] = []
-        while ready and len(batch) < size:
-            ticket = ready.popleft()
-            if ticket.source is not source:
-                source = ticket.source
-                cancelled = source.cancelled.look()
-            if source.gone or ticket.id in cancelled:
-                gone.append(ticket)
-                continue
-            if not batch:
-                bucket.add(_bucket(ticket))
-            fits = _bucket(ticket) in bucket and (not batch or batch[0].source is source)
-            (batch if fits else others).append(ticket)
-        ready.extendleft(reversed(others))
-        return batch, gone
 
     def _send(self, tickets: list[Ticket], answers: list[Answer], times: list[wire.BatchTimes]) -> None:
         """Of one source."""
@@ -316,18 +310,6 @@ class Pipeline:
         except ConnectionError:
             if not source.lost():
                 raise
-
-
-def _line_up(line: deque[Ticket], ticket: Ticket) -> None:
-    """By rank; mostly it is the last."""
-    if line and ticket.rank < line[-1].rank:
-        bisect.insort(line, ticket, key=_RANK)
-    else:
-        line.append(ticket)
-
-
-def _bucket(ticket: Ticket) -> object:
-    return ticket.prepared.bucket if ticket.prepared is not None else None
 
 
 def _preparation(batch: list[Ticket]) -> float:

@@ -15,7 +15,7 @@ from mms import sharedpage, wire
 from mms.backend.answers import Answer, Body
 from mms.backend.channel import Channel
 from mms.backend.stages import Prepared
-from mms.backend.turns import Busy
+from mms.backend.turns import Busy, Sending
 from mms.handler import Request
 
 _monotonic = time.monotonic
@@ -23,17 +23,23 @@ _write_counts = struct.Struct("<QQ").pack_into  # the first two fields of shared
 
 
 class Ticket:
-    """A request in the worker; `place` counts all that its source was ever sent, `rank` is its place in the order."""
+    """A request in the worker; `place` counts all that its source was ever sent, `rank` is its place in the order.
 
-    __slots__ = ("id", "place", "prepared", "preprocess", "rank", "received", "request", "source")
+    It was `received` here, and had `arrived` at the front end.
+    """
 
-    def __init__(self, source: Source, place: int, rank: int, id: int, request: Request, received: float) -> None:
+    __slots__ = ("arrived", "id", "place", "prepared", "preprocess", "rank", "received", "request", "source")
+
+    def __init__(
+        self, source: Source, place: int, rank: int, id: int, request: Request, received: float, arrived: float
+    ) -> None:
         self.source = source
         self.place = place
         self.rank = rank
         self.id = id
         self.request = request
         self.received = received
+        self.arrived = arrived
         self.preprocess = 0.0  # seconds
         self.prepared: Prepared | None = None
 
@@ -88,13 +94,15 @@ class Source:
         channel: Channel,
         page: mmap.mmap,
         busy: Busy | None,
-        lock: threading.Lock,
+        lock: threading.Lock | Sending,
         take: Callable[[Source, int, wire.PredictView, bytearray, int], None],
     ) -> None:
         self.page = page
         self.account = Account(page, busy)
         self.cancelled = sharedpage.Cancelled(page)
         self.gone = False
+        self.batch_size = 1  # it and the next one are those of its last frame
+        self.forming: wire.Forming | None = None
         self._channel = channel
         self._lock = lock
         self._take = take

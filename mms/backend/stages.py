@@ -226,7 +226,11 @@ class RequestStages:
         """Each item becomes its output; those that fail get their answer. Never raises."""
         try:
             collated = self.handler.collate([one.item for one in batch])
-            outputs = self.handler.inference(self.move(collated))
+            try:
+                outputs = self.handler.inference(self.move(collated))
+            except BaseException:
+                tell_lengths(collated, len(batch))
+                raise
             fault = miscount_of(collated, outputs, len(batch))
             if fault and hasattr(outputs, "__next__"):
                 self._take_steps(outputs, batch)
@@ -310,11 +314,34 @@ def miscount(results: Any, wanted: int, function: str) -> str:
 
 
 def miscount_of(collated: Any, outputs: Any, wanted: int) -> str:
-    """As miscount, of `inference`; what `collate` made of a batch is to blame if it has the same wrong length."""
+    """As miscount, of `inference`; what `collate` made of a batch is to blame if it has the same wrong length.
+
+    Not before: another length alone is no fault, as the first axis may be time, or an image be there in several parts.
+    """
     fault = miscount(outputs, wanted, "inference")
-    if fault and _is_sequence(outputs) and _is_sequence(collated) and len(collated) == len(outputs):
-        return f"collate made a batch of {len(collated)} of {wanted} requests, and inference as many results"
+    if fault and _is_sequence(outputs):
+        lengths = _lengths(collated)
+        if wanted not in lengths and len(outputs) in lengths:
+            return f"collate made a batch of {len(outputs)} of {wanted} requests, and inference as many results"
     return fault
+
+
+def tell_lengths(collated: Any, wanted: int) -> None:
+    """A line in the model's log if nothing of what `inference` has failed on is as long as the batch."""
+    lengths = sorted(_lengths(collated))
+    if lengths and wanted not in lengths:
+        text = " and ".join(map(str, lengths))
+        sys.stderr.write(f"what collate made of {wanted} requests has length {text}\n")
+        sys.stderr.flush()
+
+
+def _lengths(collated: Any) -> set[int]:
+    """That a batch may have: its own, or of a dict, tuple or list that of what is in it."""
+    if isinstance(collated, Mapping):
+        parts = list(collated.values())
+    else:
+        parts = [collated, *collated] if isinstance(collated, tuple | list) else [collated]
+    return {len(part) for part in parts if _is_sequence(part)}
 
 
 def _is_sequence(value: Any) -> bool:

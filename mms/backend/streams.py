@@ -21,6 +21,11 @@ _BODILESS = (204, 304)
 class Replies(Protocol):
     """Where frames go (Channel)."""
 
+    @property
+    def gone(self) -> bool:
+        """Whether nobody is there to read them."""
+        ...
+
     def reply(self, ids: list[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None: ...
 
     def write(self, kind: int, head: object, payloads: list[Body], size: int) -> None: ...
@@ -221,7 +226,14 @@ class Streams:
                 live[id] = one[1]
             else:
                 ended.append((id, one))
-        self._finish(ended, [])
+        try:
+            self._finish(ended, [])
+            self._drive(live, times)
+        finally:
+            for stream in live.values():  # of a front end that has gone
+                stream.close()
+
+    def _drive(self, live: dict[int, Stream], times: Callable[[], wire.BatchTimes]) -> None:
         while live:
             self._beat()
             ended = self._close_cancelled(live)
@@ -247,6 +259,8 @@ class Streams:
                 sizes = list(map(len, bodies))
                 head = wire.Chunks([id for id, _ in chunks], sizes, first)
                 self._channel.write(wire.STREAM, head, bodies, sum(sizes))
+            elif self._channel.gone:
+                raise BrokenPipeError
             self._finish(ended, [] if live else [times()])
 
     def _finish(self, ended: list[tuple[int, Answer]], batches: list[wire.BatchTimes]) -> None:

@@ -13,7 +13,10 @@ from mms import lending, sharedpage
 from mms.arena import Arena
 from mms.backend.channel import Channel
 
+_poll = select.poll  # a handler may replace it
+
 _MAIN_THREAD = -1  # others count from 0
+_SENDER = -2
 
 
 class Source(Protocol):
@@ -60,6 +63,24 @@ class Busy:
             sharedpage.write_busy(page, busy)
 
 
+class Sending:
+    """The lock of a pipeline's threads that write to front ends. Who has it is at work: one that does not read lets it
+    wait, and with it all others.
+    """
+
+    def __init__(self, busy: Busy) -> None:
+        self._busy = busy
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._busy.begin(_SENDER)
+
+    def __exit__(self, *_: object) -> None:
+        self._busy.end(_SENDER)
+        self._lock.release()
+
+
 class LentChannel(Channel):
     """A further front end's; what the handler has counted goes to the main process."""
 
@@ -68,6 +89,12 @@ class LentChannel(Channel):
     def __init__(self, sock: socket.socket, arena: Arena, main: Channel) -> None:
         super().__init__(sock, arena)
         self._main = main
+        self._hang_up = _poll()
+        self._hang_up.register(sock, 0)
+
+    @property
+    def gone(self) -> bool:
+        return bool(self._hang_up.poll(0))
 
     def send_metrics(self) -> None:
         self._main.send_metrics()
@@ -96,7 +123,7 @@ class Turns:
         self._control = control
         self._make = make
         self._busy = busy
-        self._poll = select.poll()
+        self._poll = _poll()
         self._poll.register(control, select.POLLIN)
         self._lines: dict[int, _Line] = {}  # by descriptor
         self._add(channel, page)
@@ -130,10 +157,10 @@ class Turns:
 
     def _serve(self, line: _Line) -> bool:
         """Take one frame; False when its channel has ended."""
+        self._busy.begin(_MAIN_THREAD)  # also while it reads: it may have to wait for the rest of a frame
         try:
             frame = next(line.frames, None)
             if frame is not None:
-                self._busy.begin(_MAIN_THREAD)
                 line.source.predict(*frame)
         except ConnectionError:
             if not line.channel.lent:

@@ -102,7 +102,7 @@ class ReplicaPool(Feeder):
     """The workers that are lent to one version."""
 
     def __init__(self, version: Replica, tell: Tell) -> None:
-        super().__init__(version.queue, version.metrics)
+        super().__init__(version.queue, version.metrics, shared=True)
         self._version = version
         self._tell = tell
         self._lateness = Lateness(version.settings, version.queue)
@@ -168,7 +168,9 @@ class ReplicaPool(Feeder):
             now = time.monotonic()
             self._expire(now)
             self._feed(worker, now)
-        if not worker.in_flight.jobs and isinstance(worker, LentWorker):
+        unloading = self._version.state is VersionState.DRAINING  # then what nobody waits for is not waited for
+        owes = any(not (unloading and job.settled) for job in worker.in_flight.jobs.values())
+        if not owes and isinstance(worker, LentWorker):
             self._forget(worker)
             worker.leave()
 

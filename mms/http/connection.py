@@ -1,7 +1,7 @@
 """One client's connection: bytes in, exchanges out, answers back in the order of the requests. Data plane, front end.
 
 No task, no future and no logging per request: the parser calls back, a finished request goes to the application, and
-whoever answers calls the exchange.
+whoever answers calls the exchange. Slow clients are in `patience`, large bodies in `largereads`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ from collections import deque
 from time import monotonic
 from typing import cast
 
-from mms.errors import BadRequestError, DeadlineError, MMSError
+from mms.errors import BadRequestError, MMSError
 from mms.http.arrivals import Arrivals
 from mms.http.exchange import Application, Buffer, Exchange, next_id
-from mms.http.largereads import LargeBodies
 from mms.http.limits import (
     LARGE_BODY,
-    LEAST_BROUGHT,
-    LEAST_READ,
     LINGER_BODY_BYTES,
     LINGER_BYTES,
     LINGER_SECONDS,
@@ -29,6 +26,7 @@ from mms.http.limits import (
     READ_ANYWAY,
     Limits,
 )
+from mms.http.patience import Patience
 from mms.http.reader import Part, RequestReader
 from mms.http.request import Head, KnownHeads
 from mms.http.response import CONTINUE, ResponseHeads
@@ -37,24 +35,16 @@ from mms.http.shedding import Shedding
 _HEAD_END = b"\r\n\r\n"
 _RESET = struct.pack("ii", 1, 0)  # socket(7), SO_LINGER: on, for no time at all
 _NO_HEAD = Head()
-IDLE_WHILE_SHEDDING = 1.0
-
-
-def _late(what: str) -> DeadlineError:
-    return DeadlineError(f"the request {what}", status=408)
 
 
 def new_shedding(application: Application, limits: Limits) -> Shedding:
     return Shedding(max_bytes=limits.max_bytes_in_flight, max_connections=limits.max_connections, held=application.held)
 
 
-class Connection(LargeBodies):
+class Connection(Patience):
     """The front end's end of one connection. It has slots: there may be thousands."""
 
-    __slots__ = (
-        "_application", "_brought", "_brought_at", "_counted", "_drained", "_edge", "_kept", "_limits", "_linger_until",
-        "_lingering", "_peers", "_refused", "_taken_at", "_untaken", "_write_paused", "heads", "shedding",
-    )  # fmt: skip
+    __slots__ = ("_application", "_counted", "_drained", "_peers", "_refused", "heads")
 
     def __init__(
         self,
@@ -75,7 +65,7 @@ class Connection(LargeBodies):
         self._limits = limits
         self._known = known
         self._peers = peers
-        self._edge = edge  # nginx is on the other side: it closes idle connections, and its end of stream is a goodbye
+        self._edge = edge
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._reader = RequestReader(self, limits.max_request_size)
@@ -92,13 +82,9 @@ class Connection(LargeBodies):
         self._last = False  # no further request is read from this connection
         self._receiving: Head | None = None  # whose body is being read
         self._counted = 0  # bytes of it that are accounted for
-        self._lingering = -1  # bytes that may still be read and dropped
-        self._linger_until = 0.0
-        self._untaken = 0  # bytes of answers that were unsent when the client last took LEAST_READ of them
-        self._taken_at = 0.0
-        self._brought = 0  # bytes of the body that had arrived when the client last brought LEAST_BROUGHT of it
-        self._brought_at = 0.0
-        self._kept = 0  # bytes of streamed answers whose turn it is not yet
+        self._lingering = -1
+        self._untaken = self._brought = self._kept = 0
+        self._taken_at = self._brought_at = self._linger_until = 0.0
         self._write_paused = False
         self._read_paused = False
         self._reads_large = False
@@ -128,19 +114,6 @@ class Connection(LargeBodies):
         if self._edge or any(exchange.stream is not None for exchange in pending):
             return False  # who takes chunks as they come has left: the next one, which would tell, may come late
         return bool(pending)  # a client may close its half and still read its answers
-
-    def pause_writing(self) -> None:
-        self._write_paused = True
-        self._untaken, self._taken_at = self._unsent, monotonic()
-        self.shedding.slow.add(self)
-        self._steer_reading()
-
-    def resume_writing(self) -> None:
-        self._write_paused = False
-        self.last_activity = self._brought_at = monotonic()
-        if not self._kept:
-            self.shedding.slow.discard(self)
-        self._steer_reading()
 
     def data_received(self, data: bytes) -> None:
         now = self.last_activity = monotonic()
@@ -259,16 +232,6 @@ class Connection(LargeBodies):
                 self.abort()
         return True
 
-    def keep(self, size: int) -> None:
-        """So much more, or less, of streamed answers waits for its turn."""
-        self._kept += size
-        if self._kept:
-            self.shedding.slow.add(self)
-            if self._kept > self._limits.max_response_size:
-                self.abort()
-        elif not self._write_paused:
-            self.shedding.slow.discard(self)
-
     def cut(self, exchange: Exchange) -> None:
         """End the connection in the middle of this answer, so that its client does not take it for whole."""
         self._last = True
@@ -288,51 +251,6 @@ class Connection(LargeBodies):
             self._transport.writelines([head, body])
         else:
             self._transport.write(head)
-
-    def sweep(self, now: float) -> None:
-        """Called about once a second: close the connection if its client sends, or takes its answers, too slowly."""
-        silent = now - self.last_activity
-        limits = self._limits
-        if self._write_paused:
-            self._look_at_taking(now)
-        elif self._lingering >= 0:
-            if self._unsent:
-                self._linger_until = now + LINGER_SECONDS
-                self._look_at_taking(now)
-            elif now > self._linger_until:
-                self._transport.abort()
-        elif self._alone is not None or self._pending:
-            self._brought_at = now  # until then it was not the client who made the body wait
-        elif self._transport.is_closing():  # as soon as all is sent
-            if silent > limits.keepalive_timeout + limits.body_timeout:
-                self._transport.abort()
-        elif self._reader.in_head and not self._reader.idle:
-            if now - self._reader.begun > limits.header_timeout:
-                self._refuse(_late(f"did not arrive within {limits.header_timeout:g} s"))
-        elif self._reader.in_body:
-            self._look_at_bringing(now)
-        elif not self._edge and silent > (IDLE_WHILE_SHEDDING if self.shedding.step else limits.keepalive_timeout):
-            self._transport.close()
-
-    def _look_at_bringing(self, now: float) -> None:
-        """Refuse a body of which less than LEAST_BROUGHT arrives within body_timeout."""
-        size, limit = self._reader.size, self._limits.body_timeout
-        if size < self._brought:  # another request's
-            self._brought = 0
-        if size - self._brought >= LEAST_BROUGHT:
-            self._brought, self._brought_at = size, now
-        elif now - max(self._brought_at, self._reader.begun) > limit:
-            self._refuse(_late(f"brought less than {LEAST_BROUGHT >> 10} KiB of its body within {limit:g} s"))
-
-    def _look_at_taking(self, now: float) -> None:
-        """Cut off a client that takes less than LEAST_READ of its answers within body_timeout."""
-        unsent = self._unsent
-        if unsent <= self._untaken - LEAST_READ:
-            self._untaken, self._taken_at = unsent, now
-        elif now - self._taken_at > self._limits.body_timeout:
-            self._transport.abort()
-        elif unsent > self._untaken:  # more has been answered
-            self._untaken = unsent
 
     def drain(self) -> asyncio.Future[None]:
         """The server stops: close when the requests in hand are answered; done when the last answer has left."""
@@ -370,14 +288,6 @@ class Connection(LargeBodies):
         if not self._reader.in_body:
             self._receiving = None
         self._reader.head.meaning = None
-
-    @property
-    def unsent(self) -> int:
-        return self._unsent + self._kept
-
-    @property
-    def _unsent(self) -> int:
-        return self._transport.get_write_buffer_size()
 
     def _in_line(self) -> deque[Exchange]:
         """Those that wait for their answer, in order, where there may be several. None can be in the backlog unless
@@ -468,12 +378,6 @@ class Connection(LargeBodies):
         self._pending.clear()
         self._backlog.clear()
         self._refused = None
-
-    def _drop(self, size: int) -> None:
-        if self._lingering >= 0:
-            self._lingering -= size
-            if self._lingering < 0:
-                self._transport.abort()
 
     def _exchange(self, head: Head, parts: list[Part], size: int) -> Exchange:
         return Exchange(self, head, head.keep_alive, head.request_id or next_id(), parts, size, self.last_activity)

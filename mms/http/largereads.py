@@ -57,7 +57,8 @@ class LargeReads(asyncio.BufferedProtocol):
         rest = self._reader.rest
         if not rest:
             head = piece.find(_HEAD_END, begin, end) + len(_HEAD_END)
-            if begin or head < len(_HEAD_END) or 2 * end < len(piece):  # a body that was refused, or no large request
+            # a body that was refused, a request whose beginning the parser has, or no large one
+            if begin or not self._reader.idle or head < len(_HEAD_END) or 2 * end < len(piece):
                 self._leave(piece, begin, end)
                 return
             self._connection.take_head(bytes(memoryview(piece)[:head]))
@@ -165,7 +166,8 @@ class LargeBodies(asyncio.Protocol):
         self._last_size = 0
         if not self._transport.is_closing():
             _read_by(self._transport, self, paused=self._read_paused)
-        self.data_received(data)
+        if data:  # nothing would be taken for a request like none
+            self.data_received(data)
 
     def _read_large(self, body: int) -> None:
         if not (self._reads_large or self._transport.is_closing()):

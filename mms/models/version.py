@@ -119,8 +119,7 @@ class ModelVersion(ServedVersion):
             "loadedAtStartup": self.at_start,
             "loadedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.loaded_at)),
             **({"instances": pool.placement.describe()} if pool is not None else {}),
-            **({"template": _describe_template(pool.template.pid)} if pool and pool.template else {}),
-            **({"weightOwners": self._owners_described()} if pool and pool.owners and pool.placement.gpus else {}),
+            **self._helpers_described(),
             "workers": [
                 describe_worker(
                     worker,
@@ -138,14 +137,20 @@ class ModelVersion(ServedVersion):
             **({"failure": {"message": failure.message, "traceback": failure.traceback}} if failure else {}),
         }
 
-    def _owners_described(self) -> list[dict[str, Any]]:
-        """The processes that lend their weights to workers on GPUs."""
-        owners = self.pool.owners.describe() if self.pool is not None and self.pool.owners is not None else []
-        for owner in owners:
-            owner["memoryUsage"] = _memory(owner["pid"])
-            if owner["pid"] in self.gpu_memory:
-                owner["gpuMemoryUsage"] = self.gpu_memory[owner["pid"]]
-        return owners
+    def _helpers_described(self) -> dict[str, Any]:
+        """The processes beside the workers: the template, and those that lend their weights to workers on GPUs."""
+        pool = self.pool
+        if pool is None:
+            return {}
+        template, owners = pool.starter.template, pool.starter.owners
+        described: dict[str, Any] = {"template": _describe_template(template.pid)} if template is not None else {}
+        if owners is not None and pool.placement.gpus:
+            described["weightOwners"] = lending = owners.describe()
+            for owner in lending:
+                owner["memoryUsage"] = _memory(owner["pid"])
+                if owner["pid"] in self.gpu_memory:
+                    owner["gpuMemoryUsage"] = self.gpu_memory[owner["pid"]]
+        return described
 
     def _scheduling_described(self) -> dict[str, Any]:
         """The settings of scheduling that differ from the plain queue's."""
@@ -173,9 +178,10 @@ class ModelVersion(ServedVersion):
         pool = self.pool
         if pool is None:
             return {}
-        troubles: dict[str, Any] = {"forkServerDeaths": pool.forkserver_deaths} if pool.forkserver_deaths else {}
-        if pool.forkserver_back_in:
-            troubles["forkServerBackIn"] = round(pool.forkserver_back_in, 1)
+        starter = pool.starter
+        troubles: dict[str, Any] = {"forkServerDeaths": starter.forkserver_deaths} if starter.forkserver_deaths else {}
+        if starter.forkserver_back_in:
+            troubles["forkServerBackIn"] = round(starter.forkserver_back_in, 1)
         if pool.losses.back_off.last_failure is None:
             return troubles
         failure, wait = pool.losses.back_off.last_failure, pool.next_start

@@ -7,10 +7,9 @@ in, no I/O. A job is owned by exactly one of the queue, a worker's InFlight or n
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Collection
 
-from mms.errors import DeadlineError, DrainingError, MMSError, QueueBytesError
+from mms.errors import DeadlineError, DrainingError, MMSError
 from mms.workers import refusals
 from mms.workers.deadlines import Deadlines
 from mms.workers.inflight import MAX_FRAME_JOBS, InFlight
@@ -57,7 +56,7 @@ class BatchQueue:
         self._waiting: Waiting = (
             Levels(scheduling.levels, scheduling.default_level) if scheduling.levels > 1 else Line()
         )
-        self._alone: deque[Job] = deque()  # retries: each runs in a frame of its own, before anything else
+        self._alone = Line()  # retries: each runs in a frame of its own, before anything else
         self._gave_way: list[tuple[Job, MMSError]] = []  # to others; not told yet
         self._budget = RetryBudget()
         self._poisons = Poisons()
@@ -78,7 +77,7 @@ class BatchQueue:
     def set_batches(self, batch_size: int, preferred: tuple[int, ...] = ()) -> None:
         """At most so many jobs in a batch, and of these sizes those that are better than others."""
         self.batch_size = batch_size
-        self._preferred = tuple(sorted(preferred, reverse=True))
+        self.preferred = tuple(sorted(preferred, reverse=True))
         self.plain = not preferred and self.objective is None  # then batches of any worker are of up to batch_size
         for limit in self.objective.limits if self.objective is not None else ():
             limit.most = batch_size
@@ -155,7 +154,7 @@ class BatchQueue:
             return False
         self.submitted += count
         self._overload.emptied = True
-        self._hand_over(worker, jobs, now)
+        self._hand_over(worker, jobs, self.batch_size, now)
         return True
 
     def refusal(self, size: int, terms: Terms | None = None) -> MMSError | None:
@@ -173,11 +172,7 @@ class BatchQueue:
         if self.depth and self.bytes + size > self.max_bytes:
             lower = [] if terms is None else [job.size for job in self._waiting.below(terms.level)]
             if len(lower) < self.depth and self.bytes - sum(lower) + size > self.max_bytes:
-                return QueueBytesError(
-                    f"the queue is full: the requests that wait have {self.bytes} bytes, and queue_bytes is "
-                    f"{self.max_bytes}; try again later",
-                    retry_after=self._retry_after(),
-                )
+                return refusals.no_bytes(self.bytes, self.max_bytes, self._retry_after())
         return None
 
     def apply(self, *, capacity: int, max_bytes: int, timeout: float, fifo: bool) -> None:
@@ -202,15 +197,14 @@ class BatchQueue:
         """The next frame for `worker`, as (batch size, jobs), or None when it should get nothing now."""
         if worker.exclusive:
             return None
-        idle = not worker.jobs
         if self._alone:
-            if not idle:
+            if worker.jobs:
                 return None
-            job = self._next_alone()
-            if job is not None:
+            jobs = self._alone.some(1, 1, newest_first=False)
+            if jobs:
+                self._left(jobs[0])
                 worker.exclusive = True
-                self._hand_over(worker, [job], now)
-                return 1, [job]
+                return self._hand_over(worker, jobs, 1, now)
         if not self.depth:
             return None
         batch_size = self.batch_size if self.plain else self.batch_size_of(worker)
@@ -229,14 +223,14 @@ class BatchQueue:
                 self._overload.emptied = True
             self.depth -= len(jobs)
             self.bytes -= sum([job.size for job in jobs])
-        self._hand_over(worker, jobs, now)
-        return batch_size, jobs
+        if self.preferred and worker.preprocess_threads:  # it takes these sizes itself, of what is prepared
+            batch_size = self._most(worker)
+        return self._hand_over(worker, jobs, batch_size, now)
 
     def batch_size_of(self, worker: InFlight) -> int:
         """How large a batch may be that the worker gets now: a preferred size if enough wait for one."""
-        limit = worker.batch_limit
-        size = limit.limit if limit is not None else self.batch_size
-        for preferred in self._preferred:
+        size = self._most(worker)
+        for preferred in self.preferred:
             if preferred <= size and preferred <= self.depth:
                 return preferred
         return size
@@ -277,6 +271,7 @@ class BatchQueue:
         retryable = [job for job in lost if job.attempts < self.retry and not job.streams]
         affordable = bool(retryable) and not self.closed and self._budget.spend(now, self.submitted)
         failed: list[tuple[Job, MMSError]] = []
+        again: list[Job] = []
         for job in lost:
             job.attempts += 1
             if not affordable or job.attempts > self.retry or job.streams:
@@ -286,25 +281,23 @@ class BatchQueue:
             else:
                 self.retries += 1
                 job.taken = 0.0
-                self._alone.append(job)
+                again.append(job)
                 self.depth += 1
                 self.bytes += job.size
-        self._alone = _by_arrival([*self._alone])
+        self._alone.put_back(again)
         return failed
 
     def timed_out(
         self, worker: InFlight, started: int, limit: float, *, done: int | None = None
     ) -> list[tuple[Job, MMSError]]:
         """The batch in hand ran longer than `limit` seconds: its jobs fail with 504, the others go back."""
-        error = f"the handler did not answer within response_timeout ({limit:g} s)"
-        return [(job, DeadlineError(error)) for job in self._part(worker, started, done)]
+        return [(job, refusals.stuck(limit)) for job in self._part(worker, started, done)]
 
     def overdue(self, worker: InFlight, places: Collection[int], limit: float) -> list[tuple[Job, MMSError]]:
         """The jobs at these places, of a worker that runs several batches, ran longer than `limit` seconds: they fail
         with 504. The worker keeps the others, until it is killed.
         """
-        error = f"the handler did not answer within response_timeout ({limit:g} s)"
-        return [(job, DeadlineError(error)) for job in worker.take_places(places)]
+        return [(job, refusals.stuck(limit)) for job in worker.take_places(places)]
 
     def expire(self, now: float) -> list[tuple[Job, MMSError]]:
         """The jobs that are not waited for any longer, at workers, too: too late, or given up for higher priorities."""
@@ -312,11 +305,7 @@ class BatchQueue:
         if self._gave_way:
             expired = [(job, error) for job, error in self._gave_way if not job.settled]
             self._gave_way.clear()
-        alone = self._alone
-        late: list[Job] = []
-        while alone and (alone[0].settled or alone[0].arrived + self.timeout <= now):
-            late.append(alone.popleft())
-        if late:
+        if self._alone and (late := self._alone.late(now, self.timeout)):
             expired += self._give_up(late, now, self.timeout, refusals.too_late(self.timeout, None))
         if late := self._waiting.late(now, self._longest_wait):
             expired += self._give_up(late, now, self._longest_wait, self._too_late())
@@ -408,7 +397,7 @@ class BatchQueue:
     def _put_back(self, jobs: list[Job]) -> None:
         if jobs:
             self._waiting.put_back([job for job in jobs if not job.attempts])
-            self._alone = _by_arrival([*self._alone, *(job for job in jobs if job.attempts)])
+            self._alone.put_back([job for job in jobs if job.attempts])
 
     def _part(self, worker: InFlight, started: int, done: int | None) -> list[Job]:
         """Take everything from a worker; returns the batch in hand, all else goes back to the queue's front.
@@ -428,18 +417,25 @@ class BatchQueue:
         self.bytes += sum([job.size for job in back])
         return begun
 
+    def _most(self, worker: InFlight) -> int:
+        """Jobs in a batch of this worker."""
+        limit = worker.batch_limit
+        return limit.limit if limit is not None else self.batch_size
+
     def _limit(self, worker: InFlight, batch_size: int, now: float) -> int:
         """How many jobs may go to `worker` now: whole batches, more than one only if they are short."""
         ahead = worker.batches_ahead()
         if not worker.jobs or len(worker.frames) < worker.threads:
-            if self.max_batch_delay and self.depth < batch_size:
+            waits = self.max_batch_delay and not (worker.jobs and worker.preprocess_threads)  # else it waits itself
+            if waits and self.depth < batch_size:
                 oldest = self._oldest()
                 if oldest is not None and oldest.arrived + self.max_batch_delay > now:
                     return 0
             limit = min(max(1, ahead) * batch_size, max(MAX_FRAME_JOBS, batch_size))
         elif worker.preprocess_threads and not worker.streams:
             # a batch more for the preprocess threads, and what they have in hand
-            window = max(batch_size * (worker.threads + 1) + worker.preprocess_threads, ahead * batch_size)
+            most = self._most(worker)
+            window = max(most * (worker.threads + 1) + worker.preprocess_threads, ahead * most)
             room = window - len(worker.jobs)
             if room <= 0 and self.scheduling.levels > 1:
                 room = self.scheduling.room_above(self._waiting, worker.jobs.values(), window)
@@ -450,21 +446,14 @@ class BatchQueue:
             most = max(ahead, 2) if ahead else 0  # behind a batch that fits into AHEAD_SECONDS lies another one
             room = most * worker.threads * batch_size - len(worker.jobs)
             limit = min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
-        if self._preferred and limit > batch_size:
+        if self.preferred and limit > batch_size:
             limit = min(limit, max(1, self.depth // batch_size) * batch_size)
         return limit
 
-    def _hand_over(self, worker: InFlight, jobs: list[Job], now: float) -> None:
+    def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int, now: float) -> tuple[int, list[Job]]:
         worker.add(jobs, now)
         self._handed += len(jobs)
-
-    def _next_alone(self) -> Job | None:
-        while self._alone:
-            job = self._alone.popleft()
-            if not job.settled:
-                self._left(job)
-                return job
-        return None
+        return batch_size, jobs
 
     def _left(self, job: Job) -> None:
         self.depth -= 1
@@ -480,7 +469,7 @@ class BatchQueue:
 
     def _oldest(self) -> Job | None:
         """The longest waiting job; retries are older than others."""
-        return next((job for job in self._alone if not job.settled), None) or self._waiting.oldest()
+        return self._alone.oldest() or self._waiting.oldest()
 
     def _make_room(self) -> None:
         wait, room = self.timeout, self.capacity
@@ -495,8 +484,3 @@ class BatchQueue:
 
     def _retry_after(self) -> int:
         return self._overload.retry_after(self.depth)
-
-
-def _by_arrival(jobs: list[Job]) -> deque[Job]:
-    """Oldest first again after jobs came back, so that the front is what expires next."""
-    return deque(sorted(jobs, key=lambda job: (job.arrived, job.id)))

@@ -19,12 +19,13 @@ from mms.workers.worker import Worker
 class Feeder:
     """Hands the jobs of one queue to `ready_workers`; a base class, so that a request passes no further object."""
 
-    def __init__(self, queue: BatchQueue, metrics: VersionMetrics) -> None:
+    def __init__(self, queue: BatchQueue, metrics: VersionMetrics, *, shared: bool = False) -> None:
         self.workers: list[Worker] = []
         self.ready_workers: list[Worker] = []
         self._queue = queue
         self._metrics = metrics
-        self._overlaps = False
+        self._shared = shared  # other front ends use the workers, too
+        self._in_turns = shared
         self._wake: asyncio.Handle | None = None
         self._loop = asyncio.get_running_loop()
         self._delay = Alarm(self._loop, self._dispatch)  # a batch has waited for max_batch_delay
@@ -53,15 +54,16 @@ class Feeder:
         when they must be looked at one by one.
         """
         queue, idle = self._queue, None
-        for worker in self.ready_workers:
-            if not worker.in_flight.jobs:
-                idle = worker
-                break
+        if not self._in_turns:
+            for worker in self.ready_workers:
+                if not worker.in_flight.jobs:
+                    idle = worker
+                    break
         if idle is not None and queue.pass_on(jobs, idle.in_flight, time.monotonic()):
             idle.send(queue.batch_size, jobs)
         elif not queue.submit_all(jobs):
             return False
-        elif idle is not None or self._overlaps or not queue.plain or queue.depth >= queue.batch_size:
+        elif idle is not None or self._in_turns or not queue.plain or queue.depth >= queue.batch_size:
             self._dispatch()  # else all workers are busy, and are sent nothing ahead that is less than a batch
         return True
 
@@ -85,7 +87,7 @@ class Feeder:
             return
         now = time.monotonic()
         self._expire(now)
-        if self._overlaps:
+        if self._in_turns:
             self._feed_in_turns(now)
         elif len(self.ready_workers) == 1:
             self._feed(self.ready_workers[0], now)
@@ -109,8 +111,10 @@ class Feeder:
         return True
 
     def _feed_in_turns(self, now: float) -> None:
-        """Workers that have room for several batches get one each in turn, those with the fewest first."""
-        workers = sorted(self.ready_workers, key=lambda worker: len(worker.in_flight.frames))
+        """Workers that have room for several batches, or are shared, get one each in turn, those with the fewest first,
+        and of these the ones that are not at work for other front ends.
+        """
+        workers = sorted(self.ready_workers, key=_all_load if self._shared else _load)
         while self._queue.depth and any([self._feed(worker, now) for worker in workers]):
             pass
 
@@ -145,7 +149,7 @@ class Feeder:
     def _serves(self, worker: Worker) -> None:
         """It takes jobs from now on."""
         self.ready_workers.append(worker)
-        self._overlaps = any(worker.in_flight.overlaps for worker in self.ready_workers)
+        self._in_turns = self._shared or any(worker.in_flight.overlaps for worker in self.ready_workers)
 
     def _take_back(self, worker: Worker) -> None:
         """It has ended: what it had in hand is run again or fails."""
@@ -164,3 +168,11 @@ class Feeder:
             self._wake.cancel()
         self._delay.close()
         self._alarm.close()
+
+
+def _load(worker: Worker) -> int:
+    return len(worker.in_flight.frames)
+
+
+def _all_load(worker: Worker) -> tuple[int, bool]:
+    return len(worker.in_flight.frames), worker.process.busy

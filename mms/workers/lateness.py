@@ -9,6 +9,8 @@ from mms.workers.batching import BatchQueue
 from mms.workers.job import Job
 from mms.workers.worker import Worker, WorkerState
 
+PATIENCE = 20.0  # seconds beyond response_timeout: a front end that does not read is ended before (fleet.SILENCE)
+
 
 class TimeLimits(Protocol):
     """Seconds, of a model's settings."""
@@ -27,12 +29,27 @@ class Lateness:
         self._settings = settings
         self._queue = queue
         self._standing: dict[Worker, tuple[int, float]] = {}  # jobs done at the last look, and since when that many
+        self._between: dict[Worker, tuple[int, float]] = {}  # the same of all front ends, while it is between batches
 
     def forget(self, worker: Worker) -> None:
         self._standing.pop(worker, None)
+        self._between.pop(worker, None)
 
     def starts_too_long(self, worker: Worker, now: float) -> bool:
         return worker.state is WorkerState.STARTING and now - worker.launched > self._settings.startup_timeout
+
+    def stands_still(self, worker: Worker, now: float) -> bool:
+        """Whether a worker that several front ends use stays between two batches, and says that it is at work: all of
+        them would wait for it.
+        """
+        if worker.control is None or worker.state is WorkerState.STARTING:
+            return False
+        answered = worker.answered
+        seen, since = self._between.get(worker, (0, now))
+        if seen != answered or not worker.between_batches:
+            since = now
+        self._between[worker] = answered, since
+        return now - since > self._settings.response_timeout + PATIENCE
 
     def overdue(self, worker: Worker, now: float) -> list[tuple[Job, MMSError]] | None:
         """The jobs of a worker's batch that takes too long, each with its error; None while it is in time."""
@@ -48,6 +65,8 @@ class Lateness:
         done, started, begun_at = worker.process.progress()
         if not begun_at:  # stopped or stuck between two batches: it owes the next one
             begun_at = max(next(iter(worker.in_flight.jobs.values())).taken, self._standing_since(worker, done, now))
+            if worker.in_flight.preprocess_threads:  # it may wait for a fuller batch
+                begun_at += self._queue.max_batch_delay
             started = max(started, done + self._queue.batch_size_of(worker.in_flight))
         if now - begun_at <= limit:
             return None

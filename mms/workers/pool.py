@@ -24,13 +24,11 @@ from mms.workers.forkserver import ForkServers
 from mms.workers.lateness import Lateness
 from mms.workers.losses import Losses
 from mms.workers.others import FrontEnds
-from mms.workers.owners import Owners
 from mms.workers.recycling import Recycling
 from mms.workers.restarts import Restarts, no_workers
 from mms.workers.scaling import Scaling
 from mms.workers.settings import PoolSettings
 from mms.workers.starting import Starter
-from mms.workers.template import Template
 from mms.workers.worker import Worker, WorkerState
 
 log = logging.getLogger("mms.pool")
@@ -52,19 +50,18 @@ class WorkerPool(Feeder):
         restarts: Restarts,
         others: FrontEnds | None = None,
     ) -> None:
-        super().__init__(queue, metrics)
+        super().__init__(queue, metrics, shared=others is not None)
         self.scaling = Scaling(settings.label, queue, metrics)
         self.losses = Losses(settings, metrics, restarts, self._reconcile, self._abandon)
         self.was_ready = False  # requests may wait while a worker is replaced
         self._has_served = False  # since it last had no workers: those that start are replacements, or more of them
         self.placement = settings.placement
         self._settings = settings
-        self._forkservers = forkservers
         self._loads = loads
         self._restarts = restarts
         self._tasks: set[asyncio.Task[None]] = set()
         self._others = others  # that use its workers, too
-        self._starter = Starter(settings, forkservers, shared=others is not None)
+        self.starter = Starter(settings, forkservers, shared=others is not None)
         self._recycling = Recycling(settings)
         self._lateness = Lateness(settings, queue)
         self._timer: asyncio.TimerHandle | None = None
@@ -100,7 +97,7 @@ class WorkerPool(Feeder):
     @property
     def installing(self) -> bool:
         """Whether the archive's requirements are being installed; the workers start afterwards."""
-        return self._starter.installing
+        return self.starter.installing
 
     @property
     def missing(self) -> int:
@@ -120,31 +117,6 @@ class WorkerPool(Feeder):
     def next_start(self) -> float | None:
         """Seconds until a missing worker is started, None when none waits."""
         return self.losses.next_start if self.missing else None
-
-    @property
-    def forkserver_deaths(self) -> int:
-        """How often the fork server of these workers has died lately."""
-        return self._forkservers.deaths(self._settings.launch.preload)
-
-    @property
-    def template(self) -> Template | None:
-        """What its workers are forked from, with share_weights."""
-        return self._starter.template
-
-    @property
-    def owners(self) -> Owners | None:
-        """What lends their weights to its workers on GPUs, with share_weights."""
-        return self._starter.owners
-
-    @property
-    def helpers(self) -> set[int]:
-        """The pids of its processes that are no workers."""
-        return self._starter.helpers
-
-    @property
-    def forkserver_back_in(self) -> float:
-        """Seconds for which its workers start as fresh interpreters, because it has died too often; mostly 0."""
-        return self._forkservers.spent_for(self._settings.launch.preload)
 
     @property
     def waiting_elsewhere(self) -> int:
@@ -196,7 +168,7 @@ class WorkerPool(Feeder):
             for task in self._tasks:
                 task.cancel()
             await self._change(TICK)
-        await self._starter.close()
+        await self.starter.close()
         if self._timer is not None:
             self._timer.cancel()
         self._stop_feeding()
@@ -230,19 +202,19 @@ class WorkerPool(Feeder):
         active = self._active()
         wanted = self.target + bool(self.target and self._recycling.leaving)
         if len(active) < wanted and self.losses.may_start:
-            if self._starter.lacks_interpreter:
+            if self.starter.lacks_interpreter:
                 self._install()
             else:
                 for _ in range(wanted - len(active)):
                     self._start_worker()
         for _ in range(len(active) - wanted):
-            worker = self._starter.surplus(active)
+            worker = self.starter.surplus(active)
             active.remove(worker)
             self._stop_worker(worker)
         if not self.target:
             self._has_served = False
         if not self.missing:
-            self._starter.release(self.workers, target=self.target)
+            self.starter.release(self.workers, target=self.target)
         if not self.target and self._queue.depth and not self.workers and not self._draining:
             self._left_waiting()
         if self._timer is None and (self.workers or self.target):
@@ -261,13 +233,13 @@ class WorkerPool(Feeder):
         return [worker for worker in self.workers if worker.state in (WorkerState.STARTING, WorkerState.READY)]
 
     def _install(self) -> None:
-        if not self._starter.installing:
-            self._starter.installing = True
+        if not self.starter.installing:
+            self.starter.installing = True
             self._run(self._make_interpreter())
 
     async def _make_interpreter(self) -> None:
         try:
-            await self._starter.install()
+            await self.starter.install()
         except ModelLoadError as error:
             self.losses.fail(error)
         else:
@@ -277,7 +249,7 @@ class WorkerPool(Feeder):
         used = {worker.slot for worker in self.workers}
         slot = next(number for number in range(len(used) + 1) if number not in used)
         staying = [worker for worker in self._active() if worker is not self._recycling.leaving]
-        worker = Worker(slot, self._starter.free_place(staying), self, self._queue, self._metrics)
+        worker = Worker(slot, self.starter.free_place(staying), self, self._queue, self._metrics)
         self.workers.append(worker)
         task = self._run(self._boot(worker))
         task.add_done_callback(lambda _: self._unborn(worker))  # also of a task that was cancelled before it began
@@ -305,7 +277,7 @@ class WorkerPool(Feeder):
             if worker.state is WorkerState.STARTING:
                 worker.launched = time.monotonic()
                 threads = self._cpu_threads(worker.place.threads)
-                await self._starter.start(worker, threads, self.scaling.most)
+                await self.starter.start(worker, threads, self.scaling.most)
                 while worker.process is not None and worker.state is WorkerState.STARTING and worker in self.workers:
                     await self._change(TICK)
         if worker.process is None:
@@ -352,8 +324,8 @@ class WorkerPool(Feeder):
         seconds = time.monotonic() - worker.launched
         log.info("%s: worker %d (pid %s) ready in %.2f s", self._settings.label, worker.slot, worker.pid, seconds)
         self._let_go()
-        if self.owners is not None and self.owners.ready(worker, ready):
-            self._starter.release(self.workers, target=self.target)
+        if self.starter.owners is not None and self.starter.owners.ready(worker, ready):
+            self.starter.release(self.workers, target=self.target)
         self._changed.set()
         self._dispatch()
 
@@ -453,6 +425,8 @@ class WorkerPool(Feeder):
             return
         if worker.process.arena is not None and not worker.in_flight.jobs:
             worker.process.arena.tidy(now)
+        if self._lateness.stands_still(worker, now):
+            worker.kill("response_timeout")
         if self._lateness.starts_too_long(worker, now):
             worker.kill(f"not ready within startup_timeout ({self._settings.startup_timeout:g} s)")
         overdue = self._lateness.overdue(worker, now)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from mms.errors import DeadlineError, MMSError, ObjectiveError, QueueFullError, QueueWaitError, WorkerDiedError
+from mms.errors import (
+    DeadlineError,
+    MMSError,
+    ObjectiveError,
+    QueueBytesError,
+    QueueFullError,
+    QueueWaitError,
+    WorkerDiedError,
+)
 from mms.workers.job import Job
 from mms.workers.objective import Objective
 from mms.workers.overload import Overload
@@ -21,6 +29,13 @@ def no_room(depth: int, capacity: int, timeout: float, objective: Objective | No
         text = f"{depth} requests wait, another one would wait longer than {limit}"
         return QueueWaitError(text, retry_after=overload.retry_after(depth))
     return QueueFullError(text, retry_after=overload.retry_after(depth))
+
+
+def no_bytes(held: int, most: int, retry_after: int) -> QueueBytesError:
+    return QueueBytesError(
+        f"the queue is full: the requests that wait have {held} bytes, and queue_bytes is {most}; try again later",
+        retry_after=retry_after,
+    )
 
 
 def level_full(level: int, most: int, retry_after: int) -> QueueFullError:
@@ -46,6 +61,11 @@ def too_late(timeout: float, objective: Objective | None) -> DeadlineError:
 
 def own_deadline(job: Job) -> DeadlineError:
     return DeadlineError(f"no answer within the request's timeout of {job.timeout * 1000:g} ms")
+
+
+def stuck(limit: float) -> DeadlineError:
+    """Its batch ran for too long."""
+    return DeadlineError(f"the handler did not answer within response_timeout ({limit:g} s)")
 
 
 def death(job: Job, cause: str, *, closed: str, retry: int) -> WorkerDiedError:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from mms import wire
 from mms.errors import BadRequestError, MMSError, ObjectiveError, OverloadError, SubstituteError
 from mms.model_settings import MAX_TIMEOUT, ModelSettings
 from mms.workers.inflight import MAX_FRAME_JOBS
@@ -108,6 +109,13 @@ def warmup_sizes(settings: ModelSettings) -> tuple[int, ...]:
     """The batch sizes that a warm-up runs: those that workers will see."""
     sizes = settings.cuda_graphs or (*settings.preferred_batch_sizes, 1, settings.batch_size)
     return tuple(sorted({min(size, largest_batch(settings)) for size in sizes}))
+
+
+def forming_of(jobs: list[Job], preferred: tuple[int, ...], delay: float) -> wire.Forming | None:
+    """What a worker that forms batches itself is to know of a frame with these jobs; None if it need not."""
+    if not preferred and not delay:
+        return None
+    return wire.Forming(preferred, delay, min([job.arrived for job in jobs]))
 
 
 def _encoded(output: Any) -> tuple[bytes, bytes]:

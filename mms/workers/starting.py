@@ -33,8 +33,9 @@ class Starter:
         self._forkservers = forkservers
         self._interpreter = ""  # that settings.interpreter has made
         self._log = model_logger(settings.load.model_name)
-        self.template = Template(settings, forkservers) if settings.share_weights else None
-        self.owners = Owners(settings, forkservers) if settings.share_weights else None
+        sharing = settings.share_weights
+        self.template = Template(settings, forkservers) if sharing else None  # what workers are forked from
+        self.owners = Owners(settings, forkservers) if sharing else None  # what lends its weights to workers on GPUs
 
     @property
     def lacks_interpreter(self) -> bool:
@@ -42,8 +43,18 @@ class Starter:
         return self._settings.interpreter is not None and not self._interpreter
 
     @property
+    def forkserver_deaths(self) -> int:
+        """How often the fork server of these workers has died lately."""
+        return self._forkservers.deaths(self._settings.launch.preload)
+
+    @property
+    def forkserver_back_in(self) -> float:
+        """Seconds for which they start as fresh interpreters, because it has died too often; mostly 0."""
+        return self._forkservers.spent_for(self._settings.launch.preload)
+
+    @property
     def helpers(self) -> set[int]:
-        """The pids of what is kept beside the workers."""
+        """The pids of what is kept beside the workers: they are no workers."""
         kept = self.template, self.owners
         return {pid for one in kept if one is not None for pid in one.pids}
 

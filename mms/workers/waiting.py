@@ -10,11 +10,11 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+from mms.wire import FAIR_TURN
 from mms.workers.inflight import MAX_FRAME_JOBS
 from mms.workers.job import Job
 
 MAX_FRAME_BYTES = 1 << 20  # beyond the first batch
-FAIR_TURN = 10  # at least every tenth frame begins with the longest waiting job of the lower priorities
 
 
 class Waiting(Protocol):
@@ -117,7 +117,9 @@ class Line(deque[Job]):
 
 
 class Levels:
-    """A line per priority, 0 the highest, each oldest first. Higher ones go first, but for the fair turns."""
+    """A line per priority, 0 the highest, each oldest first. Higher ones go first, but at least one frame in FAIR_TURN
+    begins with the longest waiting job of the lower ones.
+    """
 
     def __init__(self, count: int, default: int) -> None:
         self._lines: list[OrderedDict[int, Job]] = [OrderedDict() for _ in range(count)]

@@ -14,15 +14,17 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
 from mms import sharedpage, wire
-from mms.errors import FrameError, HandlerError
+from mms.errors import FrameError
 from mms.metrics import VersionMetrics
 from mms.workers.batching import BatchQueue
+from mms.workers.delivery import count_answers, count_batches, deliver, seconds_of, waits_in_worker
 from mms.workers.inflight import InFlight
-from mms.workers.job import Caller, Job, StreamCaller
+from mms.workers.job import Caller, Job
 from mms.workers.largeframe import LARGE, LARGEST, LargeFrame
 from mms.workers.output import OutputReader
 from mms.workers.placement import Place
 from mms.workers.process import WorkerProcess
+from mms.workers.scheduling import forming_of
 
 log = logging.getLogger("mms.worker")
 
@@ -63,6 +65,12 @@ class Loan:
     def __init__(self, page: mmap.mmap) -> None:
         self.jobs = 0  # that it has in hand from there, if its version scales by itself
         self._page = page
+        sharedpage.write_busy(page, True)  # until the worker has come to know it, which says then what it does
+
+    @property
+    def busy(self) -> bool:
+        """As WorkerProcess.busy; also while the worker does not know of the loan."""
+        return sharedpage.read_busy(self._page)
 
     @property
     def answered(self) -> int:
@@ -110,6 +118,7 @@ class Worker(asyncio.Protocol):
         self._gone = False
         self.control: socket.socket | None = None  # on which it is given channels for further front ends
         self.elsewhere: dict[int, Loan] = {}  # by the numbers of the front ends that use it, too
+        self._answered_before = 0  # for those that do not use it any more
 
     async def attach(
         self, process: WorkerProcess, output: OutputReader, load: wire.Load, *, shared: bool = False
@@ -146,7 +155,8 @@ class Worker(asyncio.Protocol):
     @property
     def answered(self) -> int:
         """Jobs that it has answered since it started."""
-        return self.in_flight.finished + sum(loan.answered for loan in self.elsewhere.values())
+        elsewhere = sum(loan.answered for loan in self.elsewhere.values())
+        return self.in_flight.finished + self._answered_before + elsewhere
 
     @property
     def jobs(self) -> int:
@@ -155,8 +165,20 @@ class Worker(asyncio.Protocol):
 
     def left(self, front_end: int) -> None:
         """That one does not use it any more."""
-        if self.elsewhere.pop(front_end, None) is not None and not self._gone:
+        loan = self.elsewhere.pop(front_end, None)
+        if loan is None:
+            return
+        self._answered_before += loan.answered
+        if not self._gone:
             self._owner.worker_free(self)
+
+    @property
+    def between_batches(self) -> bool:
+        """Whether it says that it is at work for one of several front ends, but has no batch of any in hand."""
+        process, loans = self.process, self.elsewhere.values()
+        if not (process.busy or any(loan.busy for loan in loans)):
+            return False
+        return not (process.progress()[2] or process.running() or any(loan.begun_at for loan in loans))
 
     @property
     def connected(self) -> bool:
@@ -175,8 +197,11 @@ class Worker(asyncio.Protocol):
             size = sum(sizes)
             request_ids = [job.request_id for job in jobs]
             frame = wire.Predict(batch_size, ids, sizes, request_ids, *wire.share([job.facts for job in jobs]))
-        if self.in_flight.preprocess_threads and self._queue.scheduling.levels > 1:
-            frame.levels = list(map(self._queue.scheduling.level_of, jobs))
+        if self.in_flight.preprocess_threads:
+            queue = self._queue
+            frame.forming = forming_of(jobs, queue.preferred, queue.max_batch_delay)
+            if queue.scheduling.levels > 1:
+                frame.levels = list(map(queue.scheduling.level_of, jobs))
         if size < wire.INLINE_BELOW:
             frame.sizes, frame.bodies = [], [b"".join(job.parts) for job in jobs]
             self._transport.write(wire.pack(wire.PREDICT, frame))
@@ -286,10 +311,13 @@ class Worker(asyncio.Protocol):
         if jobs is None:
             raise FrameError(f"answers to jobs {ids}, which this worker does not have")
         if batches:
-            self._learn_from(batches, jobs, now, whole=reported == count)
+            self.in_flight.observe(len(batches), seconds_of(batches))
+            whole = reported == count  # they are the batches of these jobs and of no others
+            if self.in_flight.batch_limit is not None and whole and not any([job.streams for job in jobs]):
+                self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
         if not self.in_flight.jobs and self._queue.depth >= self._queue.batch_size:
             self._owner.worker_idle()
-        waits = _waits(batches, count)
+        waits = waits_in_worker(batches, count)
         callers = [job.caller for job in jobs if not job.settled]
         if len(callers) < count:
             places = [place for place, job in enumerate(jobs) if not job.settled]
@@ -297,40 +325,11 @@ class Worker(asyncio.Protocol):
             outcomes = outcomes if alike else [outcomes[place] for place in places]
             waits = waits if len(waits) == 1 else [waits[place] for place in places]
         if jobs:
-            self._deliver(jobs, callers, outcomes, bodies, alike=alike)
-            self._count(jobs, outcomes, waits, now, alike=alike)
+            deliver(jobs, callers, outcomes, bodies, self._metrics, alike=alike)
+            count_answers(jobs, outcomes, waits, now, self._metrics, alike=alike, overlaps=self.in_flight.overlaps)
         if batches:
-            self._observe(batches)
+            count_batches(batches, self._metrics)
         self._owner.worker_free(self)
-
-    def _deliver(
-        self,
-        jobs: list[Job],
-        callers: list[Caller | StreamCaller],
-        outcomes: list[wire.Outcome],
-        bodies: Sequence[bytes | memoryview],
-        *,
-        alike: bool,
-    ) -> None:
-        """Tell each caller its job's outcome. `alike`: there is one for all, and it is no error."""
-        for job in jobs:
-            job.settled = True
-        if alike:
-            if len(jobs) > 1 and len(set(map(type, callers))) == 1:
-                answer_all = getattr(callers[0], "answer_all", None)
-                if answer_all is not None:
-                    answer_all(callers, outcomes[0].status, outcomes[0].head, bodies)
-                    return
-            outcomes = outcomes * len(jobs)
-        for job, outcome, body in zip(jobs, outcomes, bodies, strict=True):
-            try:
-                if outcome.error:
-                    self._metrics.streams_cut += job.streams
-                    job.caller.fail(_remote_error(outcome, bytes(body)))
-                else:
-                    job.caller.answer(outcome.status, outcome.head, body)
-            except Exception:  # one caller's fault must not cost the other jobs their worker
-                log.exception("the answer to job %d could not be delivered", job.id)
 
     def _chunks(self, chunks: wire.Chunks, payload: memoryview) -> None:
         """Pieces of answers; a job whose answer has begun stays in hand until its RESULT, and is not run again."""
@@ -362,49 +361,6 @@ class Worker(asyncio.Protocol):
                 log.exception("a part of the answer to job %d could not be delivered", id)
         if chunks.first and self.in_flight.batch_limit is not None:
             self._learn(len(chunks.first), now - min([held[id].taken for id in chunks.first]))
-
-    def _learn_from(self, batches: list[wire.BatchTimes], jobs: list[Job], now: float, *, whole: bool) -> None:
-        """How long batches take, for what is handed out next. `whole`: they are of these jobs and of no others."""
-        count, worker = len(batches), self.in_flight
-        worker.observe(count, batches[0].handler if count == 1 else sum([batch.handler for batch in batches]))
-        if worker.batch_limit is not None and whole and not any([job.streams for job in jobs]):
-            self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
-
-    def _observe(self, batches: list[wire.BatchTimes]) -> None:
-        """Count batches."""
-        metrics = self._metrics
-        if len(batches) == 1:
-            (batch,) = batches
-            metrics.handler.observe(batch.handler)
-            metrics.batch_size.observe(batch.jobs)
-        else:
-            metrics.handler.observe_all([batch.handler for batch in batches])
-            metrics.batch_size.observe_all([batch.jobs for batch in batches])
-        if batches[0].inference:
-            for batch in batches:
-                metrics.preprocess.observe(batch.preprocess)
-                metrics.inference.observe(batch.inference)
-                metrics.postprocess.observe(batch.postprocess)
-
-    def _count(
-        self, jobs: list[Job], outcomes: list[wire.Outcome], waits: list[float], now: float, *, alike: bool
-    ) -> None:
-        """Count jobs that somebody still waits for; `waits` in the worker are one for each, or one for all."""
-        metrics = self._metrics
-        arrived = [job.arrived for job in jobs]
-        metrics.duration.observe_since(arrived, now)
-        if len(waits) == 1 and not self.in_flight.overlaps:  # then all were sent in one frame, too
-            metrics.queued.observe_since(arrived, waits[0] + jobs[0].taken)
-        else:
-            waits = waits * len(jobs) if len(waits) == 1 else waits
-            metrics.queued.observe_all([wait + job.taken - job.arrived for job, wait in zip(jobs, waits, strict=True)])
-        if alike:
-            metrics.requests[outcomes[0].status] += len(jobs)
-            return
-        for outcome in outcomes:
-            metrics.requests[outcome.status] += 1
-            if outcome.error:
-                metrics.errors[outcome.error] += 1
 
     def _learn(self, largest: int, seconds: float) -> None:
         """Let the batch size follow the latency objective, which for a stream is that of its first chunk."""
@@ -441,22 +397,6 @@ class Worker(asyncio.Protocol):
         self.process.close()
         if self.control is not None:
             self.control.close()
-
-
-def _waits(batches: list[wire.BatchTimes], count: int) -> list[float]:
-    """How long each of `count` jobs has waited in the worker: one figure for each, or one for all."""
-    if len(batches) == 1 and batches[0].jobs == count:
-        return [batches[0].waited]
-    waits: list[float] = []
-    for batch in batches:
-        waits += [batch.waited] * batch.jobs
-    return waits if len(waits) == count else [0.0]  # of a batch with streams: an idle worker has begun it at once
-
-
-def _remote_error(outcome: wire.Outcome, message: bytes) -> HandlerError:
-    error = HandlerError(str(message, "utf-8", "replace"), status=outcome.status)
-    error.type = outcome.error
-    return error
 
 
 def describe_worker(worker: Worker, memory: int, private: int | None, gpu_memory: int | None) -> dict[str, Any]:

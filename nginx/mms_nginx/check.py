@@ -31,9 +31,9 @@ def worker_count(text: str) -> int:
     return int(match[1]) if match else 1
 
 
-def nginx_command(program: str, directory: Path, file: Path) -> list[str]:
-    """How nginx is called for this run directory, for a check and for serving alike."""
-    return [program, "-p", f"{directory}/", "-c", str(file), "-e", "stderr"]
+def nginx_command(program: str, directory: Path, file: Path, *, log: str = "stderr") -> list[str]:
+    """How nginx is called for this run directory; `log` is what it writes to before it has read the file."""
+    return [program, "-p", f"{directory}/", "-c", str(file), "-e", log]
 
 
 def check_file(program: str, directory: Path, file: Path) -> str:

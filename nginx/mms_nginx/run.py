@@ -107,10 +107,12 @@ class Nginx:
         given = [sock.fileno() for sock in self.sockets.values()]
         # under other numbers: a descriptor that is copied to itself is inherited from glibc 2.29 on only
         taken = [max(given, default=0) + 1 + position for position in range(len(given))]
+        # what it may say before it has read its file is that it inherits sockets; errors there were found by the check
+        command = nginx_command(self._program, self._directory, self._file, log=os.devnull)
         self._exit_code = None
         self.pid = os.posix_spawn(
             sys.executable,
-            [*shim, *nginx_command(self._program, self._directory, self._file)],
+            [*shim, *command],
             nginx_environment() | {"NGINX": "".join(f"{number};" for number in taken)},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

@@ -17,6 +17,7 @@ from tests.waiting import eventually
 
 BETWEEN_FAULTS = 0.35
 CLIENTS = 6
+FRONT_ENDS = {"none": 1, "nginx": 2}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ def run(seconds: float, seed: int, edges: tuple[str, ...]) -> list[Finding]:
     findings: list[Finding] = []
     errors: list[BaseException] = []
     with contextlib.ExitStack() as stack:
-        rigs = [stack.enter_context(rig(edge, seed + number, slow=True)) for number, edge in enumerate(edges)]
+        rigs = [
+            stack.enter_context(rig(edge, seed + number, front_ends=FRONT_ENDS[edge], slow=True))
+            for number, edge in enumerate(edges)
+        ]
 
         def one(under: Rig, number: int) -> None:
             try:
@@ -81,7 +85,7 @@ def run(seconds: float, seed: int, edges: tuple[str, ...]) -> list[Finding]:
 def show(findings: list[Finding], console: Console) -> int:
     """Prints the tables; the number of problems."""
     names = [finding.port.name for finding in findings]
-    titles = {"direct": "without nginx", "nginx": "through nginx"}
+    titles = {"direct": "without nginx", "nginx": "nginx, two front ends"}
     table = Table(title="faults injected and survived", title_justify="left")
     table.add_column("fault")
     for name in names:

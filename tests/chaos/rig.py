@@ -30,8 +30,8 @@ RESPONSE_TIMEOUT = 2.0
 SETTLE = 30.0
 PAUSE = 0.3
 CALL_LIMIT = 20.0
-NGINX_DEATHS = 4  # in NGINX_WINDOW; one more than the next ends the server
-NGINX_WINDOW = 61.0
+DEATHS = 4  # of nginx, and of the second front end, in DEATH_WINDOW; one more than the next ends the server
+DEATH_WINDOW = 61.0
 MEMORY = 24 << 20  # what the server may have grown by, beyond a fifth: two restarts of everything leave fragments
 
 STEADY = ("steady", "swapped", "scaled")  # registered all the time
@@ -47,6 +47,8 @@ EFFECTS = {
     "nginx master killed": 2.0,
     "nginx worker stopped for a while": PAUSE,
     "nginx reloaded": 1.0,
+    "front end killed": 0.5,
+    "front end stopped for a while": PAUSE,
     "server upgraded": 2.0,
     "model absent": 1.0,
 }
@@ -58,12 +60,12 @@ ABSENCE = (  # the last: a large body that nobody wants is refused before it is 
     (503, "DrainingException"),
     (0, CUT),
 )
-DEATHS = ("worker killed", "worker stopped for good")
+WORKER_DEATHS = ("worker killed", "worker stopped for good")
 
 
 def explain(outcome: Outcome, faults: Counter[str]) -> bool:
     """Whether one of the faults may end a request of this kind like this. What is not listed must not happen."""
-    deaths = sum(faults[kind] for kind in DEATHS)
+    deaths = sum(faults[kind] for kind in WORKER_DEATHS)
     if outcome.target == PASSING and (outcome.status, outcome.type) in ABSENCE and faults["model absent"]:
         return True
     if outcome.status == 0:
@@ -71,6 +73,8 @@ def explain(outcome: Outcome, faults: Counter[str]) -> bool:
         crossed = outcome.reused and faults["nginx reloaded"]
         died = faults["nginx worker killed"] or faults["nginx master killed"]
         return outcome.port == "nginx" and bool(crossed or died)
+    if outcome.status == 502:  # of nginx: who had the request has ended
+        return faults["front end killed"] > 0
     if outcome.type == "WorkerDiedException":  # its worker and its next one were killed, or the retry budget is spent
         return deaths > 1 if outcome.status == 500 else deaths > 0
     if outcome.status == 504:
@@ -93,17 +97,18 @@ class State:
 class Rig:
     """One server with the models that chaos needs, and the ways to hurt it. Faults are noted on `timeline`."""
 
-    def __init__(self, running: Server, edge: str, dice: random.Random) -> None:
+    def __init__(self, running: Server, edge: str, dice: random.Random, front_ends: int = 1) -> None:
         self.running = running
         self.timeline = Timeline(EFFECTS)
         self.port = Port("nginx" if edge == "nginx" else "direct", running.url)
         self.problems: list[str] = []
         self._edge = edge
+        self._front_ends = front_ends
         self._dice = dice
         self._version = 1
         self._absence: contextlib.AbstractContextManager[None] | None = self.timeline.lasting("model absent")
         self._absence.__enter__()
-        self._nginx_deaths: list[float] = []
+        self._deaths: dict[str, list[float]] = {}  # when which part of the server was killed that it counts deaths of
         self._timers: list[threading.Timer] = []
 
     # faults
@@ -126,6 +131,11 @@ class Rig:
                 "nginx master killed": (1, self.kill_nginx),
                 "nginx worker stopped for a while": (2, self.pause_nginx_worker),
                 "nginx reloaded": (2, self.reload_nginx),
+            }
+        if self._front_ends > 1:
+            kinds |= {
+                "front end killed": (1, self.kill_front_end),
+                "front end stopped for a while": (2, self.pause_front_end),
             }
         return kinds
 
@@ -168,14 +178,23 @@ class Rig:
             self._suspend(self._dice.choice(workers), "nginx worker stopped for a while")
 
     def kill_nginx(self) -> None:
-        now = time.monotonic()
-        self._nginx_deaths = [death for death in self._nginx_deaths if death > now - NGINX_WINDOW]
         master = self._nginx()
-        if master is not None and len(self._nginx_deaths) < NGINX_DEATHS:
-            self._nginx_deaths.append(now)
+        if master is not None and self._may_die("nginx master"):
             self.timeline.add("nginx master killed")
             master.kill()
             eventually(lambda: self._nginx() not in (None, master) and self._accepts())
+
+    def kill_front_end(self) -> None:
+        front_ends = self.running.named("mms-frontend")
+        if front_ends and self._may_die("front end"):
+            with self.timeline.lasting("front end killed"):
+                self.timeline.count["front end killed"] += 1
+                self._dice.choice(front_ends).kill()
+                eventually(lambda: self._front_ends_whole() and self.running.named("mms-frontend") != front_ends)
+
+    def pause_front_end(self) -> None:
+        if front_ends := self.running.named("mms-frontend"):
+            self._suspend(self._dice.choice(front_ends), "front end stopped for a while")
 
     def reload_nginx(self) -> None:
         if master := self._nginx():
@@ -272,7 +291,7 @@ class Rig:
 
     def _whole(self) -> bool:
         wanted = {"steady": 2, "swapped": 2, "scaled": 2}
-        if self._edge == "nginx" and not self._nginx_workers():
+        if (self._edge == "nginx" and not self._nginx_workers()) or not self._front_ends_whole():
             return False
         try:
             pools = {model: self.running.describe(model) for model in wanted}
@@ -286,6 +305,11 @@ class Rig:
             for model, pool in pools.items()
         ) and not any(process.status() == psutil.STATUS_STOPPED for process in self.running.named("mms-forkserver"))
 
+    def _front_ends_whole(self) -> bool:
+        """Whether all further ones are there, and do not stand still."""
+        running = self.running.named("mms-frontend")
+        return len(running) == self._front_ends - 1 and psutil.STATUS_STOPPED not in [one.status() for one in running]
+
     @staticmethod
     def _status(pid: int) -> str:
         try:
@@ -294,6 +318,13 @@ class Rig:
             return psutil.STATUS_DEAD
 
     # means
+
+    def _may_die(self, part: str) -> bool:
+        """Whether the server puts up with one more death of it now; then it is counted."""
+        now = time.monotonic()
+        recent = [death for death in self._deaths.get(part, ()) if death > now - DEATH_WINDOW]
+        self._deaths[part] = recent if len(recent) == DEATHS else [*recent, now]
+        return len(recent) < DEATHS
 
     def _worker(self) -> psutil.Process | None:
         """Any worker, in whatever state it is. By its name: the management port may be behind a dead nginx."""
@@ -366,7 +397,7 @@ def _resume(process: psutil.Process) -> None:
 
 
 @contextlib.contextmanager
-def rig(edge: str, seed: int, *, slow: bool = False) -> Iterator[Rig]:
+def rig(edge: str, seed: int, *, front_ends: int = 1, slow: bool = False) -> Iterator[Rig]:
     """A running server with everything registered; with `slow`, some models take a few milliseconds per batch."""
     few, more = (0.002, 0.005) if slow else (0, 0)
     with scratch() as archives, pytest.MonkeyPatch.context() as patch:
@@ -380,5 +411,6 @@ def rig(edge: str, seed: int, *, slow: bool = False) -> Iterator[Rig]:
             pack(archives / "e", "account", "account", "1.0", "", {"min_workers": 1}),
         )
         patch.setenv("NOTIFY_SOCKET", str(archives / "nobody"))  # an upgrade needs a service manager, or a daemon
-        with server(*models, spare=spare, edge=edge, response_timeout=RESPONSE_TIMEOUT, drain_timeout=5) as running:
-            yield Rig(running, edge, random.Random(seed))
+        settings: dict[str, Any] = {"response_timeout": RESPONSE_TIMEOUT, "drain_timeout": 5, "front_ends": front_ends}
+        with server(*models, spare=spare, edge=edge, **settings) as running:
+            yield Rig(running, edge, random.Random(seed), front_ends)

@@ -70,13 +70,13 @@ def assert_refused(found: list[Answer], statuses: set[int]) -> None:
 
 
 @pytest.mark.parametrize("name", cases("whole"))
-def test_f92_refused(direct: Server, name: str) -> None:
+def test_f92_s8_refused(direct: Server, name: str) -> None:
     data, statuses = REFUSED[name]
     assert_refused(talk(direct, data), statuses)
 
 
 @pytest.mark.parametrize("name", cases("bytewise"))
-def test_f92_refused_byte_by_byte(direct: Server, name: str) -> None:
+def test_f92_s8_refused_byte_by_byte(direct: Server, name: str) -> None:
     data, statuses = REFUSED[name]
     assert_refused(talk(direct, data, bytewise=True), statuses)
 
@@ -92,7 +92,7 @@ def test_f90_refused_after_a_good_request(direct: Server, name: str) -> None:
 
 @pytest.mark.parametrize("bytewise", [False, True], ids=["whole", "bytewise"])
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_f92_accepted(direct: Server, name: str, bytewise: bool) -> None:
+def test_f92_s8_accepted(direct: Server, name: str, bytewise: bool) -> None:
     data, body = ACCEPTED[name]
     first, second = talk(direct, data + AFTER, bytewise=bytewise)
     assert (first.status, first.json()["sha256"]) == (200, digest(body))
@@ -267,7 +267,7 @@ def test_more_connections_than_allowed_are_refused_in_words(make_archive: MakeAr
             assert [answer.status for answer in answers(receive(sock))] == [200]
 
 
-def test_a_body_over_the_limit_is_413_although_it_is_sent_whole(make_archive: MakeArchive) -> None:
+def test_s9_a_body_over_the_limit_is_413_although_it_is_sent_whole(make_archive: MakeArchive) -> None:
     """Without nginx: the refusal must not be lost because the client is still sending."""
     with server(make_archive("echo"), max_request_size="2MiB") as running:
         for _ in range(20):

@@ -130,7 +130,7 @@ def test_a_stream_is_joined_and_not_kept(running: Server, make_gate: MakeGate) -
     assert running.describe("streams")["cache"]["answers"] == 0 and len(gate.begun()) == 1
 
 
-def test_headers_count_where_the_setting_names_them(running: Server, make_gate: MakeGate) -> None:
+def test_s24_headers_count_where_the_setting_names_them(running: Server, make_gate: MakeGate) -> None:
     gate = make_gate()
     gate.open()
     running.predict("gate", gate.body, x_tenant="a")
@@ -163,7 +163,7 @@ def test_a_cache_is_cleared_by_a_call(running: Server, make_gate: MakeGate) -> N
     assert (none.status, none.message) == (404, "model plain 1.0 has no cache; its setting cache is off")
 
 
-def test_a_cache_goes_with_its_version(running: Server, make_gate: MakeGate) -> None:
+def test_s24_a_cache_goes_with_its_version(running: Server, make_gate: MakeGate) -> None:
     gate = make_gate()
     gate.open()
     for _ in range(2):

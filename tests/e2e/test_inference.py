@@ -218,7 +218,7 @@ def test_status_type_and_headers_are_the_handlers(direct: Server) -> None:
 
 
 @pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "<script>"])
-def test_a_bad_request_id_is_replaced(direct: Server, sent: str) -> None:
+def test_s23_a_bad_request_id_is_replaced(direct: Server, sent: str) -> None:
     seen = {direct.predict("echo", b"", X_Request_Id=sent).headers["x-request-id"] for _ in range(3)}
     assert len(seen) == 3
     assert all(re.fullmatch(r"[\w.-]{1,128}", name) for name in seen)

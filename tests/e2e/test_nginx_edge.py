@@ -178,6 +178,7 @@ def test_s20_the_ready_line_names_the_addresses_and_the_version_of_nginx(edged: 
     number = version.split("/")[1].split()[0]
     assert f"2 models at http://{edged.url} behind nginx {number}, " in edged.ready_line
     assert f"management http://{edged.management}, metrics http://{edged.metrics}/metrics" in edged.ready_line
+    assert "[notice]" not in edged.output
 
 
 def answers(running: Server) -> bool:

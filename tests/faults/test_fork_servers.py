@@ -50,8 +50,8 @@ def test_a_fork_server_that_cannot_be_kept_is_done_without(serve: Serve, caplog:
                 await served.scale(1)
                 await served.scale(2)
             assert served.forkservers.pids() == []
-            assert (served.pool.ready, served.pool.forkserver_deaths) == (2, forkserver.DEATHS + 1)
-            assert 0 < served.pool.forkserver_back_in <= forkserver.DEATH_WINDOW
+            assert (served.pool.ready, served.pool.starter.forkserver_deaths) == (2, forkserver.DEATHS + 1)
+            assert 0 < served.pool.starter.forkserver_back_in <= forkserver.DEATH_WINDOW
             (facts,) = served.forkservers.facts()
             assert (facts.spent, facts.causes) == (True, {"signal 9 (SIGKILL)": forkserver.DEATHS + 1})
             assert await serves(served)
@@ -114,7 +114,7 @@ def test_f44_each_worker_gets_its_own_variables(serve: Serve) -> None:
     uvloop.run(scenario())
 
 
-def test_f45_the_fork_server_has_no_address_that_others_could_connect_to(serve: Serve) -> None:
+def test_f45_s7_the_fork_server_has_no_address_that_others_could_connect_to(serve: Serve) -> None:
     async def scenario() -> None:
         async with serve("misbehaves") as served:
             (pid,) = served.forkservers.pids()

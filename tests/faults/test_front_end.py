@@ -17,7 +17,7 @@ from mms.model_settings import ModelSettings
 from mms.models.version import ModelVersion
 from mms.server import ModelServer
 from tests.conftest import MakeArchive
-from tests.unit.test_http_connection import Transport
+from tests.unit.http_client import Transport
 
 LIMITS = Limits(max_request_size=1000, max_connections=10, header_timeout=5, body_timeout=5, keepalive_timeout=5)
 GET = b"GET /%b HTTP/1.1\r\nHost: a\r\n%b\r\n"

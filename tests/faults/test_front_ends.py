@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import os
 import signal
+import socket
+import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ def two(make_archive: MakeArchive) -> Iterator[Server]:
     """A server with two front ends and a worker that both use; tests leave it as it is."""
     models = ("rows", "spare", "1.0"), ("echo", "echo", "2.0"), ("gate", "slow", "1.0")
     spare = tuple(make_archive(name, model_name=model, version=version) for name, model, version in models)
-    with server(make_archive("echo", batch_size=4), spare=spare, front_ends=2) as running:
+    with server(make_archive("echo", batch_size=4), spare=spare, front_ends=2, stop_grace=0.3) as running:
         yield running
 
 
@@ -69,7 +71,10 @@ class FrontEnd:
         return {connection.getresponse().status for connection in self._connections}
 
     def close(self) -> None:
+        """Also of what is not answered: then the client has left."""
         for connection in self._connections:
+            if connection.sock is not None:
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.close()
 
 
@@ -153,6 +158,30 @@ def test_workers_follow_the_work_at_the_second_one(two: Server, make_gate: MakeG
     assert two.manage("DELETE", "/models/slow").status == 200
 
 
+def test_a_request_goes_to_a_worker_that_no_front_end_uses(
+    two: Server, make_gate: MakeGate, first: FrontEnd, second: FrontEnd
+) -> None:
+    assert two.manage("POST", "/models?url=slow-1.0.mar&initial_workers=2").status == 200
+    gates = [make_gate() for _ in range(2)]
+    for ask_one, gate in zip((first, second), gates, strict=True):
+        ask_one("slow", gate.body)
+        eventually(gate.begun)
+    for gate in gates:
+        gate.open()
+    assert first.statuses() == second.statuses() == {200}
+    assert two.manage("DELETE", "/models/slow").status == 200
+
+
+def test_an_unload_does_not_wait_for_what_nobody_waits_for(two: Server, make_gate: MakeGate, second: FrontEnd) -> None:
+    gate = make_gate()
+    assert two.manage("POST", "/models?url=slow-1.0.mar").status == 200
+    second("slow", gate.body)
+    eventually(gate.begun)
+    second.close()
+    eventually(lambda: two.metric("mms_requests_cancelled_total", model="slow") == 1)
+    assert two.manage("DELETE", "/models/slow").status == 200  # else as long as the gate stays shut
+
+
 def test_priorities_hold_at_the_second_one(two: Server, make_gate: MakeGate, second: FrontEnd) -> None:
     assert two.manage("POST", "/models?url=slow-1.0.mar&priority_levels=2&priority_queue_sizes=2,4").status == 200
     assert two.describe("slow")["priorityQueueSizes"] == [2, 4]
@@ -181,6 +210,22 @@ def test_f1_a_killed_worker_costs_no_answer_at_any_front_end(two: Server) -> Non
     assert not traffic.failures
 
 
+def test_f3_a_batch_of_one_front_end_that_dies_is_no_try_of_what_another_has_sent(
+    two: Server, make_gate: MakeGate, first: FrontEnd, second: FrontEnd
+) -> None:
+    assert two.manage("POST", "/models?url=slow-1.0.mar&retry=0").status == 200
+    begun, sent = make_gate(), make_gate()
+    second("slow", begun.body)
+    eventually(begun.begun)
+    first("slow", sent.body)
+    eventually(lambda: two.metric("mms_requests_in_flight", model="slow") == 2)
+    sent.open()
+    os.kill(begun.begun()[0], signal.SIGKILL)
+    assert second.statuses() == {503}
+    assert first.statuses() == {200}
+    assert two.manage("DELETE", "/models/slow").status == 200
+
+
 def test_a_worker_that_is_overdue_at_any_front_end_is_replaced(two: Server, make_gate: MakeGate) -> None:
     assert two.manage("POST", "/models?url=slow-1.0.mar&response_timeout=0.2").status == 200
     replies = [fetch(two.url, "POST", "/predictions/slow", make_gate().body) for _ in range(2)]
@@ -198,7 +243,7 @@ def test_f47_a_killed_front_end_comes_back_and_what_it_has_counted_stays(
     eventually(gate.begun)
     counted = two.metric("mms_requests_total", model="echo", code="200")
     (front_end,) = two.named("mms-frontend")
-    with Traffic(two, reconnects=True) as traffic:
+    with Traffic(two, reconnects=2) as traffic:
         traffic.flows(20)
         front_end.kill()
         eventually(lambda: [one for one in two.named("mms-frontend") if one.pid != front_end.pid])

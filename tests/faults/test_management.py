@@ -25,7 +25,7 @@ from tests.chaos.rig import Rig
 from tests.conftest import MakeArchive
 from tests.servers import Server, processes_in, server
 from tests.traffic import Traffic
-from tests.unit import test_archive as hostile
+from tests.unit import hostile
 from tests.waiting import eventually
 
 LIMIT = 16 << 20

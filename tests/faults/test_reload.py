@@ -90,7 +90,7 @@ def test_f65_reloads_under_load_lose_nothing(request: pytest.FixtureRequest, whi
     """nginx closes idle connections, and a client meets that now and then; no request is run twice for it."""
     it: Configured = request.getfixturevalue(which)
     before = it.running.metric("mms_requests_total", model="echo", code="200")
-    with Traffic(it.running, clients=4, reconnects=True) as traffic:
+    with Traffic(it.running, clients=4, reconnects=1) as traffic:
         for number in range(1, 6):
             it.reload_quietly(f"header_timeout: {number}\n")
             traffic.flows(50)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -223,6 +224,30 @@ def zombies(parent: psutil.Process) -> list[psutil.Process]:
             if child.status() == psutil.STATUS_ZOMBIE:
                 found.append(child)
     return found
+
+
+@needs_mounts
+def test_f71_a_full_dev_shm_does_not_matter_to_large_bodies(make_archive: MakeArchive) -> None:
+    full_first = "mount -t tmpfs -o size=4k none /dev/shm && head -c 4096 /dev/zero > /dev/shm/full && exec "
+    with scratch() as folder:
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
+        archive = make_archive("large")
+        words = start_arguments(folder, addresses, archive, models=archive.name, workers=1)
+        process = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", full_first + shlex.join(words)],
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            await_ping(addresses[0], process)
+            eventually(lambda: fetch(addresses[0], "POST", "/predictions/large", b"\n").status == 200)
+            body = os.urandom(1 << 20)
+            assert fetch(addresses[0], "POST", "/predictions/large", b"\n" + body).body == body
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
 
 
 @needs_pid_namespaces

@@ -26,7 +26,7 @@ from mms.http.connection import Connection
 from mms.http.listener import HttpServer
 from mms.safe_yaml import parse_yaml
 from mms.tallies import Tallies
-from tests.unit import test_http_connection as fake
+from tests.unit import http_client as fake
 
 CORPUS = Path(__file__).parent / "corpus"
 MAX_SIZE = 20_000

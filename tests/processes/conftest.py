@@ -66,13 +66,20 @@ class FrontEnd:
         return head
 
     def send(
-        self, *bodies: bytes, batch_size: int = 8, content_type: str = "", encoding: str = "", level: int | None = None
+        self,
+        *bodies: bytes,
+        batch_size: int = 8,
+        content_type: str = "",
+        encoding: str = "",
+        level: int | None = None,
+        forming: wire.Forming | None = None,
     ) -> list[int]:
         first, self._ids = self._ids + 1, self._ids + len(bodies)
         ids, sizes = list(range(first, self._ids + 1)), list(map(len, bodies))
         facts = wire.RequestFacts(content_type, encoding, b"", False, HEADERS)
         frame = wire.Predict(batch_size, ids, sizes, [b"id-%d" % number for number in ids], [facts], [])
         frame.levels = [] if level is None else [level] * len(ids)
+        frame.forming = forming
         if sum(sizes) < wire.INLINE_BELOW:
             frame.sizes, frame.bodies, bodies = [], list(bodies), ()
         elif self._arena is not None:

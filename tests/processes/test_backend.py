@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -125,6 +126,32 @@ def test_the_time_of_a_stream_counts_anew_with_each_chunk(start: Start, make_gat
     assert (kind, end.ids, end.bodies, [times.jobs for times in end.batches]) == (wire.RESULT, [2], [b""], [2])
     assert backend.predict(b'"next"')[0][1] == b"next"
     assert sharedpage.PROGRESS.unpack_from(backend.progress) == (3, 3, 0.0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_stream_without_chunks_ends_with_its_front_end(start: Start, tmp_path: Path, threads: int) -> None:
+    backend, note = start("streams", shared=True, threads=threads), tmp_path / "note"
+    backend.ready()
+    other = backend.lend()
+    other.send(json.dumps([{"note": str(note)}, "a", {"nothing": 10_000}]).encode())
+    assert other.frame()[2] == b"a"
+    other.close()
+    eventually(note.exists)
+    assert backend.predict(b'"next"')[0][1] == b"next"
+
+
+def test_a_worker_that_waits_for_the_rest_of_a_frame_says_so_to_other_front_ends(start: Start) -> None:
+    backend = start("poison", shared=True)
+    backend.ready()
+    other = backend.lend()
+    facts = wire.RequestFacts("", "", b"", False, [])
+    frame = wire.pack(wire.PREDICT, wire.Predict(1, [1], [1], [b"id-1"], [facts], []), 1)
+    other.raw(frame)
+    eventually(lambda: sharedpage.read_busy(backend.progress))
+    other.raw(b"x")
+    assert other.results(1)[1][1] == b"x"
+    eventually(lambda: not sharedpage.read_busy(backend.progress))
+    other.close()
 
 
 def test_f9_a_handler_that_does_not_load_is_reported_with_its_traceback(start: Start) -> None:

@@ -29,8 +29,8 @@ WEIGHTS = 64 << 20  # far more than two workers differ in otherwise
 
 
 def owners_of(served: Served) -> Owners:
-    assert served.pool.owners is not None
-    return served.pool.owners
+    assert served.pool.starter.owners is not None
+    return served.pool.starter.owners
 
 
 def owner_of(served: Served) -> int:

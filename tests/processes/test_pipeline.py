@@ -12,7 +12,7 @@ import pytest
 
 from mms import sharedpage, wire
 from mms.backend.channel import ANSWER_WITHIN
-from tests.processes.conftest import Backend, Start
+from tests.processes.conftest import Backend, FrontEnd, Start
 from tests.waiting import eventually
 
 
@@ -102,6 +102,46 @@ def test_requests_are_prepared_while_a_batch_runs_and_make_up_the_next_one(start
     first.let_go()
     results = backend.results(3)
     assert [body for _, body in results.values()] == [b"1", b"2", b"2"]
+
+
+def test_batches_are_of_preferred_sizes(start: Start, request_: Requests) -> None:
+    backend = begin(start, preprocess_threads=1)
+    first, others = request_().hold("inference"), [request_() for _ in range(7)]
+    backend.send(first.body)
+    reaches(first, "inference")
+    backend.send(*[held.body for held in others], forming=wire.Forming((4, 2), 0.0, 0.0))
+    reaches(others[-1], "preprocess")
+    first.let_go()
+    assert [body for _, body in backend.results(8).values()] == [b"1", *[b"4"] * 4, *[b"2"] * 2, b"1"]
+
+
+def test_a_batch_waits_to_be_full_while_its_oldest_may_wait(start: Start, request_: Requests) -> None:
+    backend = begin(start, threads=3, preprocess_threads=1)
+    for _ in range(2):
+        first, second = request_(), request_()
+        backend.send(first.body, batch_size=2, forming=wire.Forming((), 60.0, time.monotonic()))
+        reaches(first, "preprocess")
+        assert not first.reached("inference")
+        backend.send(second.body, batch_size=2, forming=wire.Forming((), 60.0, time.monotonic()))
+        assert [body for _, body in backend.results(2).values()] == [b"2", b"2"]
+    begun = time.monotonic()
+    backend.send(request_().body, forming=wire.Forming((), 0.05, begun))
+    assert next(iter(backend.results(1).values()))[1] == b"1" and time.monotonic() - begun >= 0.05
+
+
+@pytest.mark.parametrize("name", ["", "bad"])
+def test_what_came_together_after_the_delay_is_waited_for_until_it_is_prepared(
+    start: Start, request_: Requests, name: str
+) -> None:
+    backend = begin(start, preprocess_threads=1)
+    requests = [request_(), request_().hold("preprocess"), request_(name).hold("preprocess")]
+    ids = backend.send(*[held.body for held in requests], forming=wire.Forming((), 60.0, time.monotonic() - 60.0))
+    for held in requests[1:]:
+        reaches(held, "preprocess")
+        assert not requests[0].reached("inference")
+        held.let_go()
+    results = backend.results(3)
+    assert {results[id][1] for id in ids[:2]} == {b"2" if name else b"3"}
 
 
 def test_a_batch_runs_while_the_one_before_is_postprocessed(start: Start, request_: Requests) -> None:
@@ -331,6 +371,24 @@ def test_a_front_end_that_ends_takes_only_its_own_requests_along(start: Start, r
     running.let_go()
     assert backend.results(1)[1][1] == b"1"
     assert not waiting.reached("inference")
+
+
+def test_a_front_end_that_does_not_read_lets_others_wait_and_they_know_it(start: Start) -> None:
+    backend = start("poison", threads=2, shared=True)
+    backend.ready()
+    other, count = backend.lend(), 20
+    for _ in range(count):
+        other.send(bytes(60_000), batch_size=1)
+    eventually(lambda: 2 < sharedpage.PROGRESS.unpack_from(other.progress)[0] < count and not runs(other, backend))
+    backend.send(b"x")
+    eventually(lambda: not runs(other, backend) and sharedpage.read_busy(backend.progress))
+    assert len(other.results(count)) == count
+    assert backend.results(1)[1][1] == b"x"
+    other.close()
+
+
+def runs(*front_ends: FrontEnd) -> bool:
+    return any(list(sharedpage.read_slots(one.progress)) for one in front_ends)
 
 
 def test_a_worker_of_many_threads_ends_when_it_is_told_to(start: Start, request_: Requests) -> None:

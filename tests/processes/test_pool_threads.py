@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -44,6 +45,20 @@ def test_a_worker_shows_the_threads_that_prepare(serve: Serve, archive: str, thr
         async with serve(archive, preprocess_threads=2) as served:
             shown = [describe_worker(worker, 1, None, None) for worker in served.pool.workers]
             assert [worker.get("preprocessThreads") for worker in shown] == [threads]
+
+    uvloop.run(scenario())
+
+
+def test_what_a_worker_prepares_waits_to_be_a_full_batch(serve: Serve, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serve("held", preprocess_threads=1, batch_size=2) as served:
+            served.queue.max_batch_delay = 60.0
+            held = tmp_path / "2.preprocess.held"
+            held.touch()
+            outcomes = [served.submit(str(tmp_path / name).encode()) for name in "12"]
+            await until((tmp_path / "2.preprocess").exists)
+            held.unlink()
+            assert await asyncio.gather(*outcomes) == [b"2", b"2"]
 
     uvloop.run(scenario())
 

@@ -33,7 +33,7 @@ async def facts(served: Served, workers: int) -> list[dict[str, Any]]:
 
 
 def template_of(served: Served) -> int:
-    template = served.pool.template
+    template = served.pool.starter.template
     assert template is not None and template.pid is not None
     return template.pid
 
@@ -88,7 +88,8 @@ def test_a_template_that_dies_costs_no_worker_and_is_replaced_when_one_is_needed
                 await until(lambda: not psutil.pid_exists(template))
             said = f"m 1: template (pid {template}) died: signal 9 (SIGKILL); another is started for the next worker"
             assert caplog.messages == [said]
-            assert served.pids == [first] and served.pool.template is not None and served.pool.template.pid is None
+            starter = served.pool.starter
+            assert served.pids == [first] and starter.template is not None and starter.template.pid is None
             await served.scale(2)
             told = await facts(served, 2)
             assert {fact["loaded_by"] for fact in told} == {template, template_of(served)}

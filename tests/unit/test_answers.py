@@ -147,12 +147,12 @@ def test_a_status_that_is_none_is_refused(status: Any) -> None:
         ("upgrade", "h2c"),
     ],
 )
-def test_headers_that_would_break_the_answer_are_refused(name: str, value: Any) -> None:
+def test_s22_headers_that_would_break_the_answer_are_refused(name: str, value: Any) -> None:
     with pytest.raises(HandlerError, match="header"):
         answer("x", 200, "", {name: value}, 1000)
 
 
-def test_a_content_type_with_a_line_break_is_refused() -> None:
+def test_s22_a_content_type_with_a_line_break_is_refused() -> None:
     with pytest.raises(HandlerError):
         make("x", content_type="a/b\r\nx: y")
 

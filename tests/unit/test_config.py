@@ -45,6 +45,11 @@ def test_without_sources_everything_is_default() -> None:
     assert set(origins.values()) == {"default"}
 
 
+def test_s1_s17_only_inference_is_for_other_machines_unless_it_is_said() -> None:
+    config = load_config(environ={})[0]
+    assert [config.management_address, config.metrics_address] == ["127.0.0.1:8081", "127.0.0.1:8082"]
+
+
 def test_the_process_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMS_LOG_LEVEL", "debug")
     assert load_config()[0].log_level == "debug"

@@ -26,12 +26,11 @@ from mms.errors import (
     ServiceUnavailableError,
     WorkerDiedError,
 )
-from mms.wire import RequestFacts
+from mms.wire import FAIR_TURN, RequestFacts
 from mms.workers.batching import BatchQueue
 from mms.workers.job import Job, Terms
 from mms.workers.overload import MAX_RETRY_AFTER, STANDING_SECONDS
 from mms.workers.scheduling import PLAIN, Scheduling
-from mms.workers.waiting import FAIR_TURN
 from tests.unit.simulated import Client, Pipeline, Process, check_reason, deadline, is_full, next_below
 
 SEEDS = int(os.environ.get("SEEDS", "10000"))

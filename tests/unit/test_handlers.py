@@ -277,7 +277,7 @@ def test_weights_go_into_the_model_file(tmp_path: Path, make_context: MakeContex
     assert answers(handler, request(b"[1, 2]")) == [[3, 6]]
 
 
-def test_pickled_network_is_never_unpickled(tmp_path: Path, make_context: MakeContext) -> None:
+def test_s5_pickled_network_is_never_unpickled(tmp_path: Path, make_context: MakeContext) -> None:
     import torch
 
     from tests.unit.networks import Double

@@ -10,7 +10,7 @@ from mms.errors import WorkerDiedError
 from mms.http.limits import LEAST_READ
 from mms.http.listener import HttpServer
 from mms.http.streaming import Streaming
-from tests.unit.test_http_connection import GET, LIMITS, Application, Client, connect
+from tests.unit.http_client import GET, LIMITS, Application, Client, connect
 
 TEXT = b"content-type: text/plain\r\n"
 EVENTS = b"content-type: text/event-stream\r\n"

@@ -1,4 +1,4 @@
-"""Connections that send large bodies, which are read in place; with the transport of test_http_connection."""
+"""Connections that send large bodies, which are read in place; with the transport of http_client."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mms.http.largereads import LEAST, MOST, LargeReads
 from mms.http.limits import LARGE_BODY
 from mms.http.listener import HttpServer
-from tests.unit.test_http_connection import GET, LIMITS, Application, Client, connect, post
+from tests.unit.http_client import GET, LIMITS, Application, Client, chunked, connect, post
 
 KIB = 1 << 10
 DATA = os.urandom(1 << 20)
@@ -55,6 +57,52 @@ def test_requests_in_a_row_are_cut_apart(step: int) -> None:
     client.send(b"".join(requests) * 2, step=step)
     wanted = [b"GET /a " if request == GET else b"POST /p " + request.partition(b"\r\n\r\n")[2] for request in requests]
     assert bodies(client) == wanted * 2
+
+
+@pytest.mark.parametrize("cut", [0, 20, 90, 120, 5000])
+@pytest.mark.parametrize("in_chunks", [False, True], ids=["length", "chunks"])
+def test_what_a_read_begins_behind_a_large_body_may_end_anywhere(cut: int, in_chunks: bool) -> None:
+    client = connected()
+    body = DATA[: 90 * KIB]
+    follows = chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)) if in_chunks else post(body)
+    client.send(large() + follows[:cut])
+    client.send(follows[cut:])
+    client.send(GET)
+    kind = b"POST /c " if in_chunks else b"POST /p "
+    assert bodies(client) == [b"POST /p " + DATA[: 100 * KIB], kind + body, b"GET /a "]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(["length", "chunks", "get"]), min_size=1, max_size=6),
+    sizes=st.lists(st.sampled_from([10, LARGE_BODY, 90 * KIB, 200 * KIB]), min_size=6, max_size=6),
+    cuts=st.lists(st.integers(1, 110 * KIB) | st.integers(100 * KIB, 101 * KIB), max_size=8),
+)
+def test_requests_of_all_kinds_are_cut_apart_whatever_is_read_at_a_time(
+    kinds: list[str], sizes: list[int], cuts: list[int]
+) -> None:
+    client, data, wanted = connected(), b"", []
+    for kind, size in zip(["length", *kinds], [100 * KIB, *sizes], strict=False):
+        body = DATA[:size]
+        framed = chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (size, body))
+        data += {"length": post(body), "chunks": framed, "get": GET}[kind]
+        wanted.append({"length": b"POST /p " + body, "chunks": b"POST /c " + body, "get": b"GET /a "}[kind])
+    at = 0
+    for step in cuts:
+        if at < len(data):
+            client.send(data[at : at + step])
+            at += step
+    if at < len(data):
+        client.send(data[at:])
+    assert bodies(client) == wanted
+
+
+def test_the_end_of_a_head_is_not_known_as_a_head() -> None:
+    client = connected()
+    begin, end = (request := large(200 * KIB))[:20], request[20:]
+    for data in (large() + begin, end, end):
+        client.send(data)
+    assert client.statuses() == [200, 200, 400]
 
 
 def test_a_body_is_not_copied_and_its_head_not_parsed_again() -> None:

@@ -134,7 +134,7 @@ def test_the_source_distribution_holds_what_a_wheel_is_made_of(tree: Path) -> No
 
 
 @pytest.mark.parametrize("name", modules())
-def test_no_module_reads_objects_from_bytes(name: str) -> None:
+def test_s6_no_module_reads_objects_from_bytes(name: str) -> None:
     unsafe = imported(ast.parse(modules()[name].read_text())) & UNSAFE
     assert not unsafe or name.startswith("mms_handlers/"), f"{name} imports {unsafe}"
 

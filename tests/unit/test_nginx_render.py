@@ -50,12 +50,12 @@ def block(text: str, opening: str) -> str:
     return text[start : text.index("\n    }", start)]
 
 
-def test_no_dangerous_directive() -> None:
+def test_s20_no_dangerous_directive() -> None:
     directives = set(re.findall(r"^\s*([a-z0-9_]+)\b", rendered(), re.MULTILINE))
     assert directives & (SCRIPTS | FILES | PROTOCOLS) == set()
 
 
-def test_no_regular_expression_and_no_capture() -> None:
+def test_s20_no_regular_expression_and_no_capture() -> None:
     text = rendered()
     assert re.search(r"location\s+~|server_name\s+~|\$\d", text) is None
 

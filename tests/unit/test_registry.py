@@ -21,7 +21,7 @@ from mms.models.served import VersionState
 from mms.models.version import ModelVersion
 from mms.wire import RequestFacts
 from mms.workers.job import Job
-from tests.unit.test_batching import Caller
+from tests.unit.jobs import Caller
 
 
 @pytest.fixture

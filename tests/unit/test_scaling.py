@@ -14,7 +14,7 @@ from mms.workers.inflight import InFlight
 from mms.workers.scaling import Scaling
 from mms.workers.scheduling import Scheduling
 from mms.workers.worker import Worker
-from tests.unit.test_batching import NOW, make_job, make_queue
+from tests.unit.jobs import NOW, make_job, make_queue
 
 SLEEPY = Bounds(0, 1, zero_after=10, on_request=True)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mms import wire
 from mms.errors import (
     BadRequestError,
     ConfigError,
@@ -18,12 +19,12 @@ from mms.errors import (
 )
 from mms.http.response import error_response
 from mms.model_settings import MAX_TIMEOUT, ModelSettings, merge_settings
+from mms.wire import FAIR_TURN
 from mms.workers.batching import BatchQueue
 from mms.workers.inflight import InFlight
 from mms.workers.job import Job, Terms
-from mms.workers.scheduling import PLAIN, Scheduling, largest_batch, warmup_sizes
-from mms.workers.waiting import FAIR_TURN
-from tests.unit.test_batching import FACTS, NOW, QUICK, SLOW, Caller, finish, make_worker, numbers, take
+from mms.workers.scheduling import PLAIN, Scheduling, forming_of, largest_batch, warmup_sizes
+from tests.unit.jobs import FACTS, NOW, QUICK, SLOW, Caller, finish, make_worker, numbers, take
 
 HIGH, LOW = Terms(0), Terms(1)
 
@@ -74,6 +75,32 @@ def test_short_batches_of_a_preferred_size_are_sent_several_at_a_time_and_nothin
     submit(queue, *range(1, 12))
     frame = queue.take(make_worker(QUICK), NOW)
     assert frame is not None and frame[0] == 4 and len(frame[1]) == 8
+
+
+def test_a_worker_that_prepares_is_sent_more_than_a_preferred_size_and_told_the_most() -> None:
+    queue, worker = make_queue(batch_size=8, preferred=(2, 4)), InFlight(preprocess_threads=1)
+    submit(queue, *range(1, 6))
+    assert queue.take(worker, NOW) is not None and len(worker.jobs) == 4
+    submit(queue, *range(6, 30))
+    frame = queue.take(worker, NOW)
+    assert frame is not None and frame[0] == 8 and len(worker.jobs) == 2 * 8 + 1
+
+
+def test_what_a_worker_prepares_waits_there_for_a_fuller_batch() -> None:
+    queue, worker = make_queue(batch_size=4, max_batch_delay=0.5), InFlight(threads=2, preprocess_threads=1)
+    submit(queue, 1, 2, 3)
+    assert take(queue, worker) == []
+    submit(queue, 4)
+    assert take(queue, worker) == [1, 2, 3, 4]
+    submit(queue, 5)
+    assert take(queue, worker) == [5]
+
+
+def test_a_worker_that_forms_batches_itself_is_told_how() -> None:
+    jobs = submit(make_queue(), 1, 2)
+    jobs[1].arrived -= 1
+    assert forming_of(jobs, (), 0.0) is None
+    assert forming_of(jobs, (4, 2), 0.5) == wire.Forming((4, 2), 0.5, NOW - 1)
 
 
 # priorities

@@ -16,7 +16,7 @@ from mms.model_settings import ModelSettings
 from mms.models.version import ModelVersion
 from mms.server import ModelServer
 from tests.conftest import MakeArchive
-from tests.unit.test_http_connection import Transport, post
+from tests.unit.http_client import Transport, post
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ import logging
 import os
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
+from mms.http.listener import HttpServer
 from mms.http.shedding import Shedding
+from tests.unit.http_client import GET, LIMITS, Application, connect, head_of, last
 
 
 @dataclass(frozen=True)
@@ -121,3 +123,107 @@ def test_what_is_promised_counts_only_against_who_promises_it() -> None:
     assert account.read(10, before=0, to_come=880) is None
     assert account.read(10, before=0, to_come=881) is not None
     assert account.bytes == 20
+
+
+# what connections do
+
+
+def test_one_connection_too_many_is_told_so() -> None:
+    application = Application()
+    server = HttpServer(application, LIMITS, edge=False)
+    clients = [connect(server=server) for _ in range(LIMITS.max_connections + 1)]
+    assert [client.statuses() for client in clients] == [[], [], [], [503]]
+    clients[0].connection.connection_lost(None)
+    assert connect(server=server).statuses() == [503], "the refused one still counts until it has gone"
+    clients[3].connection.connection_lost(None)
+
+
+def shedding_server(application: Application, *, max_bytes: int) -> HttpServer:
+    return HttpServer(application, replace(LIMITS, max_bytes_in_flight=max_bytes), edge=False)
+
+
+def tick(server: HttpServer) -> None:
+    if server.shedding.tick(len(server.connections)):
+        server._step_changed()
+
+
+def test_a_body_for_which_there_is_no_room_beside_others_is_refused() -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    first, second = connect(server=server), connect(server=server)
+    first.send(head_of(b"/a", b"Content-Length: 61000") + b"x" * 60_000)
+    second.send(head_of(b"/a", b"Content-Length: 40000") + b"x")
+    assert (first.statuses(), second.statuses()) == ([], [429]) and second.transport.ended
+    assert server.shedding.bytes == 60_000
+    first.send(b"x" * 1000)
+    assert first.statuses() == [200]
+    tick(server)
+    assert server.shedding.bytes == 0
+
+
+def test_a_chunked_body_counts_as_it_comes() -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    first, second = connect(server=server), connect(server=server)
+    first.send(head_of(b"/a", b"Content-Length: 61000") + b"x" * 60_000)
+    second.send(head_of(b"/a", b"Transfer-Encoding: chunked") + b"8000\r\n" + b"x" * 20_000)
+    assert second.statuses() == [] and server.shedding.bytes == 80_000
+    second.send(b"x" * 12_000)
+    assert second.statuses() == [429] and server.shedding.bytes == 60_000
+
+
+@pytest.mark.parametrize("ends", ["lost", "refused"])
+def test_a_body_that_never_comes_no_longer_counts(ends: str) -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    client = connect(server=server)
+    client.send(head_of(b"/a", b"Content-Length: 60000") + b"x" * 100)
+    assert server.shedding.bytes == 100
+    if ends == "lost":
+        client.connection.connection_lost(None)
+    else:
+        client.connection.sweep(last(client) + 61)
+        assert client.statuses() == [408]
+    assert server.shedding.bytes == 0
+
+
+def test_at_the_first_step_answers_close_their_connections_and_later_no_more() -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    tick(server)
+    one, two = connect(server=server), connect(server=server)
+    for client in (one, one, two):
+        client.send(GET)
+    application.bytes = 85_000
+    tick(server)
+    for client in (one, two):
+        client.send(GET)
+        assert client.answers()[-1].headers["connection"] == "close" and client.transport.ended
+        client.connection.connection_lost(None)
+    application.bytes = 0
+    tick(server)
+    client = connect(server=server)
+    client.send(GET)
+    client.send(GET)
+    assert client.statuses() == [200, 200] and not client.transport.ended
+
+
+def test_while_something_is_shed_idle_connections_are_closed_soon() -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    client = connect(server=server)
+    application.bytes = 85_000
+    tick(server)
+    client.connection.sweep(last(client) + 2)
+    assert client.transport.closed
+
+
+def test_at_the_last_step_connections_are_refused() -> None:
+    application = Application()
+    server = shedding_server(application, max_bytes=100_000)
+    application.bytes = 96_000
+    tick(server)
+    client = connect(server=server)
+    assert [answer.message for answer in client.answers()] == [
+        "the server has no file descriptors or memory left for more connections"
+    ]

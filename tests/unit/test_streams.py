@@ -27,6 +27,8 @@ def request(accept: str = "") -> Request:
 class Server:
     """What a batch's streams send: `rounds` are the frames, as lists of chunks by job or ends by job."""
 
+    gone = False
+
     def __init__(self) -> None:
         self.page = bytearray(sharedpage.PAGE)
         self.beats = 0

@@ -122,12 +122,12 @@ def test_a_frame_that_arrives_whole_is_not_copied() -> None:
         pytest.param(b"hello from a print in the handler\n", id="text"),
     ],
 )
-def test_what_is_no_frame_is_refused_at_its_header(data: bytes) -> None:
+def test_s6_what_is_no_frame_is_refused_at_its_header(data: bytes) -> None:
     with pytest.raises(FrameError):
         list(FrameReader().feed(data))
 
 
-def test_garbage_behind_a_frame_is_refused_after_it() -> None:
+def test_s6_garbage_behind_a_frame_is_refused_after_it() -> None:
     stream = FrameReader().feed(wire.pack(wire.STOP, None) + b"garbage of more than a header")
     assert next(stream)[0] == wire.STOP
     with pytest.raises(FrameError):
@@ -144,7 +144,7 @@ def test_a_frame_that_has_begun_can_be_finished_by_somebody_else() -> None:
 
 
 @given(st.binary(max_size=200), st.integers(1, 50))
-def test_garbage_is_nothing_but_a_frame_error(data: bytes, step: int) -> None:
+def test_s6_garbage_is_nothing_but_a_frame_error(data: bytes, step: int) -> None:
     try:
         for kind, _, _ in frames(data, step=step):
             assert kind <= 255
@@ -154,7 +154,7 @@ def test_garbage_is_nothing_but_a_frame_error(data: bytes, step: int) -> None:
 
 @settings(max_examples=200)
 @given(st.sampled_from(READ_KINDS), st.binary(max_size=80))
-def test_a_garbled_head_is_nothing_but_a_frame_error(kind: type, block: bytes) -> None:
+def test_s6_a_garbled_head_is_nothing_but_a_frame_error(kind: type, block: bytes) -> None:
     try:
         assert isinstance(wire.decode(kind, block), kind)
     except FrameError as error:
@@ -162,7 +162,7 @@ def test_a_garbled_head_is_nothing_but_a_frame_error(kind: type, block: bytes) -
 
 
 @given(st.integers(0, len(wire.encode(RESULT)) - 1), st.integers(0, 255))
-def test_a_head_with_one_wrong_byte_is_nothing_but_a_frame_error(at: int, byte: int) -> None:
+def test_s6_a_head_with_one_wrong_byte_is_nothing_but_a_frame_error(at: int, byte: int) -> None:
     block = bytearray(wire.encode(RESULT))
     block[at] = byte
     try:

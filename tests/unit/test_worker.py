@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import mmap
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 from mms import sharedpage, wire
 from mms.errors import MMSError
 from mms.metrics import VersionMetrics
+from mms.model_settings import ModelSettings
 from mms.workers.batching import BatchQueue
 from mms.workers.job import Job, Terms
+from mms.workers.lateness import PATIENCE, Lateness
 from mms.workers.placement import Place
 from mms.workers.process import WorkerProcess
 from mms.workers.scheduling import Scheduling
-from mms.workers.worker import Worker
+from mms.workers.worker import Loan, Worker
 
 FACTS = wire.RequestFacts("", "", b"", False, [])
 PLAIN_TERMS = Terms()
@@ -108,6 +113,16 @@ def test_a_worker_of_several_threads_is_told_who_waits_no_longer() -> None:
     assert list(rig.worker.in_flight.jobs) == [2, 3] and not metrics.requests and not metrics.errors
 
 
+def test_a_worker_that_waits_for_a_fuller_batch_is_not_late() -> None:
+    rig = Rig(wire.Ready("request", 0.1, 1, 1))
+    rig.takes(1)
+    rig.queue.max_batch_delay = 5.0
+    late = Lateness(ModelSettings(response_timeout=2.0), rig.queue)
+    now = time.monotonic()
+    assert late.overdue(rig.worker, now) is None and late.overdue(rig.worker, now + 6.9) is None
+    assert late.overdue(rig.worker, now + 7.1)
+
+
 def test_a_full_batch_leaves_before_the_answers_of_the_last_one_are_delivered() -> None:
     rig = Rig(wire.Ready("batch", 0.1))
     (job,) = rig.takes(1)
@@ -124,3 +139,80 @@ def test_who_leaves_a_worker_of_one_thread_costs_nothing() -> None:
     (job,) = rig.takes(1)
     job.cancel()
     assert not sharedpage.Cancelled(rig.page).look()
+
+
+class Shared(Rig):
+    """A worker that a further front end uses, too."""
+
+    def __init__(self) -> None:
+        super().__init__(wire.Ready("batch", 0.1))
+        self.worker.control, self._theirs = socket.socketpair()
+        self.other = mmap.mmap(-1, sharedpage.PAGE)
+        self.worker.elsewhere[1] = Loan(self.other)
+
+    def knows(self) -> None:
+        """The worker has heard of the other one."""
+        sharedpage.write_busy(self.other, False)
+
+    def works(self, page: mmap.mmap, done: int, begun_at: float) -> None:
+        sharedpage.PROGRESS.pack_into(page, 0, done, done + 1, begun_at)
+        for each in (self.page, self.other):
+            sharedpage.write_busy(each, True)
+
+    def close(self) -> None:
+        assert self.worker.control is not None
+        self.worker.control.close()
+        self._theirs.close()
+
+
+@pytest.fixture
+def shared() -> Iterator[Shared]:
+    made = Shared()
+    yield made
+    made.close()
+
+
+LIMIT = 1.0
+SETTINGS = ModelSettings(response_timeout=LIMIT)
+LONG = LIMIT + PATIENCE + 1
+
+
+def test_a_worker_that_does_not_know_of_a_front_end_yet_owes_it_nothing(shared: Shared) -> None:
+    assert sharedpage.read_busy(shared.other)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_shared_worker_that_stays_between_two_batches_is_found(shared: Shared, known: bool) -> None:
+    """Be it that it never gets to know of the other front end."""
+    lateness = Lateness(SETTINGS, shared.queue)
+    if known:
+        shared.works(shared.other, 1, 0.0)
+    assert not lateness.stands_still(shared.worker, 10.0)
+    assert not lateness.stands_still(shared.worker, 10.0 + LIMIT)
+    assert lateness.stands_still(shared.worker, 10.0 + LONG)
+
+
+def test_a_shared_worker_that_idles_or_has_a_batch_or_goes_on_does_not_stand_still(shared: Shared) -> None:
+    lateness, now = Lateness(SETTINGS, shared.queue), 10.0
+
+    def later() -> bool:
+        nonlocal now
+        now += LONG
+        return lateness.stands_still(shared.worker, now)
+
+    shared.knows()
+    assert not later() and not later()
+    for page in (shared.page, shared.other):
+        shared.works(page, 1, now)
+        assert not later() and not later()
+        shared.works(page, 1, 0.0)
+    for done in range(3, 6):
+        shared.works(shared.other, done, 0.0)
+        assert not later()
+
+
+def test_what_a_worker_has_answered_stays_when_a_front_end_leaves_it(shared: Shared) -> None:
+    shared.works(shared.other, 7, 0.0)
+    assert shared.worker.answered == 7
+    shared.worker.left(1)
+    assert shared.worker.answered == 7
