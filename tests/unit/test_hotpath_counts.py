@@ -244,8 +244,10 @@ def test_a_frame_is_one_read_one_write_and_few_calls_in_the_worker(jobs: int, mo
     stages = BatchStages(lambda data, context: [b"ok"] * len(data), context, isolate=False, limit=1 << 20)
     channel = Channel(cast(Any, sock))
     loop = Loop(stages, 1 << 20, channel, mmap.mmap(-1, sharedpage.PAGE))
+    waits: list[int] = []
     with Calls() as calls:
-        for received in channel.predictions():
+        for received in channel.predictions(lambda: waits.append(sock.reads)):
             loop.predict(*received)
     assert (sock.reads, sock.writes) == (frames, frames)
+    assert waits == list(range(frames + 1))  # one before each read, the one at the end included
     assert calls.count <= most * frames
