@@ -46,6 +46,9 @@ class Histogram:
         first, and `total` is their sum.
         """
         rest = len(moments)
+        if rest == 1:
+            self.observe(now - total)
+            return
         self.total += rest * now - total
         bounds, counts = self.bounds, self.counts
         bucket, longest = bisect_left(bounds, now - moments[-1]), bisect_left(bounds, now - moments[0])

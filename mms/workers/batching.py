@@ -78,7 +78,7 @@ class BatchQueue:
         """At most so many jobs in a batch, and of these sizes those that are better than others."""
         self.batch_size = batch_size
         self.preferred = tuple(sorted(preferred, reverse=True))
-        self._plain = not preferred and self.objective is None
+        self.plain = not preferred and self.objective is None  # then batches of any worker are of up to batch_size
         for limit in self.objective.limits if self.objective is not None else ():
             limit.most = batch_size
             limit.limit = min(limit.limit, batch_size)
@@ -133,6 +133,30 @@ class BatchQueue:
         self._waiting.extend(jobs)
         return True
 
+    def pass_on(self, jobs: list[Job], worker: InFlight, now: float) -> bool:
+        """Jobs without terms, just come, go to an idle worker as one batch: what submit_all and take would do while
+        nothing waits, and nothing is to be decided. False, and none is taken, when something is.
+        """
+        count, size = len(jobs), 0
+        for job in jobs:
+            size += job.size
+            job.queue = self
+        if (
+            self.depth
+            or count > self.batch_size
+            or count > self.room
+            or size > self.max_bytes
+            or size > MAX_FRAME_BYTES
+            or self.max_batch_delay
+            or not self.plain
+            or self._known_poisons
+        ):
+            return False
+        self.submitted += count
+        self._overload.emptied = True
+        self._hand_over(worker, jobs, size, self.batch_size, now)
+        return True
+
     def refusal(self, size: int, terms: Terms | None = None) -> MMSError | None:
         """What speaks against a job with a body of `size` bytes now. An empty queue takes a body of any size, and jobs
         of lower priority give way.
@@ -183,7 +207,7 @@ class BatchQueue:
                 return self._hand_over(worker, jobs, jobs[0].size, 1, now)
         if not self.depth:
             return None
-        batch_size = self.batch_size if self._plain else self.batch_size_of(worker)
+        batch_size = self.batch_size if self.plain else self.batch_size_of(worker)
         limit = self._limit(worker, batch_size, now)
         if not limit:
             return None

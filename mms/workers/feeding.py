@@ -53,9 +53,18 @@ class Feeder:
         """Queue all that have arrived together, none with terms, and hand them out at once; False, and none is taken,
         when they must be looked at one by one.
         """
-        if not self._queue.submit_all(jobs):
+        queue, idle = self._queue, None
+        if not self._in_turns:
+            for worker in self.ready_workers:
+                if not worker.in_flight.count:
+                    idle = worker
+                    break
+        if idle is not None and queue.pass_on(jobs, idle.in_flight, time.monotonic()):
+            idle.send(queue.batch_size, jobs)
+        elif not queue.submit_all(jobs):
             return False
-        self._dispatch()
+        elif idle is not None or self._in_turns or not queue.plain or queue.depth >= queue.batch_size:
+            self._dispatch()  # else all workers are busy, and are sent nothing ahead that is less than a batch
         return True
 
     def fail(self, job: Job, error: MMSError) -> None:

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from typing import cast
 
+import msgspec
+
 from mms.workers.job import Job
 from mms.workers.objective import BatchLimit
 
@@ -13,42 +15,32 @@ AHEAD_SECONDS = 0.002  # work that may lie at a worker beyond what it needs now:
 MAX_FRAME_JOBS = 256
 
 
-class Frame:
+class Frame(msgspec.Struct, eq=False):
     """The jobs of one frame and their ids, `taken` from the queue at that time, with bodies of `size` bytes in all.
 
     `first` is the place of its first job among all the worker was ever sent. `cancel` tells the worker that nobody
-    waits for a job any more, where jobs wait in workers.
+    waits for a job any more, where jobs wait in workers. A Struct: its constructor runs in C.
     """
 
-    __slots__ = ("_open", "cancel", "first", "ids", "jobs", "size", "taken")
-
-    def __init__(
-        self, first: int, jobs: list[Job], size: int, taken: float, cancel: Callable[[int], None] | None
-    ) -> None:
-        self.first = first
-        self.jobs = jobs
-        self.size = size
-        self.ids = [job.id for job in jobs]
-        self.taken = taken
-        self.cancel = cancel
-        self._open: dict[int, Job] | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether nobody has asked for one of its jobs yet: mostly it is answered as a whole."""
-        return self._open is None
+    first: int
+    jobs: list[Job]
+    ids: list[int]
+    size: int
+    taken: float
+    cancel: Callable[[int], None] | None
+    opened: dict[int, Job] | None = None  # set once one of its jobs was asked for: mostly it is answered as a whole
 
     @property
     def open(self) -> dict[int, Job]:
         """Those that are not answered, by id; who answers one takes it out."""
-        if self._open is None:
-            self._open = dict(zip(self.ids, self.jobs, strict=True))
-        return self._open
+        if self.opened is None:
+            self.opened = dict(zip(self.ids, self.jobs, strict=True))
+        return self.opened
 
     def placed(self) -> Iterator[tuple[int, Job]]:
         """Those that are not answered, with their places."""
         for place, job in enumerate(self.jobs, self.first):
-            if self._open is None or job.id in self._open:
+            if self.opened is None or job.id in self.opened:
                 yield place, job
 
 
@@ -98,7 +90,7 @@ class InFlight:
 
     def add(self, jobs: list[Job], size: int, now: float) -> None:
         """They are sent in one frame; their bodies have `size` bytes in all."""
-        frame = Frame(self.sent, jobs, size, now, self.cancel)
+        frame = Frame(self.sent, jobs, [job.id for job in jobs], size, now, self.cancel)
         for job in jobs:
             job.frame = frame
         self.frames.append(frame)
@@ -108,7 +100,7 @@ class InFlight:
     def finish(self, ids: list[int]) -> list[Job] | None:
         """The jobs of these ids, answered and no longer in hand. None, and all stay in hand, if one is not there."""
         for frame in self.frames:
-            if frame.ids == ids and frame.whole:
+            if frame.ids == ids and frame.opened is None:
                 done = frame.jobs
                 self._end(frame)
                 break

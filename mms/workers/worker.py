@@ -17,7 +17,7 @@ from mms import sharedpage, wire
 from mms.errors import FrameError
 from mms.metrics import VersionMetrics
 from mms.workers.batching import BatchQueue
-from mms.workers.delivery import count_answers, count_batches, deliver, waits_in_worker
+from mms.workers.delivery import count_answers, count_batches, deliver, seconds_of, waits_in_worker
 from mms.workers.inflight import InFlight
 from mms.workers.job import Caller, Job
 from mms.workers.largeframe import LARGE, LARGEST, LargeFrame
@@ -187,10 +187,13 @@ class Worker(asyncio.Protocol):
 
     def send(self, batch_size: int, jobs: list[Job]) -> None:
         """One PREDICT frame with all of `jobs`, which were the last to be added to those in flight."""
-        request_ids = [job.request_id for job in jobs]
-        facts = wire.share([job.facts for job in jobs])
         sent = self.in_flight.frames[-1]
-        frame = wire.Predict(batch_size, sent.ids, [], request_ids, *facts)
+        if len(jobs) == 1:  # then it is the frame that costs, so its columns are made without loops
+            (job,) = jobs
+            frame = wire.Predict(batch_size, sent.ids, [], [job.request_id], [job.facts], [])
+        else:
+            request_ids = [job.request_id for job in jobs]
+            frame = wire.Predict(batch_size, sent.ids, [], request_ids, *wire.share([job.facts for job in jobs]))
         if self.in_flight.preprocess_threads:
             queue = self._queue
             frame.forming = forming_of(jobs, queue.preferred, queue.max_batch_delay)
@@ -233,6 +236,10 @@ class Worker(asyncio.Protocol):
 
     def data_received(self, data: bytes | bytearray) -> None:
         try:
+            frame = self._reader.whole(data)
+            if frame is not None and frame[0] == wire.RESULT:
+                self._results(wire.decode(wire.Result, frame[1]), frame[2])
+                return
             for kind, head, payload in self._reader.feed(data):
                 if kind == wire.RESULT:
                     self._results(wire.decode(wire.Result, head), payload)
@@ -303,7 +310,7 @@ class Worker(asyncio.Protocol):
         if jobs is None:
             raise FrameError(f"answers to jobs {ids}, which this worker does not have")
         if batches:
-            self.in_flight.observe(len(batches), count_batches(batches, self._metrics))
+            self.in_flight.observe(len(batches), seconds_of(batches))
             whole = reported == count  # they are the batches of these jobs and of no others
             if self.in_flight.batch_limit is not None and whole and not any([job.streams for job in jobs]):
                 self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
@@ -317,8 +324,10 @@ class Worker(asyncio.Protocol):
             outcomes = outcomes if alike else [outcomes[place] for place in places]
             waits = waits if len(waits) == 1 else [waits[place] for place in places]
         if jobs:
-            count_answers(jobs, outcomes, waits, now, self._metrics, alike=alike, overlaps=self.in_flight.overlaps)
             deliver(jobs, callers, outcomes, bodies, self._metrics, alike=alike)
+            count_answers(jobs, outcomes, waits, now, self._metrics, alike=alike, overlaps=self.in_flight.overlaps)
+        if batches:
+            count_batches(batches, self._metrics)
         self._owner.worker_free(self)
 
     def _chunks(self, chunks: wire.Chunks, payload: memoryview) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import Any
 
 import pytest
 
 from mms.errors import DeadlineError, DrainingError, QueueBytesError, QueueFullError, ServiceUnavailableError
 from mms.workers.inflight import AHEAD_SECONDS, MAX_FRAME_JOBS, InFlight
+from mms.workers.scheduling import Scheduling
 from mms.workers.waiting import MAX_FRAME_BYTES
 from tests.unit.jobs import NOW, QUICK, SLOW, Caller, fill, finish, make_job, make_queue, make_worker, numbers, take
 
@@ -206,6 +208,37 @@ def test_of_jobs_that_arrive_together_none_is_taken_unless_there_is_room_for_all
     assert queue.submit_all([make_job(number, size=4) for number in (1, 2)])
 
 
+def test_jobs_that_have_just_come_pass_an_empty_queue() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker()
+    assert queue.pass_on([make_job(1), make_job(2)], worker, NOW)
+    assert (queue.depth, queue.bytes, queue.submitted, worker.frames[0].ids) == (0, 0, 2, [1, 2])
+    assert [job.taken for job in worker.finish([1, 2]) or []] == [NOW, NOW]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 1},
+        {"capacity": 1},
+        {"max_bytes": 19},
+        {"max_batch_delay": 1.0},
+        {"scheduling": Scheduling(preferred=(1,))},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_jobs_that_something_is_to_be_decided_of_do_not_pass_the_queue(settings: dict[str, Any]) -> None:
+    queue, worker = make_queue(**{"batch_size": 2, **settings}), make_worker()
+    assert not queue.pass_on([make_job(1), make_job(2)], worker, NOW)
+    assert not worker.count and (queue.depth, queue.submitted) == (0, 0)
+
+
+def test_nobody_passes_those_who_wait() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker()
+    fill(queue, 1)
+    assert not queue.pass_on([make_job(2)], worker, NOW)
+    assert take(queue, worker) == [1]
+
+
 def test_an_empty_queue_takes_a_body_of_any_size() -> None:
     queue = make_queue(max_bytes=100)
     (large,) = fill(queue, 1, size=1000)
@@ -249,7 +282,7 @@ def test_a_frame_may_be_answered_before_one_that_was_sent_earlier() -> None:
     fill(queue, 4)
     assert (take(queue, worker), take(queue, worker)) == ([1, 2], [3, 4])
     finish(worker, 3, 4)
-    assert [frame.ids for frame in worker.frames] == [[1, 2]] and worker.frames[0].whole
+    assert [frame.ids for frame in worker.frames] == [[1, 2]] and worker.frames[0].opened is None
     finish(worker, 1, 2)
     assert not worker.frames and not worker.count
 

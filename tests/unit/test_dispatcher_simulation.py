@@ -42,6 +42,7 @@ RESPONSE_TIMEOUT = 1.0
 SERIAL = (1, 0)  # threads and preprocess threads of a worker
 RARITIES = (
     "together",
+    "passed on",
     "newest first",
     "passed over",
     "several at a time",
@@ -140,7 +141,17 @@ class Simulation:
     def submit(self) -> None:
         clients = [self.new_client() for _ in range(self.pick((1, 1, 1, 4, 12)))]
         jobs = [client.job for client in clients]
-        if self.chance() < 0.5 and not any([job.terms for job in jobs]) and self.queue.submit_all(jobs):
+        plain = not any([job.terms for job in jobs])
+        idle = [worker for worker in self.workers if not worker.in_flight.count]
+        if plain and idle and self.chance() < 0.3 and self.queue.pass_on(jobs, idle[0].in_flight, self.now):
+            self.events.append(("pass on", [job.id for job in jobs], "to", self.workers.index(idle[0])))
+            assert not self.queue.closed and not self.queue.depth and len(jobs) <= self.queue.batch_size
+            assert not any([client.poison and self.queue._known_poisons for client in clients])
+            self.seen["passed on"] += 1
+            for client in clients:
+                self.accept(client)
+            idle[0].receive(self.queue.batch_size, jobs)
+        elif plain and self.chance() < 0.5 and self.queue.submit_all(jobs):
             self.events.append(("submit together", [job.id for job in jobs]))
             queue = self.queue
             assert not queue.closed and queue.depth <= queue.room and queue.bytes <= queue.max_bytes
@@ -431,7 +442,7 @@ class Simulation:
         assert not any([job.taken for job in waiting]), "a waiting job counts as taken"
         for worker in self.workers:
             held = worker.in_flight
-            in_hand = [frame.ids if frame.whole else [*frame.open] for frame in held.frames]
+            in_hand = [frame.ids if frame.opened is None else [*frame.open] for frame in held.frames]
             owned += itertools.chain(*in_hand)
             assert all(in_hand) and sum(map(len, in_hand)) == held.count
             assert held.finished + held.count == worker.sent, "sent is answered or in hand"
