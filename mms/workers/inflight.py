@@ -99,10 +99,11 @@ class InFlight:
 
     def finish(self, ids: list[int]) -> list[Job] | None:
         """The jobs of these ids, answered and no longer in hand. None, and all stay in hand, if one is not there."""
-        for frame in self.frames:
+        frames = self.frames
+        for frame in frames:
             if frame.ids == ids and frame.opened is None:
-                done = frame.jobs
-                self._end(frame)
+                frames.remove(frame)
+                done, frame.jobs = frame.jobs, []  # it must hold no cycle
                 break
         else:
             some = self._take(ids)
@@ -142,13 +143,9 @@ class InFlight:
                     cast(Frame, job.frame).open[job.id] = job
                 return None
         for frame in [frame for frame in self.frames if not frame.open]:
-            self._end(frame)
+            self.frames.remove(frame)
+            frame.jobs = []
         return done
-
-    def _end(self, frame: Frame) -> None:
-        """All of it is answered."""
-        self.frames.remove(frame)
-        frame.jobs = []  # it must hold no cycle
 
     def begins_stream(self) -> None:
         """Times of its batches tell nothing any more of the next one: from now on nothing is sent ahead."""
