@@ -41,16 +41,23 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
-    def observe_since(self, moments: Sequence[float], now: float) -> None:
-        """As `observe` for each of the times from these moments, at least one, until now."""
-        self.total += len(moments) * now - sum(moments)
+    def observe_since(self, moments: Sequence[float], total: float, now: float) -> None:
+        """As `observe` for each of the times from these moments until now. There is at least one, the earliest is the
+        first, and `total` is their sum.
+        """
+        rest = len(moments)
+        if rest == 1:
+            self.observe(now - total)
+            return
+        self.total += rest * now - total
         bounds, counts = self.bounds, self.counts
-        low = bisect_left(bounds, now - max(moments))
-        if low == bisect_left(bounds, now - min(moments)):
-            counts[low] += len(moments)
-        else:
-            for moment in moments:
-                counts[bisect_left(bounds, now - moment)] += 1
+        bucket, longest = bisect_left(bounds, now - moments[-1]), bisect_left(bounds, now - moments[0])
+        while bucket < longest:
+            earlier = bisect_left(moments, now - bounds[bucket], 0, rest)
+            counts[bucket] += rest - earlier
+            rest = earlier
+            bucket += 1
+        counts[longest] += rest
 
     def observe_all(self, values: Sequence[float]) -> None:
         """As `observe` for each of at least one: what one frame brings mostly falls into one bucket."""

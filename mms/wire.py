@@ -412,6 +412,17 @@ class FrameReader:
         self._size, self._needed = 0, HEADER.size
         return begun, size
 
+    def whole(self, data: bytes | bytearray) -> tuple[int, memoryview, memoryview] | None:
+        """What `feed` would yield, if `data` is one frame and nothing came before; else None. Raises FrameError."""
+        if self._chunks or len(data) < HEADER.size:
+            return None
+        kind, head, payload = parse_header(data)
+        start = HEADER.size + head
+        if start + payload != len(data):
+            return None
+        view = memoryview(data)
+        return kind, view[HEADER.size : start], view[start:]
+
     def feed(self, data: bytes | bytearray) -> Iterator[tuple[int, memoryview, memoryview]]:
         """(kind, head, payloads) for each frame that `data` completes. Raises FrameError."""
         if self._chunks or len(data) < self._needed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mms import wire
 from mms.arena import WHERE, Arena
@@ -13,6 +13,7 @@ from mms.errors import FrameError
 from mms.handler import Request
 from mms.handler_metrics import Metrics
 
+_HEADER = wire.HEADER.size
 READ_SIZE = 256 << 10
 JOIN_BELOW = 32 << 10
 ANSWER_WITHIN = 0.0005  # seconds that a finished answer may wait for others to share its frame
@@ -29,6 +30,7 @@ class Channel:
         self._sock = sock
         self._recv_into = sock.recv_into
         self._send = sock.sendmsg
+        self._send_all = sock.sendall
         self._buffer = bytearray(READ_SIZE)  # kept: a fresh one per read costs three system calls
         self._view = memoryview(self._buffer)
         self._at = self._end = 0  # what was read and not yet handed out
@@ -63,29 +65,37 @@ class Channel:
 
         The buffer may be overwritten by the next read, unless the payloads are all that it holds. Raises FrameError.
         """
-        if not self._fill(wire.HEADER.size):
+        if self._end - self._at < _HEADER and not self._fill(_HEADER):
             return None
         kind, head_size, payload_size = wire.parse_header(self._buffer, self._at)
-        start = wire.HEADER.size + head_size
-        if not self._fill(start):
+        start = _HEADER + head_size
+        if self._end - self._at < start and not self._fill(start):
             return None
         begin = self._at + start
-        head = bytes(self._view[self._at + wire.HEADER.size : begin])
-        if start + payload_size > len(self._buffer):
-            self._at = begin
-            payload = self._large(payload_size)
-            return None if payload is None else (kind, head, payload, 0)
-        if not self._fill(start + payload_size):
-            return None
-        begin = self._at + start
+        head = bytes(self._view[self._at + _HEADER : begin])
+        if payload_size:
+            if start + payload_size > len(self._buffer):
+                self._at = begin
+                payload = self._large(payload_size)
+                return None if payload is None else (kind, head, payload, 0)
+            if not self._fill(start + payload_size):
+                return None
+            begin = self._at + start
         self._at = begin + payload_size
         return kind, head, self._buffer, begin
 
-    def predictions(self) -> Iterator[tuple[wire.PredictView, bytearray, int]]:
+    def predictions(
+        self, wait: Callable[[], object] | None = None
+    ) -> Iterator[tuple[wire.PredictView, bytearray, int]]:
         """Each frame of requests, the buffer with its payloads and where in it they begin, until the server says STOP
-        or closes the channel. Raises FrameError.
+        or closes the channel. `wait` returns when there is something to read. Raises FrameError.
         """
-        while (frame := self.read()) is not None:
+        while True:
+            if wait is not None and self._end == self._at:
+                wait()
+            frame = self.read()
+            if frame is None:
+                return
             kind, head, payload, at = frame
             if kind == wire.STOP:
                 self.send_metrics()
@@ -102,7 +112,9 @@ class Channel:
     def _fill(self, size: int) -> bool:
         """Have `size` bytes in hand; False at the end of the channel."""
         while self._end - self._at < size:
-            if self._at + size > len(self._buffer) or self._at == self._end:
+            if self._at == self._end:
+                self._at = self._end = 0
+            if self._at + size > len(self._buffer):
                 self._move(size)
             count = self._recv_into(self._view[self._end :])
             if not count:
@@ -138,17 +150,18 @@ class Channel:
         if self.metrics is not None and self.metrics.changed:
             self.write(wire.MEASURED, self.metrics.take(), [], 0)
 
-    def reply(self, ids: Sequence[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
-        """A RESULT frame with finished jobs and the times of their batches."""
+    def reply(self, ids: list[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
+        """A RESULT frame with finished jobs, at least one, and the times of their batches."""
         self.send_metrics()  # before the answers: who has one finds its numbers in /metrics
-        bodies = [body for _, body in answers]
-        sizes = list(map(len, bodies))
-        size = sum(sizes)
-        result = wire.Result(list(ids), sizes, *wire.share([outcome for outcome, _ in answers]), batches)
+        outcomes, bodies = map(list, zip(*answers, strict=True))
+        size = sum(map(len, bodies))
+        result = wire.Result(ids, [], *wire.share(outcomes), batches)
         if size < wire.INLINE_BELOW:
-            result.sizes, result.bodies = [], bodies
-            self.write(wire.RESULT, result, (), 0)
-        elif self._arena is not None and (where := self._arena.answers.put(bodies, size)) is not None:
+            result.bodies = bodies
+            self._send_all(wire.pack(wire.RESULT, result))
+            return
+        result.sizes = list(map(len, bodies))
+        if self._arena is not None and (where := self._arena.answers.put(bodies, size)) is not None:
             self.write(wire.RESULT | wire.SHARED, result, (where,), len(where))
         else:
             self.write(wire.RESULT, result, bodies, size)
@@ -156,7 +169,7 @@ class Channel:
     def write(self, kind: int, head: object, payloads: Sequence[Body], size: int) -> None:
         frame = wire.pack(kind, head, size)
         if size < JOIN_BELOW:
-            self._sock.sendall(b"".join((frame, *payloads)))
+            self._send_all(b"".join((frame, *payloads)))
             return
         buffers = [memoryview(frame), *(memoryview(payload) for payload in payloads if len(payload))]
         while buffers:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import mmap
 import os
+import select
 import socket
 import sys
 import time
@@ -34,33 +35,6 @@ _perf_counter = time.perf_counter
 _pack_progress = sharedpage.PROGRESS.pack_into
 
 
-class Replies:
-    """Finished jobs of one frame on their way back: gathered into one frame while the next batches are quick."""
-
-    def __init__(self, channel: Channel, ids: list[int]) -> None:
-        self._channel = channel
-        self._ids = ids
-        self._sent = 0
-        self._answers: list[Answer] = []
-        self._batches: list[wire.BatchTimes] = []
-
-    def add(self, answers: list[Answer], times: wire.BatchTimes) -> None:
-        self._answers += answers
-        self._batches.append(times)
-
-    def flush(self) -> None:
-        answers = self._answers
-        if answers:
-            self._channel.reply(self._ids[self._sent : self._sent + len(answers)], answers, self._batches)
-            self._sent += len(answers)
-            self._answers, self._batches = [], []
-
-    def skip(self, count: int) -> None:
-        """The next `count` jobs are answered by somebody else; what came before them goes first."""
-        self.flush()
-        self._sent += count
-
-
 class Loop:
     """A loaded handler and its channel: one batch at a time."""
 
@@ -74,33 +48,38 @@ class Loop:
     def predict(self, frame: wire.PredictView, payload: bytearray, at: int) -> None:
         """Run the frame's jobs; their bodies lie back to back in `payload`, from `at` on."""
         received = flushed = begun = _monotonic()
-        size = frame.batch_size
-        stages, progress = self._stages, self._progress
+        ids, size = frame.ids, frame.batch_size
+        channel, stages, progress = self._channel, self._stages, self._progress
         staged = stages.style == "request"
-        replies = Replies(self._channel, frame.ids)
+        answers: list[Answer] = []  # gathered into one frame while the next batches are quick
+        batches: list[wire.BatchTimes] = []
         requests = requests_of(frame, payload, at, self._limit)
         for first in range(0, len(requests), size):
             batch = requests[first : first + size]
             if begun - flushed > ANSWER_WITHIN:
-                replies.flush()
-                flushed = begun
+                channel.reply(ids[first - len(answers) : first], answers, batches)
+                answers, batches, flushed = [], [], begun
             done = self._started
             self._started = done + len(batch)
             _pack_progress(progress, 0, done, self._started, begun)
-            answers = stages.run(batch)
-            if stages.streams and any([type(body) is Stream for _, body in answers]):
-                replies.skip(len(batch))
-                self._stream(frame.ids[first : first + size], answers, done, received, begun)
+            outcomes = stages.run(batch)
+            if stages.streams and any([type(body) is Stream for _, body in outcomes]):
+                if answers:
+                    channel.reply(ids[first - len(answers) : first], answers, batches)
+                    answers, batches = [], []
+                self._stream(ids[first : first + size], outcomes, done, received, begun)
                 begun = flushed = _monotonic()
                 continue
             ended = _monotonic()
             times = wire.BatchTimes(len(batch), begun - received, ended - begun)
             if staged:
                 times.preprocess, times.inference, times.postprocess = stages.take_times()
-            replies.add(answers, times)
+            answers += outcomes
+            batches.append(times)
             begun = ended
         _pack_progress(progress, 0, self._started, self._started, 0.0)
-        replies.flush()
+        if answers:
+            channel.reply(ids[len(ids) - len(answers) :], answers, batches)
 
     def close(self) -> None:
         """Of a further front end that has gone: what it had sent is given up, in the middle or not."""
@@ -178,7 +157,11 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None, ar
             Turns(channel, further, page, make, busy).run()
         else:
             predict = make(channel, page).predict
-            for frame, payload, at in channel.predictions():
+            # Who sleeps in a poll for something to read is not woken each time the server has read an answer, which
+            # makes room to write: one call more per frame, and one switch of processes less.
+            readable = select.poll()
+            readable.register(sock, select.POLLIN)
+            for frame, payload, at in channel.predictions(readable.poll):
                 predict(frame, payload, at)
     return 0
 

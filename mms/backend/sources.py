@@ -119,7 +119,7 @@ class Source:
             self.gone = True
             self._channel.close()
 
-    def reply(self, ids: Sequence[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
+    def reply(self, ids: list[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
         """As Channel.reply. Raises ConnectionError when the front end has gone."""
         with self._lock:
             self._open().reply(ids, answers, batches)

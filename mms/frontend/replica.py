@@ -158,7 +158,7 @@ class ReplicaPool(Feeder):
 
     def worker_gone(self, worker: Worker) -> None:
         self._forget(worker)
-        if worker.in_flight.jobs:
+        if worker.in_flight.count:
             self._take_back(worker)
         self._look()
 
@@ -169,7 +169,7 @@ class ReplicaPool(Feeder):
             self._expire(now)
             self._feed(worker, now)
         unloading = self._version.state is VersionState.DRAINING  # then what nobody waits for is not waited for
-        owes = any(not (unloading and job.settled) for job in worker.in_flight.jobs.values())
+        owes = any(not (unloading and job.settled) for job in worker.in_flight.jobs)
         if not owes and isinstance(worker, LentWorker):
             self._forget(worker)
             worker.leave()
@@ -187,7 +187,7 @@ class ReplicaPool(Feeder):
         if queue.depth and not self.workers and not version.can_wait and version.state is not VersionState.LOADING:
             for job, error in queue.abandon(version.unavailable()):
                 self.fail(job, error)
-        in_hand = (job for worker in self.workers for job in worker.in_flight.jobs.values())
+        in_hand = (job for worker in self.workers for job in worker.in_flight.jobs)
         if self._leaving and not queue.depth and all(job.settled for job in in_hand):
             self._leaving = False
             self._tell(fronts.Empty(version.told))
@@ -212,7 +212,7 @@ class ReplicaPool(Feeder):
         """How many workers there are to be is decided in the main process."""
         load = fronts.Load(
             self._version.told,
-            jobs={worker.slot: len(worker.in_flight.jobs) for worker in self.workers if worker.in_flight.jobs},
+            jobs={worker.slot: worker.in_flight.count for worker in self.workers if worker.in_flight.count},
             waiting=self._queue.depth,
             oldest_wait=self._queue.oldest_wait(now),
             batch_seconds=max((worker.in_flight.batch_seconds or 0.0 for worker in self.workers), default=0.0),
@@ -223,7 +223,7 @@ class ReplicaPool(Feeder):
             self._tell(load)
 
     def _check(self, worker: Worker, now: float) -> None:
-        if worker.process.arena is not None and not worker.in_flight.jobs:
+        if worker.process.arena is not None and not worker.in_flight.count:
             worker.process.arena.tidy(now)
         overdue = self._lateness.overdue(worker, now)
         if overdue is not None:

@@ -15,6 +15,7 @@ from mms.http.reader import Part
 from mms.http.request import Head
 from mms.http.response import JOIN_BELOW, error_response, length_lines
 from mms.http.streaming import Streaming
+from mms.structs import quickly_set
 
 if TYPE_CHECKING:
     from mms.http.connection import Connection
@@ -62,6 +63,7 @@ class Cancellable(Protocol):
     def cancel(self) -> None: ...
 
 
+@quickly_set
 class Exchange(msgspec.Struct, eq=False):
     """One request and the place of its answer. A Struct: one is made per request, and its constructor runs in C."""
 

@@ -78,7 +78,7 @@ class BatchQueue:
         """At most so many jobs in a batch, and of these sizes those that are better than others."""
         self.batch_size = batch_size
         self.preferred = tuple(sorted(preferred, reverse=True))
-        self._plain = not preferred and self.objective is None
+        self.plain = not preferred and self.objective is None  # then batches of any worker are of up to batch_size
         for limit in self.objective.limits if self.objective is not None else ():
             limit.most = batch_size
             limit.limit = min(limit.limit, batch_size)
@@ -133,6 +133,30 @@ class BatchQueue:
         self._waiting.extend(jobs)
         return True
 
+    def pass_on(self, jobs: list[Job], worker: InFlight, now: float) -> bool:
+        """Jobs without terms, just come, go to an idle worker as one batch: what submit_all and take would do while
+        nothing waits, and nothing is to be decided. False, and none is taken, when something is.
+        """
+        count, size = len(jobs), 0
+        for job in jobs:
+            size += job.size
+            job.queue = self
+        if (
+            self.depth
+            or count > self.batch_size
+            or count > self.room
+            or size > self.max_bytes
+            or size > MAX_FRAME_BYTES
+            or self.max_batch_delay
+            or not self.plain
+            or self._known_poisons
+        ):
+            return False
+        self.submitted += count
+        self._overload.emptied = True
+        self._hand_over(worker, jobs, size, self.batch_size, now)
+        return True
+
     def refusal(self, size: int, terms: Terms | None = None) -> MMSError | None:
         """What speaks against a job with a body of `size` bytes now. An empty queue takes a body of any size, and jobs
         of lower priority give way.
@@ -174,16 +198,16 @@ class BatchQueue:
         if worker.exclusive:
             return None
         if self._alone:
-            if worker.jobs:
+            if worker.count:
                 return None
             jobs = self._alone.some(1, 1, newest_first=False)
             if jobs:
                 self._left(jobs[0])
                 worker.exclusive = True
-                return self._hand_over(worker, jobs, 1, now)
+                return self._hand_over(worker, jobs, jobs[0].size, 1, now)
         if not self.depth:
             return None
-        batch_size = self.batch_size if self._plain else self.batch_size_of(worker)
+        batch_size = self.batch_size if self.plain else self.batch_size_of(worker)
         limit = self._limit(worker, batch_size, now)
         if not limit:
             return None
@@ -192,16 +216,18 @@ class BatchQueue:
             jobs = list(waiting)
             waiting.clear()
             self._overload.emptied = True
+            size = self.bytes
             self.depth = self.bytes = 0
         else:
             jobs = waiting.some(limit, batch_size, self._newest_first(worker, now))
             if not waiting:
                 self._overload.emptied = True
+            size = sum([job.size for job in jobs])
             self.depth -= len(jobs)
-            self.bytes -= sum([job.size for job in jobs])
+            self.bytes -= size
         if self.preferred and worker.preprocess_threads:  # it takes these sizes itself, of what is prepared
             batch_size = self._most(worker)
-        return self._hand_over(worker, jobs, batch_size, now)
+        return self._hand_over(worker, jobs, size, batch_size, now)
 
     def batch_size_of(self, worker: InFlight) -> int:
         """How large a batch may be that the worker gets now: a preferred size if enough wait for one."""
@@ -256,7 +282,7 @@ class BatchQueue:
                 failed.append((job, refusals.death(job, cause, closed=self.closed, retry=self.retry)))
             else:
                 self.retries += 1
-                job.taken = 0.0
+                job.frame = None
                 again.append(job)
                 self.depth += 1
                 self.bytes += job.size
@@ -387,7 +413,7 @@ class BatchQueue:
             if not job.settled:
                 (begun if finished <= place < started or job.streams else back).append(job)
         for job in back:
-            job.taken = 0.0
+            job.frame = None
         self._put_back(back)
         self.depth += len(back)
         self.bytes += sum([job.size for job in back])
@@ -401,8 +427,8 @@ class BatchQueue:
     def _limit(self, worker: InFlight, batch_size: int, now: float) -> int:
         """How many jobs may go to `worker` now: whole batches, more than one only if they are short."""
         ahead = worker.batches_ahead()
-        if not worker.jobs or len(worker.frames) < worker.threads:
-            waits = self.max_batch_delay and not (worker.jobs and worker.preprocess_threads)  # else it waits itself
+        if not worker.count or len(worker.frames) < worker.threads:
+            waits = self.max_batch_delay and not (worker.count and worker.preprocess_threads)  # else it waits itself
             if waits and self.depth < batch_size:
                 oldest = self._oldest()
                 if oldest is not None and oldest.arrived + self.max_batch_delay > now:
@@ -412,22 +438,24 @@ class BatchQueue:
             # a batch more for the preprocess threads, and what they have in hand
             most = self._most(worker)
             window = max(most * (worker.threads + 1) + worker.preprocess_threads, ahead * most)
-            room = window - len(worker.jobs)
+            room = window - worker.count
             if room <= 0 and self.scheduling.levels > 1:
-                room = self.scheduling.room_above(self._waiting, worker.jobs.values(), window)
+                room = self.scheduling.room_above(self._waiting, worker.jobs, window)
             return max(0, min(room, MAX_FRAME_JOBS))
         elif len(worker.frames) > worker.threads or self.depth < batch_size:
             return 0
         else:
             most = max(ahead, 2) if ahead else 0  # behind a batch that fits into AHEAD_SECONDS lies another one
-            room = most * worker.threads * batch_size - len(worker.jobs)
+            room = most * worker.threads * batch_size - worker.count
             limit = min(room, MAX_FRAME_JOBS) if room >= batch_size else 0
         if self.preferred and limit > batch_size:
             limit = min(limit, max(1, self.depth // batch_size) * batch_size)
         return limit
 
-    def _hand_over(self, worker: InFlight, jobs: list[Job], batch_size: int, now: float) -> tuple[int, list[Job]]:
-        worker.add(jobs, now)
+    def _hand_over(
+        self, worker: InFlight, jobs: list[Job], size: int, batch_size: int, now: float
+    ) -> tuple[int, list[Job]]:
+        worker.add(jobs, size, now)
         self._handed += len(jobs)
         return batch_size, jobs
 

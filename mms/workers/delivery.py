@@ -26,7 +26,7 @@ def deliver(
     for job in jobs:
         job.settled = True
     if alike:
-        if len(set(map(type, callers))) == 1:
+        if len(jobs) > 1 and len(set(map(type, callers))) == 1:
             answer_all = getattr(callers[0], "answer_all", None)
             if answer_all is not None:
                 answer_all(callers, outcomes[0].status, outcomes[0].head, bodies)
@@ -43,24 +43,24 @@ def deliver(
             log.exception("the answer to job %d could not be delivered", job.id)
 
 
-def count_batches(batches: list[wire.BatchTimes], metrics: VersionMetrics) -> float:
-    """Returns the seconds that they took in the handler."""
+def seconds_of(batches: list[wire.BatchTimes]) -> float:
+    """That they took in the handler."""
+    return batches[0].handler if len(batches) == 1 else sum([batch.handler for batch in batches])
+
+
+def count_batches(batches: list[wire.BatchTimes], metrics: VersionMetrics) -> None:
     if len(batches) == 1:
         (batch,) = batches
-        seconds = batch.handler
-        metrics.handler.observe(seconds)
+        metrics.handler.observe(batch.handler)
         metrics.batch_size.observe(batch.jobs)
     else:
-        spent = [batch.handler for batch in batches]
-        seconds = sum(spent)
-        metrics.handler.observe_all(spent)
+        metrics.handler.observe_all([batch.handler for batch in batches])
         metrics.batch_size.observe_all([batch.jobs for batch in batches])
     if batches[0].inference:
         for batch in batches:
             metrics.preprocess.observe(batch.preprocess)
             metrics.inference.observe(batch.inference)
             metrics.postprocess.observe(batch.postprocess)
-    return seconds
 
 
 def waits_in_worker(batches: list[wire.BatchTimes], count: int) -> list[float]:
@@ -85,9 +85,11 @@ def count_answers(
 ) -> None:
     """Of jobs that somebody still waits for. `overlaps`: they may have been sent in several frames."""
     arrived = [job.arrived for job in jobs]
-    metrics.duration.observe_since(arrived, now)
+    arrived.sort()  # they mostly are
+    total = sum(arrived)
+    metrics.duration.observe_since(arrived, total, now)
     if len(waits) == 1 and not overlaps:
-        metrics.queued.observe_since(arrived, waits[0] + jobs[0].taken)
+        metrics.queued.observe_since(arrived, total, waits[0] + jobs[0].taken)
     else:
         waits = waits * len(jobs) if len(waits) == 1 else waits
         metrics.queued.observe_all([wait + job.taken - job.arrived for job, wait in zip(jobs, waits, strict=True)])

@@ -33,12 +33,12 @@ class Feeder:
 
     @property
     def in_flight(self) -> int:
-        return sum(len(worker.in_flight.jobs) for worker in self.workers)
+        return sum(worker.in_flight.count for worker in self.workers)
 
     @property
     def bytes_in_flight(self) -> int:
         """Of the bodies that workers have in hand: they are kept until they are answered, to be run again."""
-        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs.values())
+        return sum(job.size for worker in self.workers for job in worker.in_flight.jobs)
 
     def rouse(self) -> None:
         """A request is about to come, and no worker is ready."""
@@ -53,9 +53,18 @@ class Feeder:
         """Queue all that have arrived together, none with terms, and hand them out at once; False, and none is taken,
         when they must be looked at one by one.
         """
-        if not self._queue.submit_all(jobs):
+        queue, idle = self._queue, None
+        if not self._in_turns:
+            for worker in self.ready_workers:
+                if not worker.in_flight.count:
+                    idle = worker
+                    break
+        if idle is not None and queue.pass_on(jobs, idle.in_flight, time.monotonic()):
+            idle.send(queue.batch_size, jobs)
+        elif not queue.submit_all(jobs):
             return False
-        self._dispatch()
+        elif idle is not None or self._in_turns or not queue.plain or queue.depth >= queue.batch_size:
+            self._dispatch()  # else all workers are busy, and are sent nothing ahead that is less than a batch
         return True
 
     def fail(self, job: Job, error: MMSError) -> None:
@@ -83,7 +92,7 @@ class Feeder:
         elif len(self.ready_workers) == 1:
             self._feed(self.ready_workers[0], now)
         else:
-            idle = [worker for worker in self.ready_workers if not worker.in_flight.jobs]
+            idle = [worker for worker in self.ready_workers if not worker.in_flight.count]
             for worker in idle:
                 self._feed(worker, now)
             if len(idle) < len(self.ready_workers) and queue.depth:

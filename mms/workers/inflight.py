@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
+from typing import cast
+
+import msgspec
 
 from mms.workers.job import Job
 from mms.workers.objective import BatchLimit
@@ -12,33 +15,46 @@ AHEAD_SECONDS = 0.002  # work that may lie at a worker beyond what it needs now:
 MAX_FRAME_JOBS = 256
 
 
-class Frame:
-    """The jobs of one frame and their ids; `first` is the place of its first job among all the worker was ever sent.
+class Frame(msgspec.Struct, eq=False):
+    """The jobs of one frame and their ids, `taken` from the queue at that time, with bodies of `size` bytes in all.
 
-    `cancel` tells the worker that nobody waits for a job any more, where jobs wait in workers.
+    `first` is the place of its first job among all the worker was ever sent. `cancel` tells the worker that nobody
+    waits for a job any more, where jobs wait in workers. A Struct: its constructor runs in C.
     """
 
-    __slots__ = ("cancel", "first", "ids", "jobs", "left")
+    first: int
+    jobs: list[Job]
+    ids: list[int]
+    size: int
+    taken: float
+    cancel: Callable[[int], None] | None
+    opened: dict[int, Job] | None = None  # set once one of its jobs was asked for: mostly it is answered as a whole
 
-    def __init__(self, first: int, jobs: list[Job], cancel: Callable[[int], None] | None) -> None:
-        self.first = first
-        self.jobs = jobs
-        self.ids = [job.id for job in jobs]
-        self.cancel = cancel
-        self.left = len(jobs)  # not yet answered
+    @property
+    def open(self) -> dict[int, Job]:
+        """Those that are not answered, by id; who answers one takes it out."""
+        if self.opened is None:
+            self.opened = dict(zip(self.ids, self.jobs, strict=True))
+        return self.opened
+
+    def placed(self) -> Iterator[tuple[int, Job]]:
+        """Those that are not answered, with their places."""
+        for place, job in enumerate(self.jobs, self.first):
+            if self.opened is None or job.id in self.opened:
+                yield place, job
 
 
 class InFlight:
-    """The jobs at one worker, by id, in the order in which they were sent, and what it may be sent ahead."""
+    """The jobs at one worker, in the order in which they were sent, and what it may be sent ahead."""
 
     __slots__ = (
         "batch_limit",
         "batch_seconds",
         "cancel",
+        "count",
         "exclusive",
         "finished",
         "frames",
-        "jobs",
         "overlaps",
         "preprocess_threads",
         "sent",
@@ -51,81 +67,85 @@ class InFlight:
         self.preprocess_threads = preprocess_threads  # with some, it prepares requests while batches run
         self.overlaps = threads > 1 or preprocess_threads > 0
         self.cancel: Callable[[int], None] | None = None  # of its frames
-        self.jobs: dict[int, Job] = {}
+        self.count = 0  # jobs in hand
         self.sent = 0
         self.finished = 0  # results received since the worker started
-        self.frames: deque[Frame] = deque()  # those that are not answered as a whole
+        self.frames: deque[Frame] = deque()  # those in which a job is not answered
         self.exclusive = False  # the one job in hand is a retry: nothing else may share its fate
         self.streams = False  # it has answered with a stream: what lies behind one waits for its end
         self.batch_seconds: float | None = None  # time of a batch: follows rises at once, falls slowly
         self.batch_limit: BatchLimit | None = None  # its batch size, where that follows a latency objective
 
-    def add(self, jobs: list[Job], now: float) -> None:
-        """They are sent in one frame."""
-        frame = Frame(self.sent, jobs, self.cancel)
+    @property
+    def jobs(self) -> list[Job]:
+        """Those in hand."""
+        return [job for frame in self.frames for _, job in frame.placed()]
+
+    def get(self, id: int) -> Job | None:
+        """The one of that id, if it is in hand."""
+        for frame in self.frames:
+            if id in frame.open:
+                return frame.open[id]
+        return None
+
+    def add(self, jobs: list[Job], size: int, now: float) -> None:
+        """They are sent in one frame; their bodies have `size` bytes in all."""
+        frame = Frame(self.sent, jobs, [job.id for job in jobs], size, now, self.cancel)
         for job in jobs:
-            job.taken = now
             job.frame = frame
-        self.jobs.update(zip(frame.ids, jobs, strict=True))
         self.frames.append(frame)
         self.sent += len(jobs)
+        self.count += len(jobs)
 
     def finish(self, ids: list[int]) -> list[Job] | None:
         """The jobs of these ids, answered and no longer in hand. None, and all stay in hand, if one is not there."""
-        held, frames = self.jobs, self.frames
-        if frames and frames[0].ids == ids and frames[0].left == len(ids):  # the usual case: all of a frame at once
-            frame = frames.popleft()
-            done, frame.jobs = frame.jobs, []  # it must hold no cycle
-            if len(held) == len(ids):
-                held.clear()
-                self.exclusive = False
-            else:
-                for id in ids:
-                    del held[id]
-            self.finished += len(ids)
-            return done
-        pop = held.pop
-        done = []
-        try:
-            for id in ids:
-                done.append(pop(id))
-        except KeyError:
-            held.update([(job.id, job) for job in done])
-            return None
-        if not done:
-            return done
-        self.finished += len(ids)
-        for job in done:
-            its = job.frame
-            assert its is not None
-            its.left -= 1
-            if not its.left:
-                frames.remove(its)
-                its.jobs = []
-        if not self.jobs:
+        frames = self.frames
+        for frame in frames:
+            if frame.ids == ids and frame.opened is None:
+                frames.remove(frame)
+                done, frame.jobs = frame.jobs, []  # it must hold no cycle
+                break
+        else:
+            some = self._take(ids)
+            if some is None:
+                return None
+            done = some
+        self.finished += len(done)
+        self.count -= len(done)
+        if not self.count:
             self.exclusive = False
         return done
 
     def take_all(self) -> Iterator[tuple[int, Job]]:
         """Each job in hand with its place; then the worker has none."""
-        frames, held = list(self.frames), self.jobs
-        self.jobs = {}
+        frames = list(self.frames)
         self.frames.clear()
+        self.count = 0
         self.exclusive = False
         for frame in frames:
-            for place, job in enumerate(frame.jobs, frame.first):
-                if job.id in held:
-                    yield place, job
+            yield from frame.placed()
 
     def take_places(self, places: Collection[int]) -> list[Job]:
         """The jobs at these places, no longer in hand."""
-        jobs = [
-            job
-            for frame in self.frames
-            for place, job in enumerate(frame.jobs, frame.first)
-            if place in places and job.id in self.jobs
-        ]
-        return self.finish([job.id for job in jobs]) or []
+        ids = [job.id for frame in self.frames for place, job in frame.placed() if place in places]
+        return self.finish(ids) or []
+
+    def _take(self, ids: list[int]) -> list[Job] | None:
+        """Those of these ids, from whichever frames."""
+        done: list[Job] = []
+        for id in ids:
+            for frame in self.frames:
+                if (job := frame.open.pop(id, None)) is not None:
+                    done.append(job)
+                    break
+            else:
+                for job in done:
+                    cast(Frame, job.frame).open[job.id] = job
+                return None
+        for frame in [frame for frame in self.frames if not frame.open]:
+            self.frames.remove(frame)
+            frame.jobs = []
+        return done
 
     def begins_stream(self) -> None:
         """Times of its batches tell nothing any more of the next one: from now on nothing is sent ahead."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from mms.errors import MMSError
+from mms.structs import quickly_set
 from mms.wire import RequestFacts
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Terms(msgspec.Struct, frozen=True):
     timeout: float = 0.0
 
 
+@quickly_set
 class Job(msgspec.Struct, eq=False):
     """One request on its way through the queue and a worker; `parts` are the pieces in which its body arrived.
 
@@ -87,8 +89,7 @@ class Job(msgspec.Struct, eq=False):
     arrived: float
     terms: Terms | None = None
     queue: BatchQueue | None = None
-    taken: float = 0.0
-    frame: Frame | None = None
+    frame: Frame | None = None  # in which it was last sent; none while it waits
     attempts: int = 0
     settled: bool = False
     stream: StreamCaller | None = None  # the caller, once the answer has begun to stream
@@ -99,6 +100,11 @@ class Job(msgspec.Struct, eq=False):
     def timeout(self) -> float:
         """Seconds within which its own deadline lies; 0 when it has none."""
         return self.terms.timeout if self.terms is not None else 0.0
+
+    @property
+    def taken(self) -> float:
+        """When it was sent to a worker; 0 while it waits."""
+        return self.frame.taken if self.frame is not None else 0.0
 
     @property
     def streams(self) -> bool:
@@ -112,7 +118,7 @@ class Job(msgspec.Struct, eq=False):
             queue = self.queue
             if queue is not None:
                 queue.cancelled += 1
-                if not self.taken:
+                if self.frame is None:
                     queue.drop(self)
                     self.parts.clear()
             self.recall()
@@ -122,7 +128,7 @@ class Job(msgspec.Struct, eq=False):
         frame = self.frame
         if self.abandon is not None:
             self.abandon(self.id)
-        elif self.taken and frame is not None and frame.cancel is not None:
+        elif frame is not None and frame.cancel is not None:
             frame.cancel(self.id)
 
     def fail(self, error: MMSError) -> None:

@@ -53,7 +53,7 @@ class Lateness:
 
     def overdue(self, worker: Worker, now: float) -> list[tuple[Job, MMSError]] | None:
         """The jobs of a worker's batch that takes too long, each with its error; None while it is in time."""
-        if worker.state is WorkerState.STARTING or not worker.in_flight.jobs:
+        if worker.state is WorkerState.STARTING or not worker.in_flight.count:
             return None
         limit = self._settings.response_timeout
         if worker.cause:
@@ -64,7 +64,7 @@ class Lateness:
             return self._queue.overdue(worker.in_flight, late, limit) if late else None
         done, started, begun_at = worker.process.progress()
         if not begun_at:  # stopped or stuck between two batches: it owes the next one
-            begun_at = max(next(iter(worker.in_flight.jobs.values())).taken, self._standing_since(worker, done, now))
+            begun_at = max(worker.in_flight.frames[0].taken, self._standing_since(worker, done, now))
             if worker.in_flight.preprocess_threads:  # it may wait for a fuller batch
                 begun_at += self._queue.max_batch_delay
             started = max(started, done + self._queue.batch_size_of(worker.in_flight))

@@ -162,7 +162,7 @@ class WorkerPool(Feeder):
         self.scaling.ask(Bounds(0, 0), 0)
         self._reconcile()
         for worker in list(self.workers):
-            if worker.state is WorkerState.STARTING or worker.in_flight.jobs or self._unfinished_elsewhere:
+            if worker.state is WorkerState.STARTING or worker.in_flight.count or self._unfinished_elsewhere:
                 worker.kill("stopped")
         while self.workers or self._tasks:
             for task in self._tasks:
@@ -182,7 +182,7 @@ class WorkerPool(Feeder):
 
     def _unfinished(self) -> bool:
         """Whether somebody waits for a job that a worker has or can still take, if only one that replaces another."""
-        in_hand = (job for worker in self.workers for job in worker.in_flight.jobs.values())
+        in_hand = (job for worker in self.workers for job in worker.in_flight.jobs)
         served = self.ready_workers or (self.was_ready and self.target and self.failure is None)
         return (
             bool(self._queue.depth and served) or any(not job.settled for job in in_hand) or self._unfinished_elsewhere
@@ -307,7 +307,7 @@ class WorkerPool(Feeder):
             now = time.monotonic()
             self._expire(now)
             self._feed(worker, now)
-        if not worker.in_flight.jobs and not worker.elsewhere:
+        if not worker.in_flight.count and not worker.elsewhere:
             worker.stop(self._settings.stop_grace)
 
     # Owner
@@ -353,7 +353,7 @@ class WorkerPool(Feeder):
         self._forget(worker)
         if self._others is not None:
             self._others.gone(worker)
-        if worker.in_flight.jobs:
+        if worker.in_flight.count:
             self._take_back(worker)
         if state is WorkerState.STARTING:
             self._boot_failed(worker)
@@ -423,7 +423,7 @@ class WorkerPool(Feeder):
         """Kill a worker whose batch or whose start takes too long; what an idle one does not need is given back."""
         if worker.process is None:
             return
-        if worker.process.arena is not None and not worker.in_flight.jobs:
+        if worker.process.arena is not None and not worker.in_flight.count:
             worker.process.arena.tidy(now)
         if self._lateness.stands_still(worker, now):
             worker.kill("response_timeout")

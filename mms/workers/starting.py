@@ -77,7 +77,7 @@ class Starter:
         place = self._settings.placement.last(worker.place for worker in workers)
         return min(
             (worker for worker in workers if worker.place == place),
-            key=lambda worker: (worker.state is WorkerState.READY, -len(worker.in_flight.jobs)),
+            key=lambda worker: (worker.state is WorkerState.READY, -worker.in_flight.count),
         )
 
     async def start(self, worker: Worker, threads: int, most: int) -> None:

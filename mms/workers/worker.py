@@ -17,7 +17,7 @@ from mms import sharedpage, wire
 from mms.errors import FrameError
 from mms.metrics import VersionMetrics
 from mms.workers.batching import BatchQueue
-from mms.workers.delivery import count_answers, count_batches, deliver, waits_in_worker
+from mms.workers.delivery import count_answers, count_batches, deliver, seconds_of, waits_in_worker
 from mms.workers.inflight import InFlight
 from mms.workers.job import Caller, Job
 from mms.workers.largeframe import LARGE, LARGEST, LargeFrame
@@ -161,7 +161,7 @@ class Worker(asyncio.Protocol):
     @property
     def jobs(self) -> int:
         """That it has in hand from all front ends; those of further ones are known if its version scales by itself."""
-        return len(self.in_flight.jobs) + sum(loan.jobs for loan in self.elsewhere.values())
+        return self.in_flight.count + sum(loan.jobs for loan in self.elsewhere.values())
 
     def left(self, front_end: int) -> None:
         """That one does not use it any more."""
@@ -187,20 +187,24 @@ class Worker(asyncio.Protocol):
 
     def send(self, batch_size: int, jobs: list[Job]) -> None:
         """One PREDICT frame with all of `jobs`, which were the last to be added to those in flight."""
-        request_ids = [job.request_id for job in jobs]
-        sizes = [job.size for job in jobs]
-        facts = wire.share([job.facts for job in jobs])
-        size = sum(sizes)
-        frame = wire.Predict(batch_size, self.in_flight.frames[-1].ids, sizes, request_ids, *facts)
+        sent = self.in_flight.frames[-1]
+        if len(jobs) == 1:  # then it is the frame that costs, so its columns are made without loops
+            (job,) = jobs
+            frame = wire.Predict(batch_size, sent.ids, [], [job.request_id], [job.facts], [])
+        else:
+            request_ids = [job.request_id for job in jobs]
+            frame = wire.Predict(batch_size, sent.ids, [], request_ids, *wire.share([job.facts for job in jobs]))
         if self.in_flight.preprocess_threads:
             queue = self._queue
             frame.forming = forming_of(jobs, queue.preferred, queue.max_batch_delay)
             if queue.scheduling.levels > 1:
                 frame.levels = list(map(queue.scheduling.level_of, jobs))
-        if size < wire.INLINE_BELOW:
-            frame.sizes, frame.bodies = [], [b"".join(job.parts) for job in jobs]
+        if sent.size < wire.INLINE_BELOW:
+            frame.bodies = [b"".join(job.parts) for job in jobs]
             self._transport.write(wire.pack(wire.PREDICT, frame))
             return
+        frame.sizes = [job.size for job in jobs]
+        size = sum(frame.sizes)
         parts = [part for job in jobs for part in job.parts]
         arena = self.process.arena
         where = arena.requests.put(parts, size) if arena is not None else None
@@ -213,7 +217,7 @@ class Worker(asyncio.Protocol):
         """Take no more jobs, leave when those in hand are answered; killed when that takes over `grace` seconds."""
         if self.state in (WorkerState.STARTING, WorkerState.READY):
             self.state = WorkerState.STOPPING
-        if not self.in_flight.jobs and self.connected:
+        if not self.in_flight.count and self.connected:
             self._transport.write(wire.pack(wire.STOP, None))
         if self._patience is None and not self._gone:
             loop = asyncio.get_running_loop()
@@ -232,6 +236,10 @@ class Worker(asyncio.Protocol):
 
     def data_received(self, data: bytes | bytearray) -> None:
         try:
+            frame = self._reader.whole(data)
+            if frame is not None and frame[0] == wire.RESULT:
+                self._results(wire.decode(wire.Result, frame[1]), frame[2])
+                return
             for kind, head, payload in self._reader.feed(data):
                 if kind == wire.RESULT:
                     self._results(wire.decode(wire.Result, head), payload)
@@ -302,11 +310,11 @@ class Worker(asyncio.Protocol):
         if jobs is None:
             raise FrameError(f"answers to jobs {ids}, which this worker does not have")
         if batches:
-            self.in_flight.observe(len(batches), count_batches(batches, self._metrics))
+            self.in_flight.observe(len(batches), seconds_of(batches))
             whole = reported == count  # they are the batches of these jobs and of no others
             if self.in_flight.batch_limit is not None and whole and not any([job.streams for job in jobs]):
                 self._learn(max([batch.jobs for batch in batches]), now - min([job.taken for job in jobs]))
-        if not self.in_flight.jobs and self._queue.depth >= self._queue.batch_size:
+        if not self.in_flight.count and self._queue.depth >= self._queue.batch_size:
             self._owner.worker_idle()
         waits = waits_in_worker(batches, count)
         callers = [job.caller for job in jobs if not job.settled]
@@ -316,25 +324,28 @@ class Worker(asyncio.Protocol):
             outcomes = outcomes if alike else [outcomes[place] for place in places]
             waits = waits if len(waits) == 1 else [waits[place] for place in places]
         if jobs:
-            count_answers(jobs, outcomes, waits, now, self._metrics, alike=alike, overlaps=self.in_flight.overlaps)
             deliver(jobs, callers, outcomes, bodies, self._metrics, alike=alike)
+            count_answers(jobs, outcomes, waits, now, self._metrics, alike=alike, overlaps=self.in_flight.overlaps)
+        if batches:
+            count_batches(batches, self._metrics)
         self._owner.worker_free(self)
 
     def _chunks(self, chunks: wire.Chunks, payload: memoryview) -> None:
         """Pieces of answers; a job whose answer has begun stays in hand until its RESULT, and is not run again."""
-        metrics, held, now = self._metrics, self.in_flight.jobs, time.monotonic()
+        metrics, held, now = self._metrics, self.in_flight, time.monotonic()
         if len(chunks.sizes) != len(chunks.ids) or not chunks.first.keys() <= set(chunks.ids):
             raise FrameError(f"a STREAM frame with {len(chunks.ids)} jobs whose sizes or outcomes do not fit")
         metrics.chunks += len(chunks.ids)
         if chunks.first:
             self.in_flight.begins_stream()
-        at = 0
+        at, taken = 0, now
         for id, size in zip(chunks.ids, chunks.sizes, strict=True):
             data, at = bytes(payload[at : at + size]), at + size
             job, outcome = held.get(id), chunks.first.get(id)
             if job is None or (outcome is None) is not job.streams:
                 raise FrameError(f"a chunk of job {id}, which this worker does not have or has not begun")
             if outcome is not None:
+                taken = min(taken, job.taken)
                 job.abandon = self.process.cancel
                 metrics.streams += 1
                 metrics.first_chunk.observe(now - job.arrived)
@@ -349,7 +360,7 @@ class Worker(asyncio.Protocol):
             except Exception:  # one caller's fault must not cost the other jobs their worker
                 log.exception("a part of the answer to job %d could not be delivered", id)
         if chunks.first and self.in_flight.batch_limit is not None:
-            self._learn(len(chunks.first), now - min([held[id].taken for id in chunks.first]))
+            self._learn(len(chunks.first), now - taken)
 
     def _learn(self, largest: int, seconds: float) -> None:
         """Let the batch size follow the latency objective, which for a stream is that of its first chunk."""

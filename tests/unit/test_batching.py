@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import Any
 
 import pytest
 
 from mms.errors import DeadlineError, DrainingError, QueueBytesError, QueueFullError, ServiceUnavailableError
 from mms.workers.inflight import AHEAD_SECONDS, MAX_FRAME_JOBS, InFlight
+from mms.workers.scheduling import Scheduling
 from mms.workers.waiting import MAX_FRAME_BYTES
 from tests.unit.jobs import NOW, QUICK, SLOW, Caller, fill, finish, make_job, make_queue, make_worker, numbers, take
 
@@ -19,7 +21,7 @@ def test_an_idle_worker_takes_what_is_there_at_once() -> None:
     queue, worker = make_queue(batch_size=8), make_worker()
     fill(queue, 3)
     assert queue.take(worker, NOW) is not None
-    assert queue.depth == 0 and list(worker.jobs) == [1, 2, 3]
+    assert queue.depth == 0 and [job.id for job in worker.jobs] == [1, 2, 3]
 
 
 def test_a_frame_says_the_batch_size_it_was_made_for() -> None:
@@ -206,6 +208,37 @@ def test_of_jobs_that_arrive_together_none_is_taken_unless_there_is_room_for_all
     assert queue.submit_all([make_job(number, size=4) for number in (1, 2)])
 
 
+def test_jobs_that_have_just_come_pass_an_empty_queue() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker()
+    assert queue.pass_on([make_job(1), make_job(2)], worker, NOW)
+    assert (queue.depth, queue.bytes, queue.submitted, worker.frames[0].ids) == (0, 0, 2, [1, 2])
+    assert [job.taken for job in worker.finish([1, 2]) or []] == [NOW, NOW]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 1},
+        {"capacity": 1},
+        {"max_bytes": 19},
+        {"max_batch_delay": 1.0},
+        {"scheduling": Scheduling(preferred=(1,))},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_jobs_that_something_is_to_be_decided_of_do_not_pass_the_queue(settings: dict[str, Any]) -> None:
+    queue, worker = make_queue(**{"batch_size": 2, **settings}), make_worker()
+    assert not queue.pass_on([make_job(1), make_job(2)], worker, NOW)
+    assert not worker.count and (queue.depth, queue.submitted) == (0, 0)
+
+
+def test_nobody_passes_those_who_wait() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker()
+    fill(queue, 1)
+    assert not queue.pass_on([make_job(2)], worker, NOW)
+    assert take(queue, worker) == [1]
+
+
 def test_an_empty_queue_takes_a_body_of_any_size() -> None:
     queue = make_queue(max_bytes=100)
     (large,) = fill(queue, 1, size=1000)
@@ -239,9 +272,19 @@ def test_a_frame_is_done_with_its_last_job() -> None:
     fill(queue, 2)
     take(queue, worker)
     finish(worker, 1)
-    assert [frame.left for frame in worker.frames] == [1]
+    assert [list(frame.open) for frame in worker.frames] == [[2]]
     finish(worker, 2)
     assert not worker.frames and worker.finished == 2
+
+
+def test_a_frame_may_be_answered_before_one_that_was_sent_earlier() -> None:
+    queue, worker = make_queue(batch_size=2), InFlight(threads=2)
+    fill(queue, 4)
+    assert (take(queue, worker), take(queue, worker)) == ([1, 2], [3, 4])
+    finish(worker, 3, 4)
+    assert [frame.ids for frame in worker.frames] == [[1, 2]] and worker.frames[0].opened is None
+    finish(worker, 1, 2)
+    assert not worker.frames and not worker.count
 
 
 def test_jobs_answered_out_of_order_leave_the_others_at_their_places() -> None:
@@ -250,7 +293,7 @@ def test_jobs_answered_out_of_order_leave_the_others_at_their_places() -> None:
     assert take(queue, worker) == [1, 2, 3, 4]
     finish(worker, 2)
     finish(worker, 4)
-    assert list(worker.jobs) == [1, 3] and worker.frames[0].left == 2
+    assert [(place, job.id) for place, job in worker.frames[0].placed()] == [(0, 1), (2, 3)] and worker.count == 2
     assert numbers(queue.lose(worker, 2, "signal 9", NOW)) == []
     assert [job.id for job in queue._alone] == [1] and [job.id for job in queue._waiting] == [3]
 
@@ -260,7 +303,7 @@ def test_answers_of_several_frames_in_turn_leave_the_others_in_hand() -> None:
     fill(queue, 5)
     assert (take(queue, worker), take(queue, worker)) == ([1, 2, 3], [4, 5])
     finish(worker, 1, 4, 2)
-    assert [(frame.first, frame.left) for frame in worker.frames] == [(0, 1), (3, 1)]
+    assert [(frame.first, list(frame.open)) for frame in worker.frames] == [(0, [3]), (3, [5])]
     finish(worker, 5)
     queue.lose(worker, 5, "signal 9", NOW)
     assert [job.id for job in queue._alone] == [3] and not worker.frames

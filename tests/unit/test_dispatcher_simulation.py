@@ -42,6 +42,7 @@ RESPONSE_TIMEOUT = 1.0
 SERIAL = (1, 0)  # threads and preprocess threads of a worker
 RARITIES = (
     "together",
+    "passed on",
     "newest first",
     "passed over",
     "several at a time",
@@ -140,7 +141,17 @@ class Simulation:
     def submit(self) -> None:
         clients = [self.new_client() for _ in range(self.pick((1, 1, 1, 4, 12)))]
         jobs = [client.job for client in clients]
-        if self.chance() < 0.5 and not any([job.terms for job in jobs]) and self.queue.submit_all(jobs):
+        plain = not any([job.terms for job in jobs])
+        idle = [worker for worker in self.workers if not worker.in_flight.count]
+        if plain and idle and self.chance() < 0.3 and self.queue.pass_on(jobs, idle[0].in_flight, self.now):
+            self.events.append(("pass on", [job.id for job in jobs], "to", self.workers.index(idle[0])))
+            assert not self.queue.closed and not self.queue.depth and len(jobs) <= self.queue.batch_size
+            assert not any([client.poison and self.queue._known_poisons for client in clients])
+            self.seen["passed on"] += 1
+            for client in clients:
+                self.accept(client)
+            idle[0].receive(self.queue.batch_size, jobs)
+        elif plain and self.chance() < 0.5 and self.queue.submit_all(jobs):
             self.events.append(("submit together", [job.id for job in jobs]))
             queue = self.queue
             assert not queue.closed and queue.depth <= queue.room and queue.bytes <= queue.max_bytes
@@ -196,7 +207,7 @@ class Simulation:
 
     def feed(self, worker: Process) -> None:
         held = worker.in_flight
-        was_idle, was_exclusive, standing = not held.jobs, held.exclusive, self.queue._overload.standing_since
+        was_idle, was_exclusive, standing = not held.count, held.exclusive, self.queue._overload.standing_since
         below = next_below(self.queue)
         frame = self.queue.take(held, self.now)
         if frame is None:
@@ -291,7 +302,7 @@ class Simulation:
                 job.settled = True
                 job.caller.answer(200, b"", memoryview(b"%d" % job.id))
                 self.live.discard(job.id)
-        assert worker.in_flight.jobs or not worker.in_flight.exclusive
+        assert worker.in_flight.count or not worker.in_flight.exclusive
 
     def cancel(self) -> None:
         if self.live:
@@ -318,7 +329,7 @@ class Simulation:
         assert all(isinstance(error, WorkerDiedError) for _, error in failed)
         self.fail(failed)
         held = worker.in_flight
-        assert not held.jobs and not held.exclusive and not held.frames
+        assert not held.count and not held.exclusive and not held.frames
         self.queue.forget_worker(held)
         self.workers[self.workers.index(worker)] = self.new_process()
 
@@ -352,7 +363,7 @@ class Simulation:
         if self.chance() < 0.5:
             worker.end_late(late)
         self.seen["several at a time"] += 1
-        if all(job.id in held.jobs for job in worker.written):
+        if {job.id for job in worker.written} <= {job.id for job in held.jobs}:
             self.read(worker, len(worker.written))
         else:
             self.seen["answered too late"] += 1
@@ -431,12 +442,11 @@ class Simulation:
         assert not any([job.taken for job in waiting]), "a waiting job counts as taken"
         for worker in self.workers:
             held = worker.in_flight
-            owned += held.jobs
-            assert sum(frame.left for frame in held.frames) == len(held.jobs) and all(
-                frame.left for frame in held.frames
-            )
-            assert held.finished + len(held.jobs) == worker.sent, "sent is answered or in hand"
-            assert not held.exclusive or len(held.jobs) == 1
+            in_hand = [frame.ids if frame.opened is None else [*frame.open] for frame in held.frames]
+            owned += itertools.chain(*in_hand)
+            assert all(in_hand) and sum(map(len, in_hand)) == held.count
+            assert held.finished + held.count == worker.sent, "sent is answered or in hand"
+            assert not held.exclusive or held.count == 1
         places = set(owned)
         assert len(places) == len(owned), "a job has two owners"
         assert self.live <= places, f"lost: {self.live - places}"

@@ -142,7 +142,7 @@ def test_what_comes_back_from_a_worker_of_an_unloaded_version_fails() -> None:
         replica.submit(Job(1, wire.RequestFacts("", "", b"", False, []), b"", [b"x"], 1, caller, time.monotonic()))
         await asyncio.sleep(0)
         (worker,) = replica.pool.workers
-        assert worker.in_flight.jobs
+        assert worker.in_flight.count
         replica.leave("it is being unloaded")
         cast(LentWorker, worker).ended("stopped")
         replica.forget()

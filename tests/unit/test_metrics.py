@@ -80,6 +80,18 @@ def test_a_value_falls_into_the_bucket_of_the_next_bound(value: float, bucket: i
     assert histogram.counts.index(1) == bucket and histogram.total == value
 
 
+def test_times_until_now_are_counted_together_as_each_for_itself() -> None:
+    each, together = Histogram((1.0, 2.0, 4.0)), Histogram((1.0, 2.0, 4.0))
+    waits = [9.0, 4.5, 4.0, 1.5, 1.25, 1.0, 0.5]
+    for wait in waits:
+        each.observe(wait)
+    moments = [16.0 - wait for wait in waits]
+    together.observe_since(moments, sum(moments), 16.0)
+    together.observe_since([15.5], 15.5, 16.0)
+    each.observe(0.5)
+    assert together.counts == each.counts == [3, 2, 1, 2] and together.total == each.total
+
+
 def test_buckets_are_shown_cumulative() -> None:
     histogram = Histogram((1.0, 2.0))
     for value in (0.5, 1.5, 1.6, 9.0):

@@ -91,7 +91,7 @@ def patient(queue: BatchQueue, clients: int, *, batch_seconds: float, seconds: f
     longest, refused = 0.0, 0
     while now < NOW + seconds:
         numbers = take(queue, worker, now)
-        longest = max(longest, *(now - worker.jobs[one].arrived for one in numbers))
+        longest = max(longest, *(now - job.arrived for job in worker.jobs))
         now += batch_seconds
         while ticked + 0.25 <= now:
             ticked += 0.25
@@ -156,7 +156,7 @@ def test_who_waits_when_the_overload_is_noticed_is_served_before_the_newest() ->
         assert take(queue, worker, now) == [oldest.id]
         finish(worker, oldest.id)
     take(queue, worker, now)
-    finish(worker, *worker.jobs)
+    finish(worker, *(job.id for job in worker.jobs))
     newest = list(queue._waiting)[-1]
     assert take(queue, worker, now + STANDING_SECONDS) == [newest.id]
 

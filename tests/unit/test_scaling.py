@@ -24,11 +24,11 @@ class Busy:
 
     def __init__(self, jobs: int, threads: int = 1) -> None:
         self.in_flight = InFlight(threads)
-        self.in_flight.add([make_job(number) for number in range(jobs)], NOW)
+        self.in_flight.add([make_job(number) for number in range(jobs)], 0, NOW)
 
     @property
     def jobs(self) -> int:
-        return len(self.in_flight.jobs)
+        return self.in_flight.count
 
 
 def make(bounds: Bounds, target: int = 0, **queue: Any) -> Scaling:
@@ -93,7 +93,7 @@ def test_with_a_latency_objective_a_full_batch_is_one_of_the_limit(jobs: int, ta
     worker.in_flight = scaling._queue.new_worker()
     assert worker.in_flight.batch_limit is not None
     worker.in_flight.batch_limit.limit = 3
-    worker.in_flight.add([make_job(number) for number in range(jobs)], NOW)
+    worker.in_flight.add([make_job(number) for number in range(jobs)], 0, NOW)
     assert look(scaling, 2.5, worker) == target
 
 

@@ -80,10 +80,10 @@ def test_short_batches_of_a_preferred_size_are_sent_several_at_a_time_and_nothin
 def test_a_worker_that_prepares_is_sent_more_than_a_preferred_size_and_told_the_most() -> None:
     queue, worker = make_queue(batch_size=8, preferred=(2, 4)), InFlight(preprocess_threads=1)
     submit(queue, *range(1, 6))
-    assert queue.take(worker, NOW) is not None and len(worker.jobs) == 4
+    assert queue.take(worker, NOW) is not None and worker.count == 4
     submit(queue, *range(6, 30))
     frame = queue.take(worker, NOW)
-    assert frame is not None and frame[0] == 8 and len(worker.jobs) == 2 * 8 + 1
+    assert frame is not None and frame[0] == 8 and worker.count == 2 * 8 + 1
 
 
 def test_what_a_worker_prepares_waits_there_for_a_fuller_batch() -> None:
