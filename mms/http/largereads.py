@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from mms.allocator import buffer
+from mms.errors import ServiceUnavailableError
 from mms.http.limits import LARGE_BODY
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ LEAST, MOST = 16 << 10, 256 << 10  # room for one read
 HEAD = 2 << 10  # for one that is not known yet
 _HEAD_END = b"\r\n\r\n"
 _NOTHING = bytearray()  # in place of memory that belongs to a request: a connection that idles must not keep it
+_SPARE = bytearray(LEAST)  # of all connections: for a read that gets no memory of its own
 
 
 class LargeReads(asyncio.BufferedProtocol):
@@ -46,12 +48,20 @@ class LargeReads(asyncio.BufferedProtocol):
         reader, wanted = self._reader, self._usual
         if not reader.between:
             wanted = min(reader.rest, max(LEAST, reader.size)) or wanted
-        self._piece = buffer(min(MOST, wanted + 1))  # a read that leaves room was the last one for now
+        try:
+            self._piece = buffer(min(MOST, wanted + 1))  # a read that leaves room was the last one for now
+        except MemoryError:  # an event loop that got it would end the connection without a word
+            self._piece = _SPARE
         self._from = 0
         return self._piece
 
     def buffer_updated(self, nbytes: int) -> None:
         piece, begin = self._piece, self._filled
+        if piece is _SPARE:
+            if self._reader.rest:
+                self._connection.refuse_body()
+            self._leave(piece, 0, nbytes)
+            return
         if not begin and self._connection.take_request(piece, nbytes):
             self._piece = _NOTHING
             return
@@ -169,6 +179,10 @@ class LargeBodies(asyncio.Protocol):
         else:
             self._receiving = None
             self._admit()
+
+    def refuse_body(self) -> None:
+        """There is no memory for what is to come of it."""
+        self._refuse(ServiceUnavailableError("no memory for this request"))
 
     def step_back(self, data: bytes) -> None:
         """Read as usual again, beginning with this."""

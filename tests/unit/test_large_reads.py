@@ -207,6 +207,33 @@ def test_what_follows_a_refusal_within_a_body_is_dropped_and_counted_once() -> N
     assert client.connection._lingering == left - 10 * KIB
 
 
+def no_memory(size: int) -> bytearray:
+    raise MemoryError
+
+
+def test_a_body_for_which_memory_runs_out_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connected()
+    client.send(large())
+    request = large(600 * KIB)
+    client.send(request[: 300 * KIB])
+    monkeypatch.setattr("mms.http.largereads.buffer", no_memory)
+    client.send(request[300 * KIB :], step=LEAST)
+    assert client.statuses() == [200, 503]
+    assert client.connection.shedding.bytes == 0
+
+
+def test_without_memory_for_a_large_read_small_requests_are_read_in_the_usual_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = connected()
+    client.send(large())
+    assert reads_large(client)
+    monkeypatch.setattr("mms.http.largereads.buffer", no_memory)
+    client.send(GET)
+    client.send(GET)
+    assert bodies(client)[1:] == [b"GET /a "] * 2 and not reads_large(client)
+
+
 def test_who_asks_first_is_told_to_continue() -> None:
     client = connected()
     client.send(large())
