@@ -7,8 +7,10 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from mms import wire
 from mms.errors import FrameError
@@ -70,6 +72,7 @@ class ForkServer:
         """The pid and pidfd of a new worker that owns copies of `descriptors`. Raises ForkServerDied."""
         await self.ready()
         async with self._turn:
+            asked = now_since_boot()
             try:
                 socket.send_fds(self._control, [wire.encode(request)], descriptors)
                 message, received = await self._receive(REPLY_LIMIT)
@@ -78,13 +81,11 @@ class ForkServer:
                 if isinstance(error, OSError):
                     raise ForkServerDied(f"the fork server is gone: {error.strerror}") from None
                 raise
-        reply: wire.ForkReply = wire.decode(wire.ForkReply, message)
-        if reply.error or len(received) != 1:
-            for descriptor in received:
-                os.close(descriptor)
+        try:
+            return worker_of(wire.decode(wire.ForkReply, message), received, asked)
+        except ForkServerDied:
             self._fault = "cannot fork"
-            raise ForkServerDied(reply.error or "the fork server sent no pidfd")
-        return reply.pid, received[0]
+            raise
 
     def kill(self) -> None:
         """End the process and reap it; who waits for it is told. The workers it has forked live on."""
@@ -130,6 +131,34 @@ class ForkServer:
         if not message:
             raise ForkServerDied("the fork server ended")
         return message, list(descriptors)
+
+
+def now_since_boot() -> int:
+    """In ticks, as /proc says when a process began."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
+def worker_of(reply: wire.ForkReply, descriptors: Sequence[int], asked: int) -> tuple[int, int]:
+    """The pid and pidfd of the worker that was forked. Raises ForkServerDied, and closes all descriptors, if none was.
+
+    A model's code could have written the reply: it could name any process, or as 1 all of them, to be killed one day.
+    So the pid is that of the pidfd, and no process is taken that was there before one was `asked` for.
+    """
+    try:
+        if reply.error or len(descriptors) != 1:
+            raise ForkServerDied(reply.error or "the reply came without a pidfd")
+        facts = Path(f"/proc/self/fdinfo/{descriptors[0]}").read_text()
+        pid = next((int(line[4:]) for line in facts.splitlines() if line.startswith("Pid:")), 0)
+        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19] if pid > 1 else "0"
+        if int(began) < asked:
+            raise ForkServerDied("the reply names no worker that was forked for it")
+    except (ForkServerDied, OSError) as error:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if isinstance(error, OSError):
+            raise ForkServerDied(f"the worker ended at once: {error.strerror}") from None
+        raise
+    return pid, descriptors[0]
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import socket
 import time
@@ -22,7 +23,16 @@ from mms import wire
 from mms.errors import FrameError
 from mms.logs import model_logger
 from mms.workers import environment
-from mms.workers.forkserver import DEATH_WINDOW, DEATHS, MAX_MESSAGE, REPLY_LIMIT, ForkServerDied, ForkServers
+from mms.workers.forkserver import (
+    DEATH_WINDOW,
+    DEATHS,
+    MAX_MESSAGE,
+    REPLY_LIMIT,
+    ForkServerDied,
+    ForkServers,
+    now_since_boot,
+    worker_of,
+)
 from mms.workers.output import OutputReader
 from mms.workers.process import Launch, WorkerProcess, launch
 from mms.workers.settings import PoolSettings
@@ -87,6 +97,7 @@ class LoadedProcess:
         """As of ForkServers; what is preloaded was settled when the template started. Raises ForkServerDied."""
         async with self._turn:
             received: list[int] = []
+            asked = now_since_boot()
             try:
                 if self.gone.is_set():
                     raise ForkServerDied("the template has ended")
@@ -99,9 +110,7 @@ class LoadedProcess:
                 if isinstance(error, OSError | FrameError):
                     raise ForkServerDied(f"the template did not fork: {error}") from None
                 raise
-        if reply.error or len(received) != 1:
-            raise ForkServerDied(reply.error or "the template sent no pidfd")
-        return reply.pid, received[0]
+        return worker_of(reply, received, asked)
 
     def kill(self, cause: str) -> None:
         """End it; `gone` is set when it has ended. The workers it has forked live on."""
@@ -127,8 +136,14 @@ class LoadedProcess:
                 if not data:
                     await self.gone.wait()
                     raise ForkServerDied("the template has ended")
+                if len(received) > 1:  # a frame in many pieces could bring any number of them
+                    raise FrameError("it sent more than one descriptor")
                 for kind, head, _ in frames.feed(data):
                     return kind, head, received
+        except BaseException:
+            for descriptor in received:
+                os.close(descriptor)
+            raise
         finally:
             self._receiving = False
             self._loop.remove_reader(self._channel)
