@@ -26,6 +26,9 @@ from mms.archive.checks import (
 from mms.errors import ArchiveError
 
 _MAX_TAR_HEADER = 1 << 16
+_MAX_TAR_HEADERS = 16 << 20  # bytes of extended headers in all, as in the directory of a zip
+_MAX_RECORDS = 100  # in one of them
+_RECORD = re.compile(rb"([1-9]\d{0,5}) ")
 _ROOT = ("", ".")
 _TAR_KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a FIFO"}
 
@@ -109,6 +112,7 @@ class TarContainer:
     def _walk(self) -> Contents:
         stream = _Gzip(self._file)
         overrides: dict[str, str] = {}
+        extended = 0
         while True:
             block = stream.read(512)
             if len(block) != 512:
@@ -118,6 +122,9 @@ class TarContainer:
             kind, size = block[156:157], _tar_number(block[124:136])
             _check_tar_sum(block)
             if kind in (b"x", b"g", b"L"):
+                extended += len(block) + size
+                if extended > _MAX_TAR_HEADERS:  # they pack to next to nothing
+                    raise ArchiveError(f"more than {_MAX_TAR_HEADERS >> 20} MiB of extended tar headers")
                 overrides |= _tar_override(kind, _tar_data(stream, size))
                 continue
             member = _tar_member(block, kind, int(overrides.get("size", size)), overrides.get("path"))
@@ -165,14 +172,17 @@ def _tar_override(kind: bytes, data: bytes) -> dict[str, str]:
     """What an extended header says of the next entry: its path and its size matter, the rest is left aside."""
     if kind == b"L":
         return {"path": _tar_text(data.rstrip(b"\0"))}
-    found, at = {}, 0
+    found, at, records = {}, 0, 0
     while at < len(data):
-        length = re.match(rb"([1-9]\d{0,5}) ", data[at:])
+        records += 1
+        if records > _MAX_RECORDS:
+            raise ArchiveError(f"an extended tar header with more than {_MAX_RECORDS} records")
+        length = _RECORD.match(data, at)
         record = data[at : at + int(length[1])] if length else b""
         if length is None or len(record) != int(length[1]) or record[-1:] != b"\n":
             raise ArchiveError("a malformed extended tar header")
+        key, _, value = record[length.end() - at : -1].partition(b"=")
         at += len(record)
-        key, _, value = record[length.end() : -1].partition(b"=")
         if key.startswith(b"GNU.sparse"):
             raise ArchiveError("a sparse file; only plain files and folders are allowed")
         if key == b"size" and not re.fullmatch(rb"\d{1,15}", value):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import random
 import struct
 import zipfile
 from pathlib import Path
@@ -166,6 +167,9 @@ def test_s3_a_tgz_with_a_hostile_entry_is_refused(tmp_path: Path, kind: str) -> 
     refused(write(tmp_path, tgz_bytes(hostile)), reason)
 
 
+LARGE_HEADER = tar_entry("x", b"60000 comment=" + random.Random(1).randbytes(600) + b"a" * 59_385 + b"\n", b"x")
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -176,6 +180,8 @@ def test_s3_a_tgz_with_a_hostile_entry_is_refused(tmp_path: Path, kind: str) -> 
         (tgz_bytes() + tgz_bytes(), "after the end of the gzip"),
         (tgz_bytes() + b"junk", "after the end of the gzip"),
         (tgz_bytes(end=bytes(40 << 20)), "a bomb"),
+        (tgz_bytes(tar_entry("x", b"6 a=b\n" * 101, b"x")), "more than 100 records"),
+        (tgz_bytes(LARGE_HEADER * 280), "more than 16 MiB of extended"),
         (tgz_bytes(tar_entry("dog/a")), "no MAR-INF"),
         (gzip.compress(b"not a tar" * 100, mtime=0), "checksum|malformed"),
         (gzip.compress(bytes(1024), mtime=0), "no MAR-INF"),
@@ -188,6 +194,8 @@ def test_s3_a_tgz_with_a_hostile_entry_is_refused(tmp_path: Path, kind: str) -> 
         "two streams",
         "junk behind",
         "bomb",
+        "records",
+        "headers",
         "two tops",
         "no tar",
         "empty",
