@@ -11,6 +11,7 @@ from mms.errors import ConfigError
 
 MAX_FILE = 1 << 20
 MAX_DEPTH = 32
+MAX_DIGITS = 100  # of a whole number
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -36,6 +37,14 @@ class _UniqueKeys(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=f"more than {MAX_DEPTH} levels deep", problem_mark=mark)
         super().fetch_flow_collection_start(token)
 
+    def construct_whole(self, node: Any) -> int:
+        """Of many digits a number takes time that grows with their square: `1:59:59...` is one to the base of 60."""
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.MarkedYAMLError(
+                problem=f"a number has more than {MAX_DIGITS} digits", problem_mark=node.start_mark
+            )
+        return int(self.construct_yaml_int(node))
+
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key, _ in node.value:
@@ -45,6 +54,9 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_whole)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
