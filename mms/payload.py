@@ -178,22 +178,22 @@ def _form_part(head: bytes, data: bytearray, number: int) -> FormPart:
 def _parameters(value: str) -> dict[str, str]:
     """The `; name=value` parameters of a header value; a quoted value may hold `;` and backslash escapes."""
     found: dict[str, str] = {}
-    at = value.find(";")
-    while 0 <= at < len(value):
-        name, equals, rest = value[at + 1 :].partition("=")
-        if not equals:
+    at, end = value.find(";"), len(value)
+    while at >= 0:
+        equals = value.find("=", at)
+        if equals < 0:
             break
-        if rest.startswith('"'):
-            text, index = [], 1
-            while index < len(rest) and rest[index] != '"':
-                index += rest[index] == "\\" and index + 1 < len(rest)
-                text.append(rest[index])
-                index += 1
-            found[name.strip().lower()] = "".join(text)
-            rest_at = len(value) - len(rest) + index + 1
+        name, at = value[at + 1 : equals].strip().lower(), equals + 1
+        if value.startswith('"', at):
+            text = []
+            at += 1
+            while at < end and value[at] != '"':
+                at += value[at] == "\\" and at + 1 < end
+                text.append(value[at])
+                at += 1
+            found[name] = "".join(text)
+            at = value.find(";", at + 1)
         else:
-            plain = rest.partition(";")[0]
-            found[name.strip().lower()] = plain.strip()
-            rest_at = len(value) - len(rest) + len(plain)
-        at = value.find(";", rest_at)
+            begin, at = at, value.find(";", at)
+            found[name] = value[begin : at if at >= 0 else end].strip()
     return found
