@@ -40,7 +40,7 @@ def parse_samples(value: Any) -> tuple[WarmupSample, ...]:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value else []
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
     if not isinstance(value, list | tuple) or len(value) > MAX_SAMPLES:
         raise ValueError(f"a list of at most {MAX_SAMPLES} samples is needed, each with a file or a shape")

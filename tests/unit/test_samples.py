@@ -30,6 +30,7 @@ def test_a_shape_has_a_dtype() -> None:
     [
         (3, "a list of at most 100 samples"),
         ("cat.jpg", "a list of at most 100 samples"),
+        pytest.param("[" * 100_000, "a list of at most 100 samples", id="bottomless"),
         (["cat.jpg"], "sample 1: either file: NAME or shape"),
         ([{"file": "a", "shape": [1]}], "sample 1: either file: NAME or shape"),
         ([{"file": "a"}, {"file": "b", "kount": 1}], "sample 2 has no kount; it may have file, content_type"),
