@@ -71,7 +71,10 @@ def write_cancelled(page: mmap.mmap | bytearray, job: int) -> None:
     """Nobody waits for this job any more. The server is the only one that writes here."""
     count: int = CANCELLED_COUNT.unpack_from(page, CANCELLED_AT)[0]
     CANCELLED_COUNT.pack_into(page, CANCELLED_JOBS_AT + count % CANCELLED_KEPT * CANCELLED_COUNT.size, job)
-    CANCELLED_COUNT.pack_into(page, CANCELLED_AT, count + 1)  # last: the worker looks at the jobs when this has changed
+    # a worker could write here, too: what it cannot do is make the count too large to be written
+    CANCELLED_COUNT.pack_into(
+        page, CANCELLED_AT, (count + 1) % (1 << 64)
+    )  # last: the worker looks at the jobs when this has changed
 
 
 class Cancelled:

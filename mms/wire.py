@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -191,7 +191,7 @@ class Outcome(msgspec.Struct, array_like=True, frozen=True, gc=False):
 class BatchTimes(msgspec.Struct, array_like=True, gc=False):
     """Seconds that one batch spent: waiting in the worker, in the handler and (request style) in each stage."""
 
-    jobs: int
+    jobs: Annotated[int, msgspec.Meta(ge=0)]  # a negative one would make room for another that is huge
     waited: float
     handler: float
     preprocess: float = 0.0

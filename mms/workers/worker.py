@@ -333,7 +333,7 @@ class Worker(asyncio.Protocol):
     def _chunks(self, chunks: wire.Chunks, payload: memoryview) -> None:
         """Pieces of answers; a job whose answer has begun stays in hand until its RESULT, and is not run again."""
         metrics, held, now = self._metrics, self.in_flight, time.monotonic()
-        if len(chunks.sizes) != len(chunks.ids) or not chunks.first.keys() <= set(chunks.ids):
+        if not len(chunks.sizes) == len(chunks.ids) <= held.count or not chunks.first.keys() <= set(chunks.ids):
             raise FrameError(f"a STREAM frame with {len(chunks.ids)} jobs whose sizes or outcomes do not fit")
         metrics.chunks += len(chunks.ids)
         if chunks.first:

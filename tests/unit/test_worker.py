@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from mms.errors import MMSError
 from mms.metrics import VersionMetrics
 from mms.model_settings import ModelSettings
 from mms.workers.batching import BatchQueue
+from mms.workers.forkserver import ForkServerDied, now_since_boot, worker_of
 from mms.workers.job import Job, Terms
 from mms.workers.lateness import PATIENCE, Lateness
 from mms.workers.placement import Place
@@ -111,6 +114,69 @@ def test_a_worker_of_several_threads_is_told_who_waits_no_longer() -> None:
     metrics = rig.worker._metrics
     rig.says(wire.RESULT, wire.Result([1], [0], [wire.Outcome(499, b"", "Cancelled")], [], []))
     assert [job.id for job in rig.worker.in_flight.jobs] == [2, 3] and not metrics.requests and not metrics.errors
+
+
+class Killed(WorkerProcess):
+    def kill(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        (
+            wire.RESULT,
+            wire.Result([1], [0], [OK], [], [wire.BatchTimes(10**7, 0, 0), wire.BatchTimes(1 - 10**7, 0, 0)]),
+        ),
+        (wire.RESULT, wire.Result([1], [0], [OK], [], [wire.BatchTimes(-(10**7), 0, 0)])),
+        (wire.STREAM, wire.Chunks([1] * 100_000, [0] * 100_000, {1: OK})),
+    ],
+    ids=["two batches", "a batch", "chunks"],
+)
+def test_a_worker_that_claims_more_than_it_was_given_is_killed_before_it_costs_anything(
+    kind: int, head: object
+) -> None:
+    rig = Rig(wire.Ready("batch", 0.1))
+    (job,) = rig.takes(1)
+    rig.worker.process.__class__ = Killed
+    rig.says(kind, head)
+    assert rig.worker.cause == "sent garbage on its channel"
+    assert not job.settled and not rig.worker._metrics.chunks
+
+
+def test_a_worker_cannot_make_the_count_of_those_who_left_too_large() -> None:
+    page = mmap.mmap(-1, sharedpage.PAGE)
+    sharedpage.CANCELLED_COUNT.pack_into(page, sharedpage.CANCELLED_AT, (1 << 64) - 1)
+    sharedpage.write_cancelled(page, 7)
+    assert sharedpage.CANCELLED_COUNT.unpack_from(page, sharedpage.CANCELLED_AT) == (0,)
+
+
+def ended(descriptors: list[int]) -> bool:
+    return not any(Path(f"/proc/self/fd/{descriptor}").exists() for descriptor in descriptors)
+
+
+def test_a_forked_worker_is_the_process_of_its_pidfd_whatever_the_reply_says() -> None:
+    asked = now_since_boot()
+    with subprocess.Popen(["true"]) as process:
+        pidfd = os.pidfd_open(process.pid)
+        assert worker_of(wire.ForkReply(1, ""), [pidfd], asked) == (process.pid, pidfd)
+        os.close(pidfd)
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "why"),
+    [
+        (list[int], "without a pidfd"),
+        (lambda: [os.pidfd_open(os.getpid())], "no worker that was forked"),
+        (lambda: [os.open("/dev/null", os.O_RDONLY)], "no worker that was forked"),
+        (lambda: [os.pidfd_open(os.getpid()), os.pidfd_open(1)], "without a pidfd"),
+    ],
+    ids=["nothing", "the server", "no pidfd", "two"],
+)
+def test_a_reply_that_brings_no_worker_is_not_taken(descriptors: Callable[[], list[int]], why: str) -> None:
+    given = descriptors()
+    with pytest.raises(ForkServerDied, match=why):
+        worker_of(wire.ForkReply(1, ""), given, now_since_boot())
+    assert ended(given)
 
 
 def test_a_worker_that_waits_for_a_fuller_batch_is_not_late() -> None:
