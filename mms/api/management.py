@@ -38,6 +38,7 @@ READINESS = web.AppKey("readiness", Readiness)
 MAX_BODY = 1 << 20
 PAGE = 100
 MAX_NUMBER = 10**9
+MAX_TEXT = 8 << 10  # as in a query: what looks into addresses takes time that grows with the square of their length
 
 _NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
 _AT_REGISTRATION = tuple(setting.name for setting in fields(ModelSettings))
@@ -292,6 +293,8 @@ def _text(parameters: _Parameters, name: str) -> str:
     value = parameters.get(name, "")
     if not isinstance(value, str):
         raise BadRequestError(f"{name} = {value!r:.200}: a text is needed")
+    if len(value) > MAX_TEXT:
+        raise BadRequestError(f"{name} = {value:.200}: longer than {MAX_TEXT} characters")
     return value
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from mms.config import load_config
 from mms.errors import ConfigError
-from tests.asking import CLIENT_TIMEOUT
+from tests.asking import CLIENT_TIMEOUT, fetch
 from tests.chaos.rig import Rig
 from tests.conftest import MakeArchive
 from tests.servers import Server, processes_in, server
@@ -75,6 +75,13 @@ def test_f99_hostile_archives_are_refused_with_a_reason_and_leave_nothing(runnin
     assert main.cpu_times().user - used < 2
     assert main.memory_info().rss - memory < 64 << 20
     assert running.manage("GET", "/models/hostile").status == 404
+
+
+def test_a_text_of_a_registration_is_bounded(running: Server) -> None:
+    """Python's urlsplit brings a name's combining marks into order one by one: 1 MiB of them took minutes."""
+    body = b'{"url": "http://a%b"}' % ("\u0316\u0301" * 100_000).encode()
+    reply = fetch(running.management, "POST", "/models", body, {"content-type": "application/json"})
+    assert (reply.status, "longer than 8192 characters" in reply.message) == (400, True)
 
 
 def test_f100_an_archive_may_be_replaced_or_deleted_while_it_is_served(make_archive: MakeArchive) -> None:
