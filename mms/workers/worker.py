@@ -28,6 +28,7 @@ from mms.workers.scheduling import forming_of
 
 log = logging.getLogger("mms.worker")
 
+MAX_FAILURE = 64 << 10  # characters of why a handler was not loaded: it is logged, and kept
 LAST_WORDS = 0.05  # seconds between a process's end and its channel's end, in either order
 
 
@@ -253,7 +254,8 @@ class Worker(asyncio.Protocol):
                 elif kind == wire.READY:
                     self._ready(wire.decode(wire.Ready, head))
                 elif kind == wire.FAILED:
-                    self.failure = wire.decode(wire.Failed, head)
+                    failed = wire.decode(wire.Failed, head)
+                    self.failure = wire.Failed(failed.message[:MAX_FAILURE], failed.traceback[-MAX_FAILURE:])
                 else:
                     raise FrameError(f"a worker sent a frame of kind {kind}")
             if LARGE < self._reader.missing <= LARGEST:

@@ -23,7 +23,7 @@ from mms.workers.lateness import PATIENCE, Lateness
 from mms.workers.placement import Place
 from mms.workers.process import WorkerProcess
 from mms.workers.scheduling import Scheduling
-from mms.workers.worker import Loan, Worker
+from mms.workers.worker import MAX_FAILURE, Loan, Worker
 
 FACTS = wire.RequestFacts("", "", b"", False, [])
 PLAIN_TERMS = Terms()
@@ -141,6 +141,14 @@ def test_a_worker_that_claims_more_than_it_was_given_is_killed_before_it_costs_a
     rig.says(kind, head)
     assert rig.worker.cause == "sent garbage on its channel"
     assert not job.settled and not rig.worker._metrics.chunks
+
+
+def test_of_why_a_handler_was_not_loaded_no_more_is_kept_than_can_be_read() -> None:
+    rig = Rig(wire.Ready("batch", 0.1))
+    rig.says(wire.FAILED, wire.Failed("a" * (1 << 20), "b" * (1 << 20) + "the end"))
+    failed = rig.worker.failure
+    assert failed is not None and len(failed.message) == len(failed.traceback) == MAX_FAILURE
+    assert failed.traceback.endswith("the end")
 
 
 def test_a_worker_cannot_make_the_count_of_those_who_left_too_large() -> None:
