@@ -75,9 +75,12 @@ def parse_integer(value: Any) -> int:
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError("a whole number is needed")
     try:
-        return int(value)
+        number = int(value)
     except (ValueError, TypeError):
         raise ValueError("a whole number is needed") from None
+    if not -(1 << 63) <= number < 1 << 63:  # more cannot be told to another process
+        raise ValueError("a smaller number is needed")
+    return number
 
 
 def parse_number(value: Any) -> float:

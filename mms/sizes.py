@@ -14,4 +14,7 @@ def parse_size(value: Any) -> int:
     match = _SIZE.fullmatch(str(value).strip())
     if match is None or isinstance(value, bool):
         raise ValueError("a size is needed, such as 1048576, 100MiB or 2GB")
-    return int(match[1]) * _UNITS[match[2].lower()]
+    size = int(match[1]) * _UNITS[match[2].lower()]
+    if size >= 1 << 63:  # more cannot be told to another process
+        raise ValueError("a size of less than 8 EiB is needed")
+    return size

@@ -136,6 +136,7 @@ def test_values_are_read(name: str, text: Any, value: Any) -> None:
         ("max_request_size", "0"),
         ("max_request_size", True),
         ("max_request_size", "1" * 5000),
+        ("max_request_size", "9000000000GiB"),
         ("batch_size", True),
         ("batch_size", 1.5),
         ("batch_size", None),

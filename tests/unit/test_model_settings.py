@@ -51,6 +51,8 @@ def test_true_and_false_may_be_written_as_yaml_has_them(text: str, value: str) -
         ("batch_size", "x", "a whole number is needed"),
         ("batch_size", None, "a whole number is needed"),
         ("batch_size", "9" * 5000, "a whole number is needed"),
+        ("max_requests", 1 << 63, "a smaller number is needed"),
+        ("queue_bytes", "9000000000GiB", "a size of less than 8 EiB is needed"),
         ("queue_timeout", [1], "a number is needed"),
         ("queue_timeout", 10**400, "a number is needed"),
         ("min_workers", 1025, "must be at most 1024"),
