@@ -74,7 +74,8 @@ class InFlight:
 
     def get(self, id: int) -> Job | None:
         """The one of that id, if it is in hand."""
-        self._open()
+        if id not in self.opened:
+            self._open()
         return self.opened.get(id)
 
     def add(self, jobs: list[Job], size: int, now: float) -> None:
