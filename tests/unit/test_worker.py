@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from mms.workers.placement import Place
 from mms.workers.process import WorkerProcess
 from mms.workers.scheduling import Scheduling
 from mms.workers.worker import Loan, Worker
+from tests.waiting import eventually
 
 FACTS = wire.RequestFacts("", "", b"", False, [])
 PLAIN_TERMS = Terms()
@@ -220,6 +223,20 @@ def test_a_shared_worker_that_stays_between_two_batches_is_found(shared: Shared,
     assert not lateness.stands_still(shared.worker, 10.0)
     assert not lateness.stands_still(shared.worker, 10.0 + LIMIT)
     assert lateness.stands_still(shared.worker, 10.0 + LONG)
+
+
+def test_a_shared_worker_that_is_stopped_between_two_batches_has_no_more_than_response_timeout(shared: Shared) -> None:
+    lateness = Lateness(SETTINGS, shared.queue)
+    shared.works(shared.other, 1, 0.0)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        shared.worker.process.pid = process.pid
+        assert not lateness.stands_still(shared.worker, 10.0)
+        assert not lateness.stands_still(shared.worker, 10.1 + LIMIT)
+        process.send_signal(signal.SIGSTOP)
+        eventually(lambda: shared.worker.process.stopped)
+        assert lateness.stands_still(shared.worker, 10.1 + LIMIT)
+        assert not lateness.stands_still(shared.worker, 10.0 + LIMIT)
+        process.kill()
 
 
 def test_a_shared_worker_that_idles_or_has_a_batch_or_goes_on_does_not_stand_still(shared: Shared) -> None:
