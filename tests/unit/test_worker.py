@@ -9,11 +9,15 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from mms import sharedpage, wire
 from mms.errors import MMSError
+from mms.http.exchange import Exchange
+from mms.http.request import Head
+from mms.http.response import ResponseHeads
 from mms.metrics import VersionMetrics
 from mms.model_settings import ModelSettings
 from mms.workers.batching import BatchQueue
@@ -142,6 +146,32 @@ def test_who_leaves_a_worker_of_one_thread_costs_nothing() -> None:
     (job,) = rig.takes(1)
     job.cancel()
     assert not sharedpage.Cancelled(rig.page).look()
+
+
+class Deaf:
+    """A connection that fails when an answer is sent on it."""
+
+    heads = ResponseHeads()
+
+    def __init__(self) -> None:
+        self.aborted = False
+
+    def send(self, *answer: object) -> None:
+        raise RuntimeError
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_who_cannot_be_answered_is_not_left_waiting(count: int) -> None:
+    rig, connections = Rig(wire.Ready("batch", 0.1)), [Deaf() for _ in range(count)]
+    jobs = rig.takes(*range(count))
+    for job, connection in zip(jobs, connections, strict=True):
+        job.caller = Exchange(cast(Any, connection), Head(), True, b"id", [], 0, 0.0)
+    batches = [wire.BatchTimes(count, 0, 0.1, 0, 0, 0)]
+    rig.says(wire.RESULT, wire.Result(list(range(count)), [], [OK], [], batches, [b"a"] * count))
+    assert all([connection.aborted for connection in connections])
 
 
 class Shared(Rig):
