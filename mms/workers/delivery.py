@@ -26,7 +26,7 @@ def deliver(
     for job in jobs:
         job.settled = True
     if alike:
-        if len(jobs) > 1 and len(set(map(type, callers))) == 1:
+        if len(callers) == 1 or len(set(map(type, callers))) == 1:
             answer_all = getattr(callers[0], "answer_all", None)
             if answer_all is not None:
                 answer_all(callers, outcomes[0].status, outcomes[0].head, bodies)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import cast
 
 import msgspec
 
+from mms.structs import quickly_set
 from mms.workers.job import Job
 from mms.workers.objective import BatchLimit
 
@@ -15,6 +16,7 @@ AHEAD_SECONDS = 0.002  # work that may lie at a worker beyond what it needs now:
 MAX_FRAME_JOBS = 256
 
 
+@quickly_set
 class Frame(msgspec.Struct, eq=False):
     """The jobs of one frame and their ids, `taken` from the queue at that time, with bodies of `size` bytes in all.
 
@@ -23,25 +25,12 @@ class Frame(msgspec.Struct, eq=False):
     """
 
     first: int
-    jobs: list[Job]
+    jobs: list[Job]  # none once they are looked at one by one
     ids: list[int]
     size: int
     taken: float
     cancel: Callable[[int], None] | None
-    opened: dict[int, Job] | None = None  # set once one of its jobs was asked for: mostly it is answered as a whole
-
-    @property
-    def open(self) -> dict[int, Job]:
-        """Those that are not answered, by id; who answers one takes it out."""
-        if self.opened is None:
-            self.opened = dict(zip(self.ids, self.jobs, strict=True))
-        return self.opened
-
-    def placed(self) -> Iterator[tuple[int, Job]]:
-        """Those that are not answered, with their places."""
-        for place, job in enumerate(self.jobs, self.first):
-            if self.opened is None or job.id in self.opened:
-                yield place, job
+    left: int = 0  # not answered, of those that are looked at one by one
 
 
 class InFlight:
@@ -55,6 +44,7 @@ class InFlight:
         "exclusive",
         "finished",
         "frames",
+        "opened",
         "overlaps",
         "preprocess_threads",
         "sent",
@@ -71,6 +61,7 @@ class InFlight:
         self.sent = 0
         self.finished = 0  # results received since the worker started
         self.frames: deque[Frame] = deque()  # those in which a job is not answered
+        self.opened: dict[int, Job] = {}  # in hand, by id, from frames that are not answered as a whole
         self.exclusive = False  # the one job in hand is a retry: nothing else may share its fate
         self.streams = False  # it has answered with a stream: what lies behind one waits for its end
         self.batch_seconds: float | None = None  # time of a batch: follows rises at once, falls slowly
@@ -79,14 +70,13 @@ class InFlight:
     @property
     def jobs(self) -> list[Job]:
         """Those in hand."""
-        return [job for frame in self.frames for _, job in frame.placed()]
+        return [job for frame in self.frames for _, job in self._placed(frame)]
 
     def get(self, id: int) -> Job | None:
         """The one of that id, if it is in hand."""
-        for frame in self.frames:
-            if id in frame.open:
-                return frame.open[id]
-        return None
+        if id not in self.opened:
+            self._open()
+        return self.opened.get(id)
 
     def add(self, jobs: list[Job], size: int, now: float) -> None:
         """They are sent in one frame; their bodies have `size` bytes in all."""
@@ -101,7 +91,7 @@ class InFlight:
         """The jobs of these ids, answered and no longer in hand. None, and all stay in hand, if one is not there."""
         frames = self.frames
         for frame in frames:
-            if frame.ids == ids and frame.opened is None:
+            if frame.jobs and frame.ids == ids:
                 frames.remove(frame)
                 done, frame.jobs = frame.jobs, []  # it must hold no cycle
                 break
@@ -116,35 +106,50 @@ class InFlight:
             self.exclusive = False
         return done
 
-    def take_all(self) -> Iterator[tuple[int, Job]]:
+    def take_all(self) -> list[tuple[int, Job]]:
         """Each job in hand with its place; then the worker has none."""
-        frames = list(self.frames)
+        taken = [placed for frame in self.frames for placed in self._placed(frame)]
+        for frame in self.frames:
+            frame.jobs = []
         self.frames.clear()
+        self.opened.clear()
         self.count = 0
         self.exclusive = False
-        for frame in frames:
-            yield from frame.placed()
+        return taken
 
     def take_places(self, places: Collection[int]) -> list[Job]:
         """The jobs at these places, no longer in hand."""
-        ids = [job.id for frame in self.frames for place, job in frame.placed() if place in places]
+        ids = [job.id for frame in self.frames for place, job in self._placed(frame) if place in places]
         return self.finish(ids) or []
+
+    def _placed(self, frame: Frame) -> Iterable[tuple[int, Job]]:
+        """Its jobs that are not answered, with their places."""
+        if frame.jobs:
+            return enumerate(frame.jobs, frame.first)
+        opened = self.opened
+        return [(place, opened[id]) for place, id in enumerate(frame.ids, frame.first) if id in opened]
+
+    def _open(self) -> None:
+        """The jobs in hand are looked at one by one: who is answered is not kept for the others of the frame."""
+        for frame in self.frames:
+            if frame.jobs:
+                self.opened.update(zip(frame.ids, frame.jobs, strict=True))
+                frame.jobs, frame.left = [], len(frame.ids)
 
     def _take(self, ids: list[int]) -> list[Job] | None:
         """Those of these ids, from whichever frames."""
+        self._open()
+        opened = self.opened
         done: list[Job] = []
         for id in ids:
-            for frame in self.frames:
-                if (job := frame.open.pop(id, None)) is not None:
-                    done.append(job)
-                    break
-            else:
-                for job in done:
-                    cast(Frame, job.frame).open[job.id] = job
+            job = opened.pop(id, None)
+            if job is None:
+                opened.update([(job.id, job) for job in done])
                 return None
-        for frame in [frame for frame in self.frames if not frame.open]:
-            self.frames.remove(frame)
-            frame.jobs = []
+            done.append(job)
+        for job in done:
+            cast(Frame, job.frame).left -= 1
+        self.frames = deque([frame for frame in self.frames if frame.left])
         return done
 
     def begins_stream(self) -> None:

@@ -40,7 +40,7 @@ class Lateness:
 
     def stands_still(self, worker: Worker, now: float) -> bool:
         """Whether a worker that several front ends use stays between two batches, and says that it is at work: all of
-        them would wait for it.
+        them would wait for it. Unless it is stopped, it may be waiting for one of them, and has PATIENCE.
         """
         if worker.control is None or worker.state is WorkerState.STARTING:
             return False
@@ -49,7 +49,8 @@ class Lateness:
         if seen != answered or not worker.between_batches:
             since = now
         self._between[worker] = answered, since
-        return now - since > self._settings.response_timeout + PATIENCE
+        late = now - since - self._settings.response_timeout
+        return late > PATIENCE or (late > 0 and worker.process.stopped)
 
     def overdue(self, worker: Worker, now: float) -> list[tuple[Job, MMSError]] | None:
         """The jobs of a worker's batch that takes too long, each with its error; None while it is in time."""

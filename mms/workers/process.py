@@ -86,6 +86,14 @@ class WorkerProcess:
         """Whether the worker is at work, be it for another front end; False while it has only one."""
         return sharedpage.read_busy(self._page)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody has stopped it (SIGSTOP), so that it waits for nobody."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+        except OSError:
+            return False
+
     def running(self) -> list[tuple[float, tuple[int, ...]]]:
         """Of a worker with several threads: when each of those at work began, and the places of its jobs."""
         return list(sharedpage.read_slots(self._page))

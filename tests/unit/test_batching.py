@@ -272,7 +272,7 @@ def test_a_frame_is_done_with_its_last_job() -> None:
     fill(queue, 2)
     take(queue, worker)
     finish(worker, 1)
-    assert [list(frame.open) for frame in worker.frames] == [[2]]
+    assert [frame.left for frame in worker.frames] == [1] and [job.id for job in worker.jobs] == [2]
     finish(worker, 2)
     assert not worker.frames and worker.finished == 2
 
@@ -282,9 +282,28 @@ def test_a_frame_may_be_answered_before_one_that_was_sent_earlier() -> None:
     fill(queue, 4)
     assert (take(queue, worker), take(queue, worker)) == ([1, 2], [3, 4])
     finish(worker, 3, 4)
-    assert [frame.ids for frame in worker.frames] == [[1, 2]] and worker.frames[0].opened is None
+    assert [frame.ids for frame in worker.frames] == [[1, 2]] and not worker.opened
     finish(worker, 1, 2)
     assert not worker.frames and not worker.count
+
+
+def test_who_is_answered_is_not_kept_for_the_others_of_the_frame() -> None:
+    queue, worker = make_queue(batch_size=2), make_worker()
+    job, _ = fill(queue, 2)
+    take(queue, worker)
+    finish(worker, 1)
+    assert sys.getrefcount(job) == 2  # this function's and its own argument
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_jobs_that_die_with_their_worker_are_freed_without_the_collector(asked: bool) -> None:
+    queue, worker = make_queue(batch_size=2, retry=0), make_worker()
+    job, _ = fill(queue, 2)
+    take(queue, worker)
+    if asked:
+        assert worker.get(1) is job
+    assert numbers(queue.lose(worker, 1, "signal 9", NOW)) == [1]
+    assert sys.getrefcount(job) == 2
 
 
 def test_jobs_answered_out_of_order_leave_the_others_at_their_places() -> None:
@@ -293,7 +312,7 @@ def test_jobs_answered_out_of_order_leave_the_others_at_their_places() -> None:
     assert take(queue, worker) == [1, 2, 3, 4]
     finish(worker, 2)
     finish(worker, 4)
-    assert [(place, job.id) for place, job in worker.frames[0].placed()] == [(0, 1), (2, 3)] and worker.count == 2
+    assert [job.id for job in worker.jobs] == [1, 3] and worker.count == 2
     assert numbers(queue.lose(worker, 2, "signal 9", NOW)) == []
     assert [job.id for job in queue._alone] == [1] and [job.id for job in queue._waiting] == [3]
 
@@ -303,7 +322,8 @@ def test_answers_of_several_frames_in_turn_leave_the_others_in_hand() -> None:
     fill(queue, 5)
     assert (take(queue, worker), take(queue, worker)) == ([1, 2, 3], [4, 5])
     finish(worker, 1, 4, 2)
-    assert [(frame.first, list(frame.open)) for frame in worker.frames] == [(0, [3]), (3, [5])]
+    assert [(frame.first, frame.left) for frame in worker.frames] == [(0, 1), (3, 1)]
+    assert [job.id for job in worker.jobs] == [3, 5]
     finish(worker, 5)
     queue.lose(worker, 5, "signal 9", NOW)
     assert [job.id for job in queue._alone] == [3] and not worker.frames

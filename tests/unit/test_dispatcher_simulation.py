@@ -442,9 +442,9 @@ class Simulation:
         assert not any([job.taken for job in waiting]), "a waiting job counts as taken"
         for worker in self.workers:
             held = worker.in_flight
-            in_hand = [frame.ids if frame.opened is None else [*frame.open] for frame in held.frames]
-            owned += itertools.chain(*in_hand)
-            assert all(in_hand) and sum(map(len, in_hand)) == held.count
+            owned += [job.id for job in held.jobs]
+            in_hand = [len(frame.jobs) or frame.left for frame in held.frames]
+            assert all(in_hand) and sum(in_hand) == len(held.jobs) == held.count
             assert held.finished + held.count == worker.sent, "sent is answered or in hand"
             assert not held.exclusive or held.count == 1
         places = set(owned)

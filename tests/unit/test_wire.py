@@ -112,6 +112,20 @@ def test_a_frame_that_arrives_whole_is_not_copied() -> None:
     assert head.obj is data and payload.obj is data
 
 
+@given(st.lists(st.binary(max_size=30), max_size=3), st.integers(0, 40), st.integers(0, 3))
+def test_a_whole_frame_is_all_that_the_stream_yields(payloads: list[bytes], cut: int, begun: int) -> None:
+    data = b"".join(wire.pack(wire.RESULT, RESULT, len(body)) + body for body in payloads)[: -cut or None]
+    reader = FrameReader()
+    if begun:
+        assert not list(reader.feed(data[:begun]))
+    whole = reader.whole(data[begun:])
+    yielded = list(reader.feed(data[begun:]))
+    if whole is None:
+        assert begun or len(yielded) != 1 or reader.missing != wire.HEADER.size
+    else:
+        assert [whole] == yielded and not begun and reader.missing == wire.HEADER.size
+
+
 @pytest.mark.parametrize(
     "data",
     [

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from mms import sharedpage, wire
 from mms.errors import MMSError
+from mms.http.exchange import Exchange
+from mms.http.request import Head
+from mms.http.response import ResponseHeads
 from mms.metrics import VersionMetrics
 from mms.model_settings import ModelSettings
 from mms.workers.batching import BatchQueue
@@ -24,6 +29,7 @@ from mms.workers.placement import Place
 from mms.workers.process import WorkerProcess
 from mms.workers.scheduling import Scheduling
 from mms.workers.worker import MAX_FAILURE, Loan, Worker
+from tests.waiting import eventually
 
 FACTS = wire.RequestFacts("", "", b"", False, [])
 PLAIN_TERMS = Terms()
@@ -215,6 +221,32 @@ def test_who_leaves_a_worker_of_one_thread_costs_nothing() -> None:
     assert not sharedpage.Cancelled(rig.page).look()
 
 
+class Deaf:
+    """A connection that fails when an answer is sent on it."""
+
+    heads = ResponseHeads()
+
+    def __init__(self) -> None:
+        self.aborted = False
+
+    def send(self, *answer: object) -> None:
+        raise RuntimeError
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_who_cannot_be_answered_is_not_left_waiting(count: int) -> None:
+    rig, connections = Rig(wire.Ready("batch", 0.1)), [Deaf() for _ in range(count)]
+    jobs = rig.takes(*range(count))
+    for job, connection in zip(jobs, connections, strict=True):
+        job.caller = Exchange(cast(Any, connection), Head(), True, b"id", [], 0, 0.0)
+    batches = [wire.BatchTimes(count, 0, 0.1, 0, 0, 0)]
+    rig.says(wire.RESULT, wire.Result(list(range(count)), [], [OK], [], batches, [b"a"] * count))
+    assert all([connection.aborted for connection in connections])
+
+
 class Shared(Rig):
     """A worker that a further front end uses, too."""
 
@@ -264,6 +296,20 @@ def test_a_shared_worker_that_stays_between_two_batches_is_found(shared: Shared,
     assert not lateness.stands_still(shared.worker, 10.0)
     assert not lateness.stands_still(shared.worker, 10.0 + LIMIT)
     assert lateness.stands_still(shared.worker, 10.0 + LONG)
+
+
+def test_a_shared_worker_that_is_stopped_between_two_batches_has_no_more_than_response_timeout(shared: Shared) -> None:
+    lateness = Lateness(SETTINGS, shared.queue)
+    shared.works(shared.other, 1, 0.0)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        shared.worker.process.pid = process.pid
+        assert not lateness.stands_still(shared.worker, 10.0)
+        assert not lateness.stands_still(shared.worker, 10.1 + LIMIT)
+        process.send_signal(signal.SIGSTOP)
+        eventually(lambda: shared.worker.process.stopped)
+        assert lateness.stands_still(shared.worker, 10.1 + LIMIT)
+        assert not lateness.stands_still(shared.worker, 10.0 + LIMIT)
+        process.kill()
 
 
 def test_a_shared_worker_that_idles_or_has_a_batch_or_goes_on_does_not_stand_still(shared: Shared) -> None:
