@@ -12,6 +12,9 @@ from mms.errors import ConfigError
 MAX_FILE = 1 << 20
 MAX_DEPTH = 32
 MAX_DIGITS = 100  # of a whole number
+MAX_KEY_DIGITS = 18  # of one that is a key
+
+_WHOLE = "tag:yaml.org,2002:int"
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -50,13 +53,17 @@ class _UniqueKeys(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
+            if key.tag == _WHOLE and len(key.value) > MAX_KEY_DIGITS:  # multiples of 2**61 - 1 share one hash
+                raise yaml.MarkedYAMLError(
+                    problem=f"a key is a number of more than {MAX_KEY_DIGITS} digits", problem_mark=key.start_mark
+                )
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_whole)
+_UniqueKeys.add_constructor(_WHOLE, _UniqueKeys.construct_whole)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

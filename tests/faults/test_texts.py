@@ -28,6 +28,7 @@ SECRET = "s3cr3t-of-a-client"
         pytest.param(b"a: " + b"{b: " * 100_000, "more than 32 levels deep", id="bottomless"),
         pytest.param(b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "aliases are not allowed", id="bomb"),
         pytest.param(b"a: 1" + b":59" * 300_000, "a number has more than 100 digits", id="sexagesimal"),
+        pytest.param(b"a: {%d: 1}" % (2**61 - 1), "a key is a number of more than 18 digits", id="colliding"),
         pytest.param(b"#" * (MAX_FILE + 1), "larger than 1048576 bytes", id="size"),
         pytest.param(b"a: 1\na: 2", "a stands twice", id="twice"),
         pytest.param(b"a: !!python/object/apply:os.system [id]", "could not determine a constructor", id="object"),
