@@ -117,7 +117,10 @@ def _fault(name: str, reason: str) -> ArchiveError:
 def _load(data: bytes) -> dict[str, Any]:
     check_manifest_size(len(data))
     try:
-        document = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
+        text = data.decode("utf-8-sig")
+        document = json.loads(text, object_pairs_hook=_unique)
+        if "\\u" in text:  # half of a surrogate pair is no text, and could never be written again
+            json.dumps(document, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ArchiveError(f"{MANIFEST}: not JSON: {error}") from None
     if not isinstance(document, dict):

@@ -263,6 +263,11 @@ def test_every_spelling_of_a_handler_is_understood(handler: str) -> None:
     assert (manifest.handler, manifest.runtime, manifest.version) == (handler, "python", "1.0")
 
 
+def test_a_manifest_with_half_a_character_is_refused() -> None:
+    with pytest.raises(ArchiveError, match="surrogates not allowed"):
+        Manifest.parse(b'{"model": {"modelName": "cat", "handler": "cat:Cat", "more": "\\udddd"}}')
+
+
 def test_a_manifest_survives_its_own_json() -> None:
     first = Manifest.parse(json.dumps({**PLAIN, "license": "MIT", "preload": ["torch"]}).encode())
     again = Manifest.parse(first.to_json())
