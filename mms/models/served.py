@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 from mms.errors import DrainingError, LoadingError, MMSError, ServiceUnavailableError
@@ -29,7 +30,7 @@ class VersionState(enum.StrEnum):
     FAILED = "FAILED"
 
 
-class ServedVersion:
+class ServedVersion(ABC):
     """What a request is answered by. Of the queue's bounds, each of `front_ends` processes has its part."""
 
     alike = True  # requests without terms need not be looked at one by one
@@ -60,18 +61,20 @@ class ServedVersion:
         return f"{self.name} {self.version}"
 
     @property
-    def state(self) -> VersionState:
-        raise NotImplementedError
+    @abstractmethod
+    def state(self) -> VersionState: ...
 
     @property
+    @abstractmethod
     def can_wait(self) -> bool:
         """No worker is ready at the moment, but one is being replaced, or the request brings one: it may wait."""
-        raise NotImplementedError
+        ...
 
     @property
+    @abstractmethod
     def next_start(self) -> float:
         """Seconds until workers are started again, when they could not be."""
-        raise NotImplementedError
+        ...
 
     def submit(self, job: Job) -> Work:
         """Queue the job; returns what its caller can cancel.
