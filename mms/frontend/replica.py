@@ -152,10 +152,6 @@ class ReplicaPool(Feeder):
         if self._leaving:
             self._look()
 
-    def worker_lost(self, worker: Worker) -> None:
-        if worker in self.ready_workers:
-            self.ready_workers.remove(worker)
-
     def worker_gone(self, worker: Worker) -> None:
         self._forget(worker)
         if worker.in_flight.count:
@@ -225,13 +221,7 @@ class ReplicaPool(Feeder):
     def _check(self, worker: Worker, now: float) -> None:
         if worker.process.arena is not None and not worker.in_flight.count:
             worker.process.arena.tidy(now)
-        overdue = self._lateness.overdue(worker, now)
-        if overdue is not None:
-            for job, error in overdue:
-                self.fail(job, error)
-            worker.kill("response_timeout")
-            self.worker_lost(worker)
-            self._dispatch()
+        self._end_overdue(worker, self._lateness, now)
 
 
 class Replica(ServedVersion):

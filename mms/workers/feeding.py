@@ -13,6 +13,7 @@ from mms.metrics import VersionMetrics
 from mms.workers.alarm import Alarm
 from mms.workers.batching import BatchQueue
 from mms.workers.job import Job
+from mms.workers.lateness import Lateness
 from mms.workers.worker import Worker
 
 
@@ -150,6 +151,21 @@ class Feeder:
         """It takes jobs from now on."""
         self.ready_workers.append(worker)
         self._in_turns = self._shared or any(worker.in_flight.overlaps for worker in self.ready_workers)
+
+    def worker_lost(self, worker: Worker) -> None:
+        """Its channel has ended: it gets no more jobs."""
+        if worker in self.ready_workers:
+            self.ready_workers.remove(worker)
+
+    def _end_overdue(self, worker: Worker, lateness: Lateness, now: float) -> None:
+        """A worker whose batch takes too long ends, and the batch fails."""
+        overdue = lateness.overdue(worker, now)
+        if overdue is not None:
+            for job, error in overdue:
+                self.fail(job, error)
+            worker.kill("response_timeout")
+            self.worker_lost(worker)
+            self._dispatch()
 
     def _take_back(self, worker: Worker) -> None:
         """It has ended: what it had in hand is run again or fails."""

@@ -341,11 +341,6 @@ class WorkerPool(Feeder):
         log.warning("%s: one request alone takes %.0f ms, longer than latency_objective_ms: the objective cannot be "
                     "kept, and batches are of one request", self._settings.label, seconds * 1000)  # fmt: skip
 
-    def worker_lost(self, worker: Worker) -> None:
-        """Its channel has ended: it gets no more jobs."""
-        if worker in self.ready_workers:
-            self.ready_workers.remove(worker)
-
     def worker_gone(self, worker: Worker) -> None:
         """The process has ended, and all it has said has been read."""
         state = worker.state
@@ -429,10 +424,4 @@ class WorkerPool(Feeder):
             worker.kill("response_timeout")
         if self._lateness.starts_too_long(worker, now):
             worker.kill(f"not ready within startup_timeout ({self._settings.startup_timeout:g} s)")
-        overdue = self._lateness.overdue(worker, now)
-        if overdue is not None:
-            for job, error in overdue:
-                self.fail(job, error)
-            worker.kill("response_timeout")
-            self.worker_lost(worker)
-            self._dispatch()
+        self._end_overdue(worker, self._lateness, now)
