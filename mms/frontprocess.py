@@ -16,6 +16,7 @@ from typing import Any
 
 from mms import fronts
 from mms.workers.budget import how_it_ended
+from mms.workers.environment import quick_copies
 
 
 class Front:
@@ -40,6 +41,7 @@ class Front:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                env={**os.environ, "GLIBC_TUNABLES": quick_copies(os.environ.get("GLIBC_TUNABLES", ""))},
             )
         self.pid = process.pid
         self._pidfd = os.pidfd_open(process.pid)

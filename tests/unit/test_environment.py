@@ -66,3 +66,24 @@ def test_workers_get_the_usual_variables_and_those_that_are_named(monkeypatch: p
     environ = worker_environment(("WANTED",))
     assert {"CUDA_CACHE_PATH", "WANTED", "PATH"} <= environ.keys() and "SECRET" not in environ
     assert set(thread_counts(3).values()) == {"3"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        pytest.param("", "glibc.cpu.x86_non_temporal_threshold=1048576", id="none"),
+        pytest.param(
+            "glibc.malloc.check=1",
+            "glibc.malloc.check=1:glibc.cpu.x86_non_temporal_threshold=1048576",
+            id="others",
+        ),
+        pytest.param(
+            "glibc.cpu.x86_non_temporal_threshold=0x8000", "glibc.cpu.x86_non_temporal_threshold=0x8000", id="its-own"
+        ),
+    ],
+)
+def test_copies_of_large_bodies_are_quick_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str, expected: str
+) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", given)
+    assert worker_environment(())["GLIBC_TUNABLES"] == expected
