@@ -8,12 +8,13 @@ the result a list of the same length. Request style: a subclass of Handler with 
 from __future__ import annotations
 
 import io
+import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import msgspec
 
@@ -149,14 +150,71 @@ class Request(msgspec.Struct, eq=False):
         return self.query | row if facts.query_is_input else row
 
 
-def rows_of(requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """`row` of each of at least one; how to decode is found out once for all that say the same."""
-    facts = requests[0]._facts
-    content_type = facts.content_type
-    if facts.encoding or facts.query_is_input or (content_type and payload.is_form(content_type)):
-        return [request.row() for request in requests]
-    decode = payload.decoder(content_type)
-    return [{"body": decode(one._body)} if one._facts is facts else one.row() for one in requests]
+class Requests(Sequence[Request]):
+    """The requests of a batch. Each is made when one of them is looked at: in batch style a handler may need none."""
+
+    __slots__ = ("_bodies", "_facts", "_ids", "_limit", "_made")
+
+    def __init__(
+        self, facts: list[wire.RequestFactsView], ids: list[bytes], bodies: list[bytearray], limit: int
+    ) -> None:
+        """`facts` are one for all or one for each."""
+        self._facts = facts
+        self._ids = ids
+        self._bodies = bodies
+        self._limit = limit
+        self._made: list[Request] | None = None
+
+    @classmethod
+    def made(cls, requests: list[Request]) -> Requests:
+        """Those that were looked at before."""
+        others = cls([one._facts for one in requests], [one._id for one in requests], [], 0)
+        others._made = requests
+        return others
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Request: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Requests: ...
+
+    def __getitem__(self, index: int | slice) -> Request | Requests:
+        if isinstance(index, int):
+            return self.all()[index]
+        if self._made is not None:
+            return self.made(self._made[index])
+        facts = self._facts if len(self._facts) == 1 else self._facts[index]
+        return Requests(facts, self._ids[index], self._bodies[index], self._limit)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.all())
+
+    def all(self) -> list[Request]:
+        made = self._made
+        if made is None:
+            facts = itertools.repeat(self._facts[0]) if len(self._facts) == 1 else self._facts
+            made = self._made = list(map(Request, facts, self._ids, self._bodies, itertools.repeat(self._limit)))
+        return made
+
+    def rows(self) -> list[dict[str, Any]]:
+        """`row` of each; how to decode is found out once if all say the same. Raises BadRequestError."""
+        facts = self._facts[0]
+        content_type = facts.content_type
+        if (
+            self._made is not None
+            or len(self._facts) > 1
+            or facts.encoding
+            or facts.query_is_input
+            or (content_type and payload.is_form(content_type))
+        ):
+            return [request.row() for request in self.all()]
+        decode = payload.decoder(content_type)
+        if decode is payload.as_it_is:
+            return [{"body": body} for body in self._bodies]
+        return [{"body": decode(body)} for body in self._bodies]
 
 
 class Context:

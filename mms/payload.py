@@ -75,10 +75,11 @@ def decoder(content_type: str) -> Callable[[bytearray], Any]:
     kind = media_type(content_type)
     if kind == "application/json":
         return decode_json
-    return decode_text if kind.startswith("text") else _as_it_is
+    return decode_text if kind.startswith("text") else as_it_is
 
 
-def _as_it_is(data: bytearray) -> bytearray:
+def as_it_is(data: bytearray) -> bytearray:
+    """Of content types that mean nothing to MMS."""
     return data
 
 

@@ -17,7 +17,7 @@ from mms.backend.answers import Body
 from mms.backend.loader import load_handler
 from mms.backend.streams import Stream
 from mms.errors import ArchiveError, MMSError
-from mms.handler import Request
+from mms.handler import Request, Requests
 
 
 def main() -> None:
@@ -96,7 +96,8 @@ def run_once(load: wire.Load, body: bytes, content_type: str) -> int:
     os.chdir(load.directory)
     stages = load_handler(load)
     facts = wire.RequestFactsView(content_type, "", b"", False, wire.EMPTY_HEADERS)
-    ((outcome, answer),) = stages.run([Request(facts, b"debug", bytearray(body), load.max_request_size)])
+    request = Request(facts, b"debug", bytearray(body), load.max_request_size)
+    (outcome,), (answer,) = stages.run(Requests.made([request]))
     if isinstance(answer, Stream):
         outcome, answer = answer.drain(_print)
     sys.stderr.write(f"{outcome.status} {outcome.error}\n{outcome.head.decode('latin-1')}\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -30,6 +30,8 @@ Body = bytes | bytearray | memoryview
 # a Stream, which then has the outcome; Stages.streams tells whether to look for one.
 Answer = tuple[Outcome, Any]
 
+Answers = tuple[list[Outcome], list[Any]]  # of a batch, in columns
+
 
 class Streamed(Exception):
     """Raised for a result that is an iterator: an answer that is made of `chunks`, and what the handler set for it."""
@@ -41,6 +43,23 @@ class Streamed(Exception):
 
 def is_error_status(status: Any) -> bool:
     return isinstance(status, int) and 400 <= status <= 599
+
+
+def plain(results: list[Any], limit: int) -> Answers | None:
+    """The answers to at least one request if all results are bytes that can be sent as they are."""
+    first = results[0]
+    if type(first) is not bytes:
+        return None
+    if len(results) == 1:
+        return ([PLAIN_BYTES], results) if len(first) <= limit else None
+    alike = len(set(map(type, results))) == 1 and max(map(len, results)) <= limit
+    return ([PLAIN_BYTES] * len(results), results) if alike else None
+
+
+def columns(answers: Sequence[Answer]) -> Answers:
+    """Of at least one."""
+    outcomes, bodies = map(list, zip(*answers, strict=True))
+    return outcomes, bodies
 
 
 def failure(error: MMSError | PredictionError) -> Answer:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import socket
 from collections.abc import Callable, Iterator, Sequence
 
 from mms import wire
 from mms.arena import WHERE, Arena
-from mms.backend.answers import Answer, Body
+from mms.backend.answers import Answers, Body
 from mms.errors import FrameError
-from mms.handler import Request
+from mms.handler import Requests
 from mms.handler_metrics import Metrics
 
 _HEADER = wire.HEADER.size
@@ -60,10 +59,11 @@ class Channel:
         self._end = len(data)
         return socket.socket(fileno=descriptors[0]) if descriptors else None
 
-    def read(self) -> tuple[int, bytes, bytearray, int] | None:
+    def read(self) -> tuple[int, memoryview, bytearray, int] | None:
         """(kind, head, a buffer, where in it the payloads begin), or None when the server has closed the channel.
 
-        The buffer may be overwritten by the next read, unless the payloads are all that it holds. Raises FrameError.
+        The head is not valid after the next read, nor is the buffer unless the payloads are all that it holds. Raises
+        FrameError.
         """
         if self._end - self._at < _HEADER and not self._fill(_HEADER):
             return None
@@ -72,7 +72,7 @@ class Channel:
         if self._end - self._at < start and not self._fill(start):
             return None
         begin = self._at + start
-        head = bytes(self._view[self._at + _HEADER : begin])
+        head = self._view[self._at + _HEADER : begin]
         if payload_size:
             if start + payload_size > len(self._buffer):
                 self._at = begin
@@ -150,10 +150,10 @@ class Channel:
         if self.metrics is not None and self.metrics.changed:
             self.write(wire.MEASURED, self.metrics.take(), [], 0)
 
-    def reply(self, ids: list[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
+    def reply(self, ids: list[int], answers: Answers, batches: list[wire.BatchTimes]) -> None:
         """A RESULT frame with finished jobs, at least one, and the times of their batches."""
         self.send_metrics()  # before the answers: who has one finds its numbers in /metrics
-        outcomes, bodies = map(list, zip(*answers, strict=True))
+        outcomes, bodies = answers
         size = sum(map(len, bodies))
         result = wire.Result(ids, [], *wire.share(outcomes), batches)
         if size < wire.INLINE_BELOW:
@@ -180,11 +180,15 @@ class Channel:
                 buffers[0] = buffers[0][sent:]
 
 
-def requests_of(frame: wire.PredictView, payload: bytearray, at: int, limit: int) -> list[Request]:
+def requests_of(frame: wire.PredictView, payload: bytearray, at: int, limit: int) -> Requests:
     """The requests of a frame, whose bodies lie back to back in `payload`, from `at` on; unpacked to `limit` bytes."""
-    facts = wire.spread(frame.facts, frame.facts_of, len(frame.ids))
-    bodies = frame.bodies
+    facts, bodies = frame.facts, frame.bodies
+    for one in facts:
+        one.headers = one.headers.copy()  # of the frame's head, which is not kept
+    count = len(frame.ids)
+    if frame.facts_of or len(facts) != 1:
+        facts = wire.spread(facts, frame.facts_of, count)
     if not bodies:
-        whole = len(facts) == 1 and len(payload) == frame.sizes[0]
+        whole = count == 1 and len(payload) == frame.sizes[0]
         bodies = [payload] if whole else wire.cut(frame.sizes, payload, at)
-    return list(map(Request, facts, frame.request_ids, bodies, itertools.repeat(limit)))
+    return Requests(facts, frame.request_ids, bodies, limit)

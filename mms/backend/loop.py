@@ -13,12 +13,13 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from mms import sharedpage, wire
 from mms.allocator import keep_freed_memory
 from mms.arena import Arena, attach
 from mms.backend import template, weights
-from mms.backend.answers import Answer
+from mms.backend.answers import Answers
 from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
 from mms.backend.device import lane
 from mms.backend.loader import device_of, load_handler
@@ -51,42 +52,46 @@ class Loop:
         ids, size = frame.ids, frame.batch_size
         channel, stages, progress = self._channel, self._stages, self._progress
         staged = stages.style == "request"
-        answers: list[Answer] = []  # gathered into one frame while the next batches are quick
+        outcomes: list[wire.Outcome] = []  # gathered into one frame while the next batches are quick
+        bodies: list[Any] = []
         batches: list[wire.BatchTimes] = []
         requests = requests_of(frame, payload, at, self._limit)
-        for first in range(0, len(requests), size):
-            batch = requests[first : first + size]
+        jobs = len(ids)
+        for first in range(0, jobs, size):
+            count = min(size, jobs - first)
+            batch = requests[first : first + size] if jobs > size else requests
             if begun - flushed > ANSWER_WITHIN:
-                channel.reply(ids[first - len(answers) : first], answers, batches)
-                answers, batches, flushed = [], [], begun
+                channel.reply(ids[first - len(bodies) : first], (outcomes, bodies), batches)
+                outcomes, bodies, batches, flushed = [], [], [], begun
             done = self._started
-            self._started = done + len(batch)
+            self._started = done + count
             _pack_progress(progress, 0, done, self._started, begun)
-            outcomes = stages.run(batch)
-            if stages.streams and any([type(body) is Stream for _, body in outcomes]):
-                if answers:
-                    channel.reply(ids[first - len(answers) : first], answers, batches)
-                    answers, batches = [], []
-                self._stream(ids[first : first + size], outcomes, done, received, begun)
+            answers = stages.run(batch)
+            if stages.streams and any([type(body) is Stream for body in answers[1]]):
+                if bodies:
+                    channel.reply(ids[first - len(bodies) : first], (outcomes, bodies), batches)
+                    outcomes, bodies, batches = [], [], []
+                self._stream(ids[first : first + size], answers, done, received, begun)
                 begun = flushed = _monotonic()
                 continue
             ended = _monotonic()
-            times = wire.BatchTimes(len(batch), begun - received, ended - begun)
+            times = wire.BatchTimes(count, begun - received, ended - begun)
             if staged:
                 times.preprocess, times.inference, times.postprocess = stages.take_times()
-            answers += outcomes
+            outcomes += answers[0]
+            bodies += answers[1]
             batches.append(times)
             begun = ended
         _pack_progress(progress, 0, self._started, self._started, 0.0)
-        if answers:
-            channel.reply(ids[len(ids) - len(answers) :], answers, batches)
+        if bodies:
+            channel.reply(ids[jobs - len(bodies) :], (outcomes, bodies), batches)
 
     def close(self) -> None:
         """Of a further front end that has gone: what it had sent is given up, in the middle or not."""
         _pack_progress(self._progress, 0, self._started, self._started, 0.0)
         self._channel.close()
 
-    def _stream(self, ids: list[int], answers: list[Answer], done: int, received: float, begun: float) -> None:
+    def _stream(self, ids: list[int], answers: Answers, done: int, received: float, begun: float) -> None:
         """The rest of a batch that answers with streams."""
         progress, started = self._progress, self._started
 

@@ -24,7 +24,7 @@ from operator import attrgetter
 from queue import SimpleQueue
 
 from mms import wire
-from mms.backend.answers import Answer
+from mms.backend.answers import Answers, columns
 from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
 from mms.backend.device import modes, own_lane
 from mms.backend.forming import Ready, line_up
@@ -32,11 +32,12 @@ from mms.backend.sources import Source, Ticket
 from mms.backend.stages import RequestStages, Stages
 from mms.backend.streams import Stream, Streams
 from mms.backend.turns import Busy, Sending
+from mms.handler import Requests
 
 _monotonic = time.monotonic
 
 _SOURCE = attrgetter("source")
-_GONE: Answer = wire.Outcome(499, b"", "Cancelled"), b""  # for the server's account: nobody reads it
+_GONE = wire.Outcome(499, b"", "Cancelled")  # for the server's account: nobody reads it
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class Ended:
 class Streaming(list[Ticket]):
     """The requests of a batch that is answered with streams: work for an execution thread, as a batch is."""
 
-    def __init__(self, batch: Ended, answers: list[Answer]) -> None:
+    def __init__(self, batch: Ended, answers: Answers) -> None:
         super().__init__(batch.tickets)
         self.batch = batch
         self.answers = answers
@@ -160,9 +161,9 @@ class Pipeline:
             while batch := self._next_batch():
                 account = batch[0].source.account
                 begun = account.begin(thread, batch)
-                answers = stages.run([ticket.request for ticket in batch])
+                answers = stages.run(Requests.made([ticket.request for ticket in batch]))
                 lane.wait()
-                if stages.streams and any([type(body) is Stream for _, body in answers]):
+                if stages.streams and any([type(body) is Stream for body in answers[1]]):
                     self._stream(thread, batch, answers, partial(_times_of, batch, begun, stages))
                     continue
                 seconds = _monotonic() - begun
@@ -188,7 +189,7 @@ class Pipeline:
                 else:
                     self._preparing += 1
             if gone:
-                self._send([ticket], [_GONE], [])
+                self._send([ticket], ([_GONE], [b""]), [])
                 continue
             account = source.account
             begun = account.begin(thread, [ticket])
@@ -224,7 +225,7 @@ class Pipeline:
                 ended = Ended(batch, begun, now - begun)
                 if stages.streams and any([one.answer and type(one.answer[1]) is Stream for one in prepared]):
                     # an inference that yields stays in its thread: CUDA's stream and torch's modes are the thread's own
-                    answers = list(map(stages.finish, prepared))
+                    answers = columns(list(map(stages.finish, prepared)))
                     self._stream(thread, batch, answers, partial(_times_with, ended, now))
                     continue
                 account.idle(thread)
@@ -234,19 +235,20 @@ class Pipeline:
         """postprocess, and the answers of batches that have ended meanwhile in one frame, while that is quick."""
         ended = self._ended
         tickets: list[Ticket] = []
-        answers: list[Answer] = []
+        answers: Answers = [], []
         times: list[wire.BatchTimes] = []
         kept_since = 0.0
         while (batch := ended.get()) is not None:
             if tickets and tickets[0].source is not batch.tickets[0].source:
                 self._send(tickets, answers, times)
-                tickets, answers, times = [], [], []
+                tickets, answers, times = [], ([], []), []
             account = batch.tickets[0].source.account
             begun = account.begin(thread, batch.tickets, _preparation(batch.tickets) + batch.inference)
             stages.context.begin_batch([ticket.request for ticket in batch.tickets])
-            of_batch = [stages.finish(ticket.prepared) for ticket in batch.tickets if ticket.prepared is not None]
+            prepared = [ticket.prepared for ticket in batch.tickets if ticket.prepared is not None]
+            of_batch = columns(list(map(stages.finish, prepared)))
             now = _monotonic()
-            if stages.streams and any([type(body) is Stream for _, body in of_batch]):
+            if stages.streams and any([type(body) is Stream for body in of_batch[1]]):
                 with self._prepared:
                     self._streaming.append(Streaming(batch, of_batch))
                     self._prepared.notify()
@@ -254,16 +256,15 @@ class Pipeline:
                 if not tickets:
                     kept_since = begun
                 tickets += batch.tickets
-                answers += of_batch
+                answers[0].extend(of_batch[0])
+                answers[1].extend(of_batch[1])
                 times.append(_times(batch, now - begun))
             account.idle(thread)
             if tickets and (ended.empty() or now - kept_since > ANSWER_WITHIN):
                 self._send(tickets, answers, times)
-                tickets, answers, times = [], [], []
+                tickets, answers, times = [], ([], []), []
 
-    def _stream(
-        self, thread: int, batch: list[Ticket], answers: list[Answer], times: Callable[[], wire.BatchTimes]
-    ) -> None:
+    def _stream(self, thread: int, batch: list[Ticket], answers: Answers, times: Callable[[], wire.BatchTimes]) -> None:
         """Send the answers of a batch, and drive those of them that are streams."""
         source = batch[0].source
         account = source.account
@@ -298,10 +299,10 @@ class Pipeline:
                     prepared.notify()  # there may be a batch for another thread
             for _, some in itertools.groupby(gone, _SOURCE):
                 tickets = list(some)
-                self._send(tickets, [_GONE] * len(tickets), [])
+                self._send(tickets, ([_GONE] * len(tickets), [b""] * len(tickets)), [])
         return batch
 
-    def _send(self, tickets: list[Ticket], answers: list[Answer], times: list[wire.BatchTimes]) -> None:
+    def _send(self, tickets: list[Ticket], answers: Answers, times: list[wire.BatchTimes]) -> None:
         """Of one source."""
         source = tickets[0].source
         source.account.done(tickets)

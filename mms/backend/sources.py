@@ -9,10 +9,10 @@ import mmap
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from mms import sharedpage, wire
-from mms.backend.answers import Answer, Body
+from mms.backend.answers import Answers, Body
 from mms.backend.channel import Channel
 from mms.backend.stages import Prepared
 from mms.backend.turns import Busy, Sending
@@ -119,7 +119,7 @@ class Source:
             self.gone = True
             self._channel.close()
 
-    def reply(self, ids: list[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
+    def reply(self, ids: list[int], answers: Answers, batches: list[wire.BatchTimes]) -> None:
         """As Channel.reply. Raises ConnectionError when the front end has gone."""
         with self._lock:
             self._open().reply(ids, answers, batches)

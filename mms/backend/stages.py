@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import msgspec
 
 from mms.backend import device
-from mms.backend.answers import PLAIN_BYTES, Answer, Streamed, answer, failure, is_error_status
+from mms.backend.answers import PLAIN_BYTES, Answer, Answers, Streamed, answer, columns, failure, is_error_status, plain
 from mms.backend.streams import Steps, Stream
 from mms.errors import HandlerError, MMSError
-from mms.handler import Context, Handler, PredictionError, Request, Response, rows_of
+from mms.handler import Context, Handler, PredictionError, Request, Requests, Response
 from mms.handler_metrics import Metrics
 
 _now = time.perf_counter
@@ -39,8 +39,8 @@ class Stages(Protocol):
         """The object that `initialize` was called on; None if the handler is a function."""
         ...
 
-    def run(self, requests: list[Request]) -> list[Answer]:
-        """One outcome per request, in order, or with `streams` a Stream that is to be driven. Never raises."""
+    def run(self, requests: Requests) -> Answers:
+        """One answer per request, in order, or with `streams` a Stream that is to be driven. Never raises."""
         ...
 
     def take_times(self) -> tuple[float, float, float]:
@@ -76,60 +76,57 @@ class BatchStages:
     def for_thread(self) -> BatchStages:
         return BatchStages(self._handle, self._context.for_thread(), isolate=self._isolate, limit=self._limit)
 
-    def run(self, requests: list[Request]) -> list[Answer]:
+    def run(self, requests: Requests) -> Answers:
         try:
-            data = rows_of(requests)
+            data = requests.rows()
         except MMSError:
             return self._run_sound(requests)
         return self._call(requests, data)
 
-    def _run_sound(self, requests: list[Request]) -> list[Answer]:
+    def _run_sound(self, requests: Requests) -> Answers:
         """As run, when a request cannot be decoded: it fails alone, the others make up the batch."""
-        outcomes: dict[int, Answer] = {}
+        failed: dict[int, Answer] = {}
         rows, good = [], []
         for index, request in enumerate(requests):
             try:
                 rows.append(request.row())
                 good.append(request)
             except MMSError as error:
-                outcomes[index] = failure(error)
-        answers = iter(self._call(good, rows) if good else ())
-        return [outcomes[index] if index in outcomes else next(answers) for index in range(len(requests))]
+                failed[index] = failure(error)
+        answers = zip(*self._call(Requests.made(good), rows), strict=True) if good else iter(())
+        return columns([failed[index] if index in failed else next(answers) for index in range(len(requests))])
 
     def take_times(self) -> tuple[float, float, float]:
         return 0.0, 0.0, 0.0
 
-    def _call(self, requests: list[Request], rows: list[Any]) -> list[Answer]:
+    def _call(self, requests: Requests, rows: list[Any]) -> Answers:
         context = self._context
         context.begin_batch(requests)
         try:
             results = self._handle(rows, context)
         except BaseException as error:
             if not self._isolate or len(rows) == 1:
-                return [failure(client_error(error, requests))] * len(rows)
+                return columns([failure(client_error(error, requests))] * len(rows))
         else:
-            return self._answers(results, requests)
+            return self._answers(results, len(rows), requests)
         half = len(rows) // 2  # here, not above: what was raised keeps all that the batch has allocated
-        return self._call(requests[:half], rows[:half]) + self._call(requests[half:], rows[half:])
+        one, other = self._call(requests[:half], rows[:half]), self._call(requests[half:], rows[half:])
+        return one[0] + other[0], one[1] + other[1]
 
-    def _answers(self, results: Any, requests: list[Request]) -> list[Answer]:
-        count = len(requests)
+    def _answers(self, results: Any, count: int, requests: Requests) -> Answers:
         if not isinstance(results, list) or len(results) != count:
-            return [failure(client_error(HandlerError(miscount(results, count, "handle")), requests))] * count
-        if self._context.responses:
-            return [self._answer(index, result, requests) for index, result in enumerate(results)]
-        limit = self._limit
-        try:
-            return [
-                (PLAIN_BYTES, result)
-                if type(result) is bytes and len(result) <= limit
-                else answer(result, 200, "", _NO_HEADERS, limit)
-                for result in results
-            ]
-        except (MMSError, Streamed):
-            return [self._answer(index, result, requests) for index, result in enumerate(results)]
+            failed = failure(client_error(HandlerError(miscount(results, count, "handle")), requests))
+            return columns([failed] * count)
+        if not self._context.responses:
+            if (answers := plain(results, self._limit)) is not None:
+                return answers
+            try:
+                return columns([answer(result, 200, "", _NO_HEADERS, self._limit) for result in results])
+            except (MMSError, Streamed):
+                pass
+        return columns([self._answer(index, result, requests) for index, result in enumerate(results)])
 
-    def _answer(self, index: int, result: Any, requests: list[Request]) -> Answer:
+    def _answer(self, index: int, result: Any, requests: Requests) -> Answer:
         head = self._context.responses.get(index)
         try:
             if head is None:
@@ -175,23 +172,47 @@ class RequestStages:
     def for_thread(self) -> RequestStages:
         return RequestStages(self.handler, self._context.for_thread(), isolate=self._isolate, limit=self._limit)
 
-    def run(self, requests: list[Request]) -> list[Answer]:
+    def run(self, requests: Requests) -> Answers:
         self._context.begin_batch(requests)
+        made = requests.all()
         begun = _now()
-        prepared = list(map(self.prepare, requests))
-        ready = _now()
-        good = [one for one in prepared if one.answer is None]
+        items: list[Any] = []
+        prepared: list[Prepared] = []  # once they are not all alike any more
         if self._one_bucket:
-            batches = [good] if good else []
+            preprocess = self.handler.preprocess
+            try:
+                for request in made:
+                    items.append(preprocess(request))
+            except BaseException as error:
+                prepared = list(map(Prepared, made, items))
+                failed = made[len(items)]
+                prepared.append(Prepared(failed, None, None, failure(client_error(error, [failed]))))
+                prepared += map(self.prepare, made[len(prepared) :])
+        else:
+            prepared = list(map(self.prepare, made))
+        ready = _now()
+        outputs: list[Any] = []
+        if not prepared:
+            divide = False
+            try:
+                outputs, steps = self._outputs(items)
+                if steps is not None:
+                    prepared = list(map(Prepared, made, items))
+                    self._take_steps(steps, prepared)
+            except BaseException as error:
+                prepared = list(map(Prepared, made, items))
+                divide = not self._fail(prepared, error)
+            if divide:
+                self._divide(prepared)
         else:
             buckets: dict[Hashable, list[Prepared]] = {}
-            for one in good:
-                buckets.setdefault(one.bucket, []).append(one)
-            batches = list(buckets.values())
-        for batch in batches:
-            self.infer(batch)
+            for one in prepared:
+                if one.answer is None:
+                    buckets.setdefault(one.bucket, []).append(one)
+            for batch in buckets.values():
+                self.infer(batch)
         inferred = _now()
-        answers = list(map(self.finish, prepared))
+        answers = columns(list(map(self.finish, prepared))) if prepared else self._answers(outputs, made)
         times = self._times
         times[0] += ready - begun
         times[1] += inferred - ready
@@ -225,28 +246,53 @@ class RequestStages:
     def infer(self, batch: list[Prepared]) -> None:
         """Each item becomes its output; those that fail get their answer. Never raises."""
         try:
-            collated = self.handler.collate([one.item for one in batch])
-            try:
-                outputs = self.handler.inference(self.move(collated))
-            except BaseException:
-                tell_lengths(collated, len(batch))
-                raise
-            fault = miscount_of(collated, outputs, len(batch))
-            if fault and hasattr(outputs, "__next__"):
-                self._take_steps(outputs, batch)
-                return
-            if fault:
-                raise HandlerError(fault)
-            for one, output in zip(batch, outputs, strict=True):
+            outputs, steps = self._outputs([one.item for one in batch])
+            if steps is not None:
+                self._take_steps(steps, batch)
+            for one, output in zip(batch, outputs, strict=steps is None):
                 one.item = output
             return
         except BaseException as error:
-            if not self._isolate or len(batch) == 1:
-                failed = failure(client_error(error, [one.request for one in batch]))
-                for one in batch:
-                    one.answer = failed
+            if self._fail(batch, error):
                 return
-        collated = outputs = None  # they, and what was raised, keep all that the batch has allocated
+        self._divide(batch)  # here, not above: what was raised keeps all that the batch has allocated
+
+    def finish(self, one: Prepared) -> Answer:
+        """The answer of a request that has its output, or has failed. Never raises."""
+        if one.answer is not None:
+            return one.answer
+        try:
+            result = self.handler.postprocess(one.item)
+        except BaseException as error:
+            result = error
+        return self._answer(result, one.request)
+
+    def _outputs(self, items: list[Any]) -> tuple[list[Any], Iterator[Any] | None]:
+        """What `inference` makes of a batch; nothing yet, and its steps, where it yields. Raises whatever fails."""
+        count = len(items)
+        collated = self.handler.collate(items)
+        try:
+            outputs = self.handler.inference(self.move(collated))
+        except BaseException:
+            tell_lengths(collated, count)
+            raise
+        fault = miscount_of(collated, outputs, count)
+        if not fault:
+            return [output for _, output in zip(items, outputs, strict=True)], None
+        if not hasattr(outputs, "__next__"):
+            raise HandlerError(fault)
+        return [], outputs
+
+    def _fail(self, batch: list[Prepared], error: BaseException) -> bool:
+        """All of a batch get the answer that they have failed, unless parts of it are to be tried; then False."""
+        if self._isolate and len(batch) > 1:
+            return False
+        failed = failure(client_error(error, [one.request for one in batch]))
+        for one in batch:
+            one.answer = failed
+        return True
+
+    def _divide(self, batch: list[Prepared]) -> None:
         half = len(batch) // 2
         self.infer(batch[:half])
         self.infer(batch[half:])
@@ -258,21 +304,25 @@ class RequestStages:
         for one, part in zip(batch, steps.items(self.handler.postprocess), strict=True):
             one.answer = stream(Response(part), one.request, self._limit)
 
-    def finish(self, one: Prepared) -> Answer:
-        """The answer of a request that has its output, or has failed. Never raises."""
-        if one.answer is not None:
-            return one.answer
+    def _answers(self, outputs: list[Any], requests: list[Request]) -> Answers:
+        """Those of a batch that was well until now."""
+        postprocess = self.handler.postprocess
+        results: list[Any] = []
+        for output in outputs:
+            try:
+                results.append(postprocess(output))
+            except BaseException as error:
+                results.append(error)
+        return plain(results, self._limit) or columns(list(map(self._answer, results, requests)))
+
+    def _answer(self, result: Any, request: Request) -> Answer:
+        if type(result) is bytes and len(result) <= self._limit:
+            return PLAIN_BYTES, result
         try:
-            result = self.handler.postprocess(one.item)
-            if type(result) is bytes and len(result) <= self._limit:
-                return PLAIN_BYTES, result
-        except BaseException as error:
-            result = error
-        try:
-            return one_answer(result, one.request, self._limit)
+            return one_answer(result, request, self._limit)
         except Streamed as streamed:
             self.streams = True
-            return stream(streamed.response, one.request, self._limit)
+            return stream(streamed.response, request, self._limit)
 
 
 def one_answer(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from mms import sharedpage, wire
-from mms.backend.answers import Answer, Body, Streamed, answer, body_of, json_of
+from mms.backend.answers import Answer, Answers, Body, Streamed, answer, body_of, columns, json_of
 from mms.errors import HandlerError
 from mms.handler import Request, Response
 from mms.wire import Outcome
@@ -26,7 +26,7 @@ class Replies(Protocol):
         """Whether nobody is there to read them."""
         ...
 
-    def reply(self, ids: list[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None: ...
+    def reply(self, ids: list[int], answers: Answers, batches: list[wire.BatchTimes]) -> None: ...
 
     def write(self, kind: int, head: object, payloads: list[Body], size: int) -> None: ...
 
@@ -214,18 +214,18 @@ class Streams:
         self._cancelled = sharedpage.Cancelled(page)
         self._beat = beat
 
-    def run(self, ids: Sequence[int], answers: Sequence[Answer], times: Callable[[], wire.BatchTimes]) -> None:
+    def run(self, ids: Sequence[int], answers: Answers, times: Callable[[], wire.BatchTimes]) -> None:
         """Send all answers of a batch: those that are whole at once, the streams as they come.
 
         Returns when the last has ended. `times` is asked for the times of the whole batch then.
         """
         live: dict[int, Stream] = {}
         ended: list[tuple[int, Answer]] = []
-        for id, one in zip(ids, answers, strict=True):
-            if type(one[1]) is Stream:
-                live[id] = one[1]
+        for id, outcome, body in zip(ids, *answers, strict=True):
+            if type(body) is Stream:
+                live[id] = body
             else:
-                ended.append((id, one))
+                ended.append((id, (outcome, body)))
         try:
             self._finish(ended, [])
             self._drive(live, times)
@@ -265,7 +265,7 @@ class Streams:
 
     def _finish(self, ended: list[tuple[int, Answer]], batches: list[wire.BatchTimes]) -> None:
         if ended:
-            self._channel.reply([id for id, _ in ended], [one for _, one in ended], batches)
+            self._channel.reply([id for id, _ in ended], columns([one for _, one in ended]), batches)
 
     def _close_cancelled(self, live: dict[int, Stream]) -> list[tuple[int, Answer]]:
         """Take out the streams whose clients have left; their ends."""

@@ -12,7 +12,7 @@ from mms import wire
 from mms.backend.stages import RequestStages, Stages, miscount, miscount_of
 from mms.backend.streams import Stream
 from mms.errors import ModelLoadError
-from mms.handler import Request
+from mms.handler import Request, Requests
 from mms.samples import WarmupSample
 
 
@@ -39,7 +39,7 @@ def _run_file(stages: Stages, load: wire.Load, sample: WarmupSample, size: int) 
     facts = wire.RequestFactsView(sample.content_type, "", b"", False, wire.EMPTY_HEADERS)
     limit = load.max_request_size
     requests = [Request(facts, b"warmup-%d" % number, bytearray(body), limit) for number in range(1, size + 1)]
-    for outcome, answer in stages.run(requests):
+    for outcome, answer in zip(*stages.run(Requests.made(requests)), strict=True):
         if isinstance(answer, Stream):
             outcome, answer = answer.drain(len)
         if outcome.error or outcome.status >= 400:

@@ -11,7 +11,7 @@ import pytest
 
 from mms import wire
 from mms.errors import BadRequestError, RequestTooLargeError
-from mms.handler import Context, Handler, Headers, PredictionError, Request
+from mms.handler import Context, Handler, Headers, PredictionError, Request, Requests
 
 FORM = b'--x\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
 
@@ -49,6 +49,41 @@ def test_a_request_shows_what_was_sent() -> None:
     assert request.query == {"k": "v"} and make_request().query == {}
     assert request.headers["HOST"] == "x" and request.headers["x-tag"] == "ä"
     assert request.headers.get("missing") is None
+
+
+def make_requests(*content_types: str, alike: bool) -> Requests:
+    facts = [wire.RequestFactsView(kind, "", b"", False, wire.EMPTY_HEADERS) for kind in content_types]
+    numbers = range(len(facts))
+    ids, bodies = [b"%d" % number for number in numbers], [bytearray(b"%d" % number) for number in numbers]
+    return Requests(facts[:1] if alike else facts, ids, bodies, 1000)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "bodies"),
+    [("application/json", [0, 1]), ("text/plain", ["0", "1"]), ("", [bytearray(b"0"), bytearray(b"1")])],
+)
+def test_requests_that_say_the_same_are_decoded_alike(content_type: str, bodies: list[Any]) -> None:
+    assert make_requests(content_type, content_type, alike=True).rows() == [{"body": body} for body in bodies]
+
+
+def test_requests_of_one_batch_may_have_different_content_types() -> None:
+    assert make_requests("application/json", "text/plain", alike=False).rows() == [{"body": 0}, {"body": "1"}]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("looked_at", [True, False])
+def test_a_part_of_a_batch_has_its_own_requests(alike: bool, looked_at: bool) -> None:
+    requests = make_requests(*["text/plain"] * 4, alike=alike)
+    before = requests.all() if looked_at else []
+    part = requests[1:3]
+    assert (len(part), [one.id for one in part], part[-1].text()) == (2, ["1", "2"], "2")
+    assert part.rows() == [{"body": "1"}, {"body": "2"}]
+    assert not before or part[0] is before[1]
+
+
+def test_a_request_is_the_same_whenever_it_is_looked_at() -> None:
+    requests = make_requests("text/plain", "text/plain", alike=True)
+    assert requests[0] is requests[0] and list(requests) == requests.all()
 
 
 def test_of_a_repeated_header_the_last_wins() -> None:

@@ -44,12 +44,12 @@ LIMITS = Limits(max_request_size=1 << 20, max_connections=999, header_timeout=9,
 CALLS_IN = 11.5  # functions of Python and C, from the bytes of requests to the frame for the worker
 CALLS_OUT = 6.9  # from the frame of results to the bytes of answers
 BLOCKS = 7.0  # of memory, held for a request at a worker
-WORKER_CALLS = 4.2  # from frame to frame, batches of 32
+WORKER_CALLS = 2  # from frame to frame, batches of 32
 
 # of one request that comes alone, what its frame costs included
 ALONE_IN = 80
 ALONE_OUT = 70
-ALONE_WORKER = 59
+ALONE_WORKER = 57
 
 
 class Transport(asyncio.Transport):

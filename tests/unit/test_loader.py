@@ -13,7 +13,7 @@ from mms import wire
 from mms.backend.loader import find_entry, load_handler
 from mms.backend.stages import BatchStages, RequestStages, Stages
 from mms.errors import ModelLoadError
-from mms.handler import Request
+from mms.handler import Request, Requests
 
 FUNCTION = """
 calls = []
@@ -66,7 +66,7 @@ def answer(stages: Stages, *bodies: str) -> list[str]:
                 bytearray(body.encode()), 1000)
         for body in bodies
     ]  # fmt: skip
-    return [str(body, "utf-8") for _, body in stages.run(requests)]
+    return [str(body, "utf-8") for body in stages.run(Requests.made(requests))[1]]
 
 
 @pytest.mark.parametrize("entry", ["service:handle", "service.py:handle", "service", "service.py"])

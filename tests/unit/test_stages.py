@@ -13,10 +13,10 @@ import numpy
 import pytest
 
 from mms import wire
-from mms.backend.answers import Answer
+from mms.backend.answers import Answers
 from mms.backend.stages import BatchStages, RequestStages
 from mms.errors import BadRequestError
-from mms.handler import Context, Handler, PredictionError, Request, Response
+from mms.handler import Context, Handler, PredictionError, Request, Requests, Response
 
 LIMIT = 1000
 Reply = tuple[int, bytes, bytes, str]  # status, header block, body, error
@@ -27,8 +27,8 @@ def make_context() -> Context:
     return Context(wire.Load("cat", "1.0", "/m", "h", {}, {}, 8, "auto", None, 1, LIMIT, LIMIT), "cpu")
 
 
-def make_requests(*bodies: str, content_type: str = "text/plain") -> list[Request]:
-    return [
+def make_requests(*bodies: str, content_type: str = "text/plain") -> Requests:
+    requests = [
         Request(
             wire.RequestFactsView(content_type, "", b"", False, wire.EMPTY_HEADERS),
             b"id-%d" % number,
@@ -37,13 +37,14 @@ def make_requests(*bodies: str, content_type: str = "text/plain") -> list[Reques
         )
         for number, body in enumerate(bodies, 1)
     ]
+    return Requests.made(requests)
 
 
-def replies(answers: list[Answer]) -> list[Reply]:
-    return [(outcome.status, outcome.head, bytes(body), outcome.error) for outcome, body in answers]
+def replies(answers: Answers) -> list[Reply]:
+    return [(outcome.status, outcome.head, bytes(body), outcome.error) for outcome, body in zip(*answers, strict=True)]
 
 
-def run_batch(handle: Callable[[Any, Context], Any], requests: list[Request], *, isolate: bool = False) -> list[Reply]:
+def run_batch(handle: Callable[[Any, Context], Any], requests: Requests, *, isolate: bool = False) -> list[Reply]:
     return replies(BatchStages(handle, make_context(), isolate=isolate, limit=LIMIT).run(requests))
 
 

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from mms import sharedpage, wire
-from mms.backend.answers import Answer, Body
+from mms.backend.answers import Answers, Body
 from mms.backend.stages import BatchStages, RequestStages, Stages
 from mms.backend.streams import Stream, Streams
-from mms.handler import Context, Handler, PredictionError, Request, Response
+from mms.handler import Context, Handler, PredictionError, Request, Requests, Response
 from tests.unit.test_stages import LIMIT, make_context
 
 Handle = Callable[[Any, Context], Any]
@@ -39,9 +39,9 @@ class Server:
         self.after: Callable[[], None] = lambda: None
 
     def run(self, stages: Stages, *requests: Request) -> Server:
-        answers = stages.run(list(requests))
-        ids = range(1, len(answers) + 1)
-        times = wire.BatchTimes(len(answers), 0.0, 0.0, 0.0, 0.0, 0.0)
+        answers = stages.run(Requests.made(list(requests)))
+        ids = range(1, len(requests) + 1)
+        times = wire.BatchTimes(len(requests), 0.0, 0.0, 0.0, 0.0, 0.0)
         Streams(self, self.page, self._beat).run(ids, answers, lambda: times)
         return self
 
@@ -63,8 +63,8 @@ class Server:
         self.heads |= {job: outcome.head for job, outcome in head.first.items()}
         self.after()
 
-    def reply(self, ids: Sequence[int], answers: Sequence[Answer], batches: list[wire.BatchTimes]) -> None:
-        for job, (outcome, body) in zip(ids, answers, strict=True):
+    def reply(self, ids: Sequence[int], answers: Answers, batches: list[wire.BatchTimes]) -> None:
+        for job, outcome, body in zip(ids, *answers, strict=True):
             self.ends[job] = outcome.status, outcome.error, bytes(body)
         self.batches.append(batches)
         self.after()
@@ -87,19 +87,19 @@ def only(*chunks: Any, **response: Any) -> Handle:
     return handle
 
 
-def streams(answers: list[Answer]) -> list[bool]:
-    return [isinstance(body, Stream) for _, body in answers]
+def streams(answers: Answers) -> list[bool]:
+    return [isinstance(body, Stream) for body in answers[1]]
 
 
 def test_iterators_are_streams_and_nothing_else_is() -> None:
     stages = batch(lambda data, context: ["text", [1], {"a": 1}, (n for n in "ab"), iter(["x"])])
-    assert streams(stages.run([request() for _ in range(5)])) == [False, False, False, True, True]
+    assert streams(stages.run(Requests.made([request() for _ in range(5)]))) == [False, False, False, True, True]
     assert stages.streams
 
 
 def test_a_handler_that_never_streams_is_known_by_that() -> None:
     stages = batch(lambda data, context: ["text"])
-    stages.run([request()])
+    stages.run(Requests.made([request()]))
     assert not stages.streams
 
 
