@@ -14,6 +14,7 @@ from benchmarks.load import put_load
 from benchmarks.memory import Memory, proportional
 from benchmarks.models import Model, spec
 from benchmarks.servers import BODY_ECHO, Server, ServerError, running
+from benchmarks.steal import quietly
 from benchmarks.suite import Scenario, main
 
 SIZES = {"100 KiB": (100 << 10, 32), "10 MiB": (10 << 20, 4)}  # and from how many connections
@@ -84,9 +85,13 @@ def body_of(bench: Bench, size: int) -> Path:
 def cost(server: Server, body: Path, connections: int, seconds: float) -> float:
     """CPU seconds per request."""
     put_load(server.url, body, connections=connections, seconds=1.0)
-    before = server.tree.seconds()
-    load = put_load(server.url, body, connections=connections, seconds=seconds)
-    return (server.tree.seconds() - before) / load.requests
+
+    def run() -> float:
+        before = server.tree.seconds()
+        load = put_load(server.url, body, connections=connections, seconds=seconds)
+        return (server.tree.seconds() - before) / load.requests
+
+    return quietly(run)
 
 
 def peak_under(server: Server, body: Path, connections: int, seconds: float) -> int:

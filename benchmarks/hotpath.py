@@ -27,6 +27,7 @@ from benchmarks import guard
 from benchmarks.load import LoadError, find_wrk, put_load
 from benchmarks.options import names_of
 from benchmarks.servers import BATCH_1, BATCH_32, BEHIND_NGINX, FLOOR, PROXY, SPECS, Server, ServerError, running
+from benchmarks.steal import quietly
 
 BODY_SIZE = 1024
 WARM_UP = 1.0
@@ -56,6 +57,10 @@ class Point:
 def measure(server: Server, body: Path, *, connections: int, seconds: float) -> Point:
     """Warms the server up, then puts load on it and reads what it cost."""
     put_load(server.url, body, connections=connections, seconds=WARM_UP)
+    return quietly(lambda: _measure(server, body, connections, seconds))
+
+
+def _measure(server: Server, body: Path, connections: int, seconds: float) -> Point:
     before = server.tree.seconds()
     load = put_load(server.url, body, connections=connections, seconds=seconds)
     cpu = (server.tree.seconds() - before) / load.requests * 1e6

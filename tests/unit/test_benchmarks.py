@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import guard
+from benchmarks import guard, steal
 from benchmarks.coldstart import nearest
 from benchmarks.figures import Figure
 from benchmarks.hotpath import BESIDE_IDLE, Point, missed_bars, ratios
@@ -148,3 +148,29 @@ def test_the_work_of_peers_counts_its_batches(tmp_path: Path) -> None:
     noop = work.make("noop", counts.path)
     assert counts.read() == (0, 0) and noop.forward([b"a"]) == ["ok"] and len(noop.forward([b"a", b"b", b"c"])) == 3
     assert counts.read() == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("stolen", "expected", "runs"),
+    [
+        pytest.param([0.0], 1, 1, id="quiet"),
+        pytest.param([0.2, 0.1, 0.01], 3, 3, id="until-quiet"),
+        pytest.param([0.2, 0.1, 0.3, 0.4], 2, 4, id="never-quiet"),
+    ],
+)
+def test_what_is_measured_while_others_have_the_processors_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, stolen: list[float], expected: int, runs: int
+) -> None:
+    shares, results = iter(stolen), iter(range(1, 10))
+    monkeypatch.setattr(steal, "share", lambda before, after: next(shares))
+    assert steal.quietly(lambda: next(results)) == expected
+    assert next(results) == runs + 1
+
+
+def test_what_others_have_taken_is_read_from_the_system(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  10 1 20 60 1 0 3 5 7 7\ncpu0 1 1 1 1 1 1 1 1 0 0\n")
+    before = steal.processor_times(stat)
+    stat.write_text("cpu  50 1 40 60 1 0 3 45 9 9\n")
+    assert before == (5, 100) and steal.share(before, steal.processor_times(stat)) == 0.4
+    assert steal.share(before, before) == 0.0
