@@ -12,6 +12,7 @@ from mms.errors import MMSError
 from mms.metrics import VersionMetrics
 from mms.workers.alarm import Alarm
 from mms.workers.batching import BatchQueue
+from mms.workers.busypoll import BusyPoll
 from mms.workers.job import Job
 from mms.workers.lateness import Lateness
 from mms.workers.worker import Worker
@@ -29,6 +30,7 @@ class Feeder:
         self._in_turns = shared
         self._wake: asyncio.Handle | None = None
         self._loop = asyncio.get_running_loop()
+        self._busy_poll = BusyPoll(self._loop)
         self._delay = Alarm(self._loop, self._dispatch)  # a batch has waited for max_batch_delay
         self._alarm = Alarm(self._loop, self._deadline)  # at the earliest deadline of a request
 
@@ -60,8 +62,10 @@ class Feeder:
                 if not worker.in_flight.count:
                     idle = worker
                     break
-        if idle is not None and queue.pass_on(jobs, idle.in_flight, time.monotonic()):
+        if idle is not None and queue.pass_on(jobs, idle.in_flight, now := time.monotonic()):
             idle.send(queue.batch_size, jobs)
+            if len(jobs) == 1:
+                self._busy_poll.sent(idle.in_flight, now)
         elif not queue.submit_all(jobs):
             return False
         elif idle is not None or self._in_turns or not queue.plain or queue.depth >= queue.batch_size:

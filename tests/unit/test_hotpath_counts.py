@@ -47,7 +47,7 @@ BLOCKS = 7.0  # of memory, held for a request at a worker
 WORKER_CALLS = 2  # from frame to frame, batches of 32
 
 # of one request that comes alone, what its frame costs included
-ALONE_IN = 80
+ALONE_IN = 83
 ALONE_OUT = 70
 ALONE_WORKER = 57
 
