@@ -276,6 +276,8 @@ class RequestStages:
         except BaseException:
             tell_lengths(collated, count)
             raise
+        if type(outputs) is list and len(outputs) == count:
+            return outputs, None
         fault = miscount_of(collated, outputs, count)
         if not fault:
             return [output for _, output in zip(items, outputs, strict=True)], None
