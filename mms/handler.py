@@ -182,7 +182,7 @@ class Requests(Sequence[Request]):
     def __getitem__(self, index: slice) -> Requests: ...
 
     def __getitem__(self, index: int | slice) -> Request | Requests:
-        if isinstance(index, int):
+        if not isinstance(index, slice):
             return self.all()[index]
         if self._made is not None:
             return self.made(self._made[index])

@@ -25,7 +25,7 @@ _JSON = Outcome(200, b"content-type: application/json\r\n", "")
 
 Body = bytes | bytearray | memoryview
 
-# What became of one request, and its body; with an error the body is its message. A plain tuple, because one is made
+# What became of one request, and its body; with an error the body is its message. A plain tuple, as there may be one
 # per request, and with an Outcome that is shared wherever the handler has set nothing. In the place of the body may be
 # a Stream, which then has the outcome; Stages.streams tells whether to look for one.
 Answer = tuple[Outcome, Any]
@@ -45,19 +45,22 @@ def is_error_status(status: Any) -> bool:
     return isinstance(status, int) and 400 <= status <= 599
 
 
-def plain(results: list[Any], limit: int) -> Answers | None:
-    """The answers to at least one request if all results are bytes that can be sent as they are."""
+def plain_bytes(results: list[Any], limit: int) -> Answers | None:
+    """The answers to at least one request if all results are bytes that can be sent as they are.
+
+    The list is copied: it is the handler's, which may keep it and change it.
+    """
     first = results[0]
-    if type(first) is not bytes:
+    if type(first) is not bytes or type(results) is not list:
         return None
     if len(results) == 1:
-        return ([PLAIN_BYTES], results) if len(first) <= limit else None
+        return ([PLAIN_BYTES], [first]) if len(first) <= limit else None
     alike = len(set(map(type, results))) == 1 and max(map(len, results)) <= limit
-    return ([PLAIN_BYTES] * len(results), results) if alike else None
+    return ([PLAIN_BYTES] * len(results), results[:]) if alike else None
 
 
 def columns(answers: Sequence[Answer]) -> Answers:
-    """Of at least one."""
+    """The same, outcomes and bodies apart; of at least one request."""
     outcomes, bodies = map(list, zip(*answers, strict=True))
     return outcomes, bodies
 
@@ -77,15 +80,15 @@ def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str
         status, content_type, headers = value.status, value.content_type or content_type, {**headers, **value.headers}
         value = value.body
     try:
-        body, plain = body_of(value)
+        body, usual = body_of(value)
     except Streamed as streamed:
         streamed.response = Response(streamed.response.body, status, content_type, headers)
         raise
     if len(body) > limit:
         raise HandlerError(f"the handler's answer of {len(body)} bytes is over max_response_size ({limit} bytes)")
     if status == 200 and not content_type and not headers:
-        return plain, body
-    head = plain.head
+        return usual, body
+    head = usual.head
     if status != 200:
         if not isinstance(status, int) or not 200 <= status <= 599:
             raise HandlerError(f"the handler set status {status!r}; it must be a number from 200 to 599")

@@ -81,6 +81,7 @@ class Channel:
             if not self._fill(start + payload_size):
                 return None
             begin = self._at + start
+            head = self._view[begin - head_size : begin]  # it may have been moved
         self._at = begin + payload_size
         return kind, head, self._buffer, begin
 

@@ -14,11 +14,22 @@ from typing import Any, Protocol
 import msgspec
 
 from mms.backend import device
-from mms.backend.answers import PLAIN_BYTES, Answer, Answers, Streamed, answer, columns, failure, is_error_status, plain
+from mms.backend.answers import (
+    PLAIN_BYTES,
+    Answer,
+    Answers,
+    Streamed,
+    answer,
+    columns,
+    failure,
+    is_error_status,
+    plain_bytes,
+)
 from mms.backend.streams import Steps, Stream
 from mms.errors import HandlerError, MMSError
 from mms.handler import Context, Handler, PredictionError, Request, Requests, Response
 from mms.handler_metrics import Metrics
+from mms.wire import Outcome
 
 _now = time.perf_counter
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -103,7 +114,7 @@ class BatchStages:
         context = self._context
         context.begin_batch(requests)
         try:
-            results = self._handle(rows, context)
+            results = self._handle(rows[:], context)  # it may take them out one by one
         except BaseException as error:
             if not self._isolate or len(rows) == 1:
                 return columns([failure(client_error(error, requests))] * len(rows))
@@ -118,7 +129,7 @@ class BatchStages:
             failed = failure(client_error(HandlerError(miscount(results, count, "handle")), requests))
             return columns([failed] * count)
         if not self._context.responses:
-            if (answers := plain(results, self._limit)) is not None:
+            if (answers := plain_bytes(results, self._limit)) is not None:
                 return answers
             try:
                 return columns([answer(result, 200, "", _NO_HEADERS, self._limit) for result in results])
@@ -177,32 +188,34 @@ class RequestStages:
         made = requests.all()
         begun = _now()
         items: list[Any] = []
-        prepared: list[Prepared] = []  # once they are not all alike any more
+        outputs: list[Any] = []
+        prepared: list[Prepared] | None = None  # while all is well with all of them, none is looked at by itself
         if self._one_bucket:
-            preprocess = self.handler.preprocess
+            preprocess, failed = self.handler.preprocess, None
             try:
                 for request in made:
                     items.append(preprocess(request))
             except BaseException as error:
+                failed = failure(client_error(error, [made[len(items)]]))
+            if failed is not None:
                 prepared = list(map(Prepared, made, items))
-                failed = made[len(items)]
-                prepared.append(Prepared(failed, None, None, failure(client_error(error, [failed]))))
+                prepared.append(Prepared(made[len(items)], None, None, failed))
                 prepared += map(self.prepare, made[len(prepared) :])
         else:
             prepared = list(map(self.prepare, made))
         ready = _now()
-        outputs: list[Any] = []
-        if not prepared:
+        if prepared is None:
             divide = False
             try:
-                outputs, steps = self._outputs(items)
+                outputs, steps = self._outputs(items[:])
                 if steps is not None:
                     prepared = list(map(Prepared, made, items))
                     self._take_steps(steps, prepared)
             except BaseException as error:
                 prepared = list(map(Prepared, made, items))
                 divide = not self._fail(prepared, error)
-            if divide:
+            items = []  # they may be large
+            if prepared is not None and divide:
                 self._divide(prepared)
         else:
             buckets: dict[Hashable, list[Prepared]] = {}
@@ -212,7 +225,7 @@ class RequestStages:
             for batch in buckets.values():
                 self.infer(batch)
         inferred = _now()
-        answers = columns(list(map(self.finish, prepared))) if prepared else self._answers(outputs, made)
+        answers = self._answers(outputs, made) if prepared is None else columns(list(map(self.finish, prepared)))
         times = self._times
         times[0] += ready - begun
         times[1] += inferred - ready
@@ -249,7 +262,8 @@ class RequestStages:
             outputs, steps = self._outputs([one.item for one in batch])
             if steps is not None:
                 self._take_steps(steps, batch)
-            for one, output in zip(batch, outputs, strict=steps is None):
+                return
+            for one, output in zip(batch, outputs, strict=True):
                 one.item = output
             return
         except BaseException as error:
@@ -264,7 +278,7 @@ class RequestStages:
         try:
             result = self.handler.postprocess(one.item)
         except BaseException as error:
-            result = error
+            return self._answer(error, one.request)
         return self._answer(result, one.request)
 
     def _outputs(self, items: list[Any]) -> tuple[list[Any], Iterator[Any] | None]:
@@ -277,7 +291,7 @@ class RequestStages:
             tell_lengths(collated, count)
             raise
         if type(outputs) is list and len(outputs) == count:
-            return outputs, None
+            return outputs[:], None  # it is the handler's, which may keep it
         fault = miscount_of(collated, outputs, count)
         if not fault:
             return [output for _, output in zip(items, outputs, strict=True)], None
@@ -307,15 +321,25 @@ class RequestStages:
             one.answer = stream(Response(part), one.request, self._limit)
 
     def _answers(self, outputs: list[Any], requests: list[Request]) -> Answers:
-        """Those of a batch that was well until now."""
-        postprocess = self.handler.postprocess
-        results: list[Any] = []
-        for output in outputs:
+        """Those of a batch that was well until now. Each is made before the next `postprocess`, which may use
+        again what the last one has returned.
+        """
+        postprocess, limit = self.handler.postprocess, self._limit
+        outcomes: list[Outcome] = []
+        bodies: list[Any] = []
+        for output, request in zip(outputs, requests, strict=True):
             try:
-                results.append(postprocess(output))
+                body = postprocess(output)
             except BaseException as error:
-                results.append(error)
-        return plain(results, self._limit) or columns(list(map(self._answer, results, requests)))
+                outcome, body = self._answer(error, request)
+            else:
+                if type(body) is bytes and len(body) <= limit:
+                    outcome = PLAIN_BYTES
+                else:
+                    outcome, body = self._answer(body, request)
+            outcomes.append(outcome)
+            bodies.append(body)
+        return outcomes, bodies
 
     def _answer(self, result: Any, request: Request) -> Answer:
         if type(result) is bytes and len(result) <= self._limit:

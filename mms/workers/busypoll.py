@@ -1,7 +1,7 @@
 """Staying awake for the answer of a quick worker, as to be woken takes longer. Front end's process, event loop.
 
 While one request alone is at a worker whose batches take less than QUICK, the event loop does not sleep. That takes CPU
-time, PATIENCE at most, and no request waits until this process runs again.
+time, PATIENCE at most, which other workers may have to do without, and no request waits until this process runs again.
 """
 
 from __future__ import annotations

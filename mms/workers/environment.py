@@ -29,7 +29,7 @@ def worker_environment(extra: Sequence[str]) -> dict[str, str]:
 
 def quick_copies(tunables: str) -> str:
     """GLIBC_TUNABLES by which copies of large bodies take half the time, unless the given ones say otherwise."""
-    return tunables if _BOUND in tunables else f"{tunables}:{_BOUND}={LARGE_COPY}".lstrip(":")
+    return tunables if _BOUND in tunables else f"{tunables.strip(':')}:{_BOUND}={LARGE_COPY}".lstrip(":")
 
 
 def thread_counts(threads: int) -> dict[str, str]:
