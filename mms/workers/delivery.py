@@ -53,14 +53,17 @@ def count_batches(batches: list[wire.BatchTimes], metrics: VersionMetrics) -> No
         (batch,) = batches
         metrics.handler.observe(batch.handler)
         metrics.batch_size.observe(batch.jobs)
-    else:
-        metrics.handler.observe_all([batch.handler for batch in batches])
-        metrics.batch_size.observe_all([batch.jobs for batch in batches])
-    if batches[0].inference:
-        for batch in batches:
+        if batch.inference:
             metrics.preprocess.observe(batch.preprocess)
             metrics.inference.observe(batch.inference)
             metrics.postprocess.observe(batch.postprocess)
+        return
+    metrics.handler.observe_all([batch.handler for batch in batches])
+    metrics.batch_size.observe_all([batch.jobs for batch in batches])
+    if batches[0].inference:
+        metrics.preprocess.observe_all([batch.preprocess for batch in batches])
+        metrics.inference.observe_all([batch.inference for batch in batches])
+        metrics.postprocess.observe_all([batch.postprocess for batch in batches])
 
 
 def waits_in_worker(batches: list[wire.BatchTimes], count: int) -> list[float]:
