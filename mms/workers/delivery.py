@@ -12,6 +12,8 @@ from mms.workers.job import Caller, Job, StreamCaller
 
 log = logging.getLogger("mms.worker")
 
+FEW = 4  # jobs per batch from which on they are counted by the batch
+
 
 def deliver(
     jobs: list[Job],
@@ -79,6 +81,7 @@ def waits_in_worker(batches: list[wire.BatchTimes], count: int) -> list[float]:
 def count_answers(
     jobs: list[Job],
     outcomes: list[wire.Outcome],
+    batches: list[wire.BatchTimes],
     waits: list[float],
     now: float,
     metrics: VersionMetrics,
@@ -86,16 +89,17 @@ def count_answers(
     alike: bool,
     overlaps: bool,
 ) -> None:
-    """Of jobs that somebody still waits for. `overlaps`: they may have been sent in several frames."""
+    """Of jobs that somebody still waits for. `batches` are theirs, all in order, or none where others are missing;
+    `overlaps`: they may have been sent in several frames.
+    """
     arrived = [job.arrived for job in jobs]
+    if overlaps or len(waits) > 1:
+        _count_waits(jobs, arrived, batches, waits, metrics, overlaps=overlaps)
     arrived.sort()  # they mostly are
     total = sum(arrived)
     metrics.duration.observe_since(arrived, total, now)
     if len(waits) == 1 and not overlaps:
         metrics.queued.observe_since(arrived, total, waits[0] + jobs[0].taken)
-    else:
-        waits = waits * len(jobs) if len(waits) == 1 else waits
-        metrics.queued.observe_all([wait + job.taken - job.arrived for job, wait in zip(jobs, waits, strict=True)])
     if alike:
         metrics.requests[outcomes[0].status] += len(jobs)
         return
@@ -103,6 +107,31 @@ def count_answers(
         metrics.requests[outcome.status] += 1
         if outcome.error:
             metrics.errors[outcome.error] += 1
+
+
+def _count_waits(
+    jobs: list[Job],
+    arrived: list[float],
+    batches: list[wire.BatchTimes],
+    waits: list[float],
+    metrics: VersionMetrics,
+    *,
+    overlaps: bool,
+) -> None:
+    """Of jobs that did not all begin at the same time."""
+    taken = jobs[0].taken
+    if overlaps:
+        waits = waits * len(jobs) if len(waits) == 1 else waits
+        metrics.queued.observe_all([wait + job.taken - job.arrived for job, wait in zip(jobs, waits, strict=True)])
+    elif batches and FEW * len(batches) <= len(jobs):
+        at = 0
+        for batch in batches:
+            some = sorted(arrived[at : at + batch.jobs])
+            at += batch.jobs
+            if some:
+                metrics.queued.observe_since(some, sum(some), batch.waited + taken)
+    else:
+        metrics.queued.observe_all([wait + taken - at for wait, at in zip(waits, arrived, strict=True)])
 
 
 def _remote_error(outcome: wire.Outcome, message: bytes) -> HandlerError:

@@ -327,7 +327,9 @@ class Worker(asyncio.Protocol):
             waits = waits if len(waits) == 1 else [waits[place] for place in places]
         if jobs:
             deliver(jobs, callers, outcomes, bodies, self._metrics, alike=alike)
-            count_answers(jobs, outcomes, waits, now, self._metrics, alike=alike, overlaps=self.in_flight.overlaps)
+            theirs = batches if reported == len(jobs) == count else []
+            overlaps = self.in_flight.overlaps
+            count_answers(jobs, outcomes, theirs, waits, now, self._metrics, alike=alike, overlaps=overlaps)
         if batches:
             count_batches(batches, self._metrics)
         self._owner.worker_free(self)
