@@ -41,7 +41,7 @@ class Front:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env={**os.environ, "GLIBC_TUNABLES": quick_copies(os.environ.get("GLIBC_TUNABLES", ""))},
+                env={**os.environ, **quick_copies(os.environ)},
             )
         self.pid = process.pid
         self._pidfd = os.pidfd_open(process.pid)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from mms import wire
-from mms.backend.stages import RequestStages, Stages, miscount, miscount_of
+from mms.backend.lengths import miscount, miscount_of
+from mms.backend.stages import RequestStages, Stages
 from mms.backend.streams import Stream
 from mms.errors import ModelLoadError
 from mms.handler import Request, Requests

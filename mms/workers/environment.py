@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 _PASSED = re.compile(
@@ -24,12 +24,14 @@ LARGE_COPY = 1 << 20
 def worker_environment(extra: Sequence[str]) -> dict[str, str]:
     """The allow-listed variables of this process, and those named in `extra`; large bodies are copied quickly."""
     environ = {name: value for name, value in os.environ.items() if _PASSED.fullmatch(name) or name in extra}
-    return environ | {"PYTHONUNBUFFERED": "1", "GLIBC_TUNABLES": quick_copies(os.environ.get("GLIBC_TUNABLES", ""))}
+    return environ | {"PYTHONUNBUFFERED": "1"} | quick_copies(os.environ)
 
 
-def quick_copies(tunables: str) -> str:
-    """GLIBC_TUNABLES by which copies of large bodies take half the time, unless the given ones say otherwise."""
-    return tunables if _BOUND in tunables else f"{tunables.strip(':')}:{_BOUND}={LARGE_COPY}".lstrip(":")
+def quick_copies(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variable by which copies of large bodies take half the time, unless it says otherwise already."""
+    tunables = environ.get("GLIBC_TUNABLES", "")
+    added = "" if _BOUND in tunables else f":{_BOUND}={LARGE_COPY}"
+    return {"GLIBC_TUNABLES": (tunables.strip(":") + added).lstrip(":")}
 
 
 def thread_counts(threads: int) -> dict[str, str]:
