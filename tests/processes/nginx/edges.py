@@ -12,14 +12,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import pytest
 from mms_nginx import Listener, Nginx, edge_user, find_nginx, render
 
 from tests.servers import free_ports
 
 PROGRAM = find_nginx("nginx") or ""
 MAX_REQUEST_SIZE = 16 << 20
-needs_program = [pytest.mark.skipif(not PROGRAM, reason="nginx is not installed"), pytest.mark.timeout(30)]
 
 
 def can_bind(port: int) -> bool:

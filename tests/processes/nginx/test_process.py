@@ -23,12 +23,11 @@ from tests.processes.nginx.edges import (
     Upstream,
     can_bind,
     configuration,
-    needs_program,
 )
-from tests.servers import free_ports
+from tests.servers import free_ports, needs_nginx
 from tests.waiting import eventually
 
-pytestmark = needs_program
+pytestmark = [needs_nginx, pytest.mark.timeout(30)]
 
 
 def alive(pid: int) -> bool:

@@ -16,12 +16,11 @@ from tests.processes.nginx.edges import (
     MAX_REQUEST_SIZE,
     Edge,
     Upstream,
-    needs_program,
 )
-from tests.servers import free_ports
+from tests.servers import free_ports, needs_nginx
 from tests.waiting import eventually
 
-pytestmark = needs_program
+pytestmark = [needs_nginx, pytest.mark.timeout(30)]
 
 
 def test_passes_a_request_on_unchanged(edge: Edge) -> None:
