@@ -22,7 +22,8 @@ DELAY_MS = 2  # for which peers wait for a full batch: what they need for their 
 JAVA = "Java 17 (Debian: apt-get install openjdk-17-jre-headless)"
 OURS = "mms"
 BORROWED = "torch.pth"  # where else an environment looks; written last, so where it is the installation is complete
-BODIES = {"noop": os.urandom(BODY_SIZE), "mlp": json.dumps([number / 64 for number in range(64)]).encode()}
+NUMBERS = json.dumps([number / 64 for number in range(64)]).encode()
+BODIES = {"noop": os.urandom(BODY_SIZE), "mlp": NUMBERS, "mlp-json": NUMBERS}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Peer:
     body: Callable[[str], bytes] = BODIES.__getitem__
     java: bool = False
     python: bool = True  # a server for Python code alone, so that its memory is comparable
+    json: bool = False  # reads and writes JSON for its handlers
 
     def missing(self) -> str:
         """What it needs besides its packages, and is not there."""
@@ -43,13 +45,13 @@ class Peer:
 
 def wrapped(work: str) -> bytes:
     """As the member `body` of a JSON object."""
-    value = json.loads(BODIES[work]) if work == "mlp" else _text()
+    value = _text() if work == "noop" else json.loads(BODIES[work])
     return json.dumps({"body": value}).encode()
 
 
 def tensor(work: str) -> bytes:
     """In the Open Inference Protocol."""
-    kind, data = ("FP32", json.loads(BODIES[work])) if work == "mlp" else ("BYTES", [_text()])
+    kind, data = ("BYTES", [_text()]) if work == "noop" else ("FP32", json.loads(BODIES[work]))
     values = {"name": "x", "datatype": kind, "shape": [1, len(data)], "data": data}
     return json.dumps({"inputs": [values]}).encode()
 
@@ -64,8 +66,9 @@ PEERS = {
         "/inference",
         lambda folder, port: ["--address", "127.0.0.1", "--port", str(port), "--path", f"{folder}/ipc",
                               "--timeout", "120000", "--capacity", "2048"],
+        json=True,
     ),
-    "triton": Peer(("nvidia-pytriton==0.7.0",), "/v2/models/bench/infer", body=tensor, python=False),
+    "triton": Peer(("nvidia-pytriton==0.7.0",), "/v2/models/bench/infer", body=tensor, python=False, json=True),
     "multi-model-server": Peer(("multi-model-server==1.1.11", "model-archiver==1.0.3"), "/predictions/bench",
                                java=True, python=False),
     "torchserve": Peer(("torchserve==0.12.0", "torch-model-archiver==0.12.0"), "/predictions/bench",
@@ -134,9 +137,10 @@ def peer_spec(folder: Path, name: str, work: str, batch: int, counts: Path) -> S
 
 
 def our_spec(work: str, batch: int, counts: Path) -> Spec:
-    files = ("work.py", "work_mlp.py") if work == "mlp" else ("work.py",)
+    files = ("work.py",) if work == "noop" else ("work.py", "work_mlp.py")
+    handler = "JsonBench" if work == "mlp-json" else "Bench"
     config = {"batch_size": batch, "peers": {"name": work, "counts": str(counts)}}
-    return spec(OURS, [Model("bench", "peer_mms.py:Bench", config, files=files)], body=BODIES[work], workers=1)
+    return spec(OURS, [Model("bench", f"peer_mms.py:{handler}", config, files=files)], body=BODIES[work], workers=1)
 
 
 class Counts:

@@ -42,7 +42,13 @@ class Bars:
     cpu: float
 
 
-BARS = {"noop": Bars(1.5, 3.0, 0.5), "mlp": Bars(1.3, 2.0, 2 / 3)}
+NETWORK = Bars(1.3, 2.0, 2 / 3)
+BARS = {"noop": Bars(1.5, 3.0, 0.5), "mlp": NETWORK, "mlp-json": NETWORK}
+ABOUT = {
+    "noop": "a body of 1 KiB and no work at all",
+    "mlp": "a tiny network; the handler reads and writes JSON",
+    "mlp-json": "the same network; each server reads and writes JSON itself",
+}
 
 
 @dataclass(frozen=True)
@@ -195,12 +201,13 @@ def say(text: str) -> None:
 
 def scenario(work: str, options: argparse.Namespace) -> suite.Scenario:
     def run(bench: Bench) -> Iterator[Figure]:
-        names = [name for name in options.against if not absence(options.peers, name)]
+        able = [name for name in options.against if PEERS[name].json or work != "mlp-json"]
+        names = [name for name in able if not absence(options.peers, name)]
         if not names:
             raise ServerError(f"no peer is installed in {options.peers}: make peers")
         yield from compare(work, options.peers, names, bench)
 
-    run.__doc__ = {"noop": "a body of 1 KiB and no work at all", "mlp": "a tiny network, JSON in and out"}[work]
+    run.__doc__ = ABOUT[work]
     return run
 
 

@@ -17,3 +17,13 @@ class Bench(Handler):
 
     def postprocess(self, output):
         return self.work.answer(output)
+
+
+class JsonBench(Bench):
+    """JSON by our own means."""
+
+    def preprocess(self, request):
+        return request.json()
+
+    def postprocess(self, output):
+        return output

@@ -23,8 +23,15 @@ class Bench(Worker):
         return self.work.answer(data)
 
 
+class JsonBench(Bench):
+    """JSON by its own means."""
+
+    deserialize, serialize = Worker.deserialize, Worker.serialize
+
+
 if __name__ == "__main__":
     server = Server()
     wait = int(os.environ["PEER_DELAY_MS"]) if BATCH > 1 else 0
-    server.append_worker(Bench, num=1, max_batch_size=BATCH, max_wait_time=wait)
+    worker = JsonBench if os.environ["PEER_WORK"] == "mlp-json" else Bench
+    server.append_worker(worker, num=1, max_batch_size=BATCH, max_wait_time=wait)
     server.run()

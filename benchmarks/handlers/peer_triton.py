@@ -11,7 +11,8 @@ import sysconfig
 from pathlib import Path
 
 BATCH, DELAY_MS, PORT = (int(os.environ[f"PEER_{name}"]) for name in ("BATCH", "DELAY_MS", "PORT"))
-SHAPES = {"noop": ("TYPE_STRING", 1, 1), "mlp": ("TYPE_FP32", 64, 10)}
+NETWORK = ("TYPE_FP32", 64, 10)
+SHAPES = {"noop": ("TYPE_STRING", 1, 1), "mlp": NETWORK, "mlp-json": NETWORK}
 
 
 def configuration():

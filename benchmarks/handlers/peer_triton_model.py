@@ -13,7 +13,7 @@ import work  # noqa: E402
 class TritonPythonModel:
     def initialize(self, arguments):
         self.work = work.from_environment()
-        self.tensors = os.environ["PEER_WORK"] == "mlp"
+        self.tensors = os.environ["PEER_WORK"] != "noop"
 
     def execute(self, requests):
         inputs = [backend.get_input_tensor_by_name(request, "x").as_numpy() for request in requests]

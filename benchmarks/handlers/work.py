@@ -1,4 +1,7 @@
-"""The work of the comparison with peers, the same for every server: parse and answer per request, forward per batch."""
+"""The work of the comparison with peers, the same for every server: parse and answer per request, forward per batch.
+
+Of `mlp-json` only forward: JSON is read and written by each server's own means.
+"""
 
 import mmap
 import os
@@ -22,7 +25,7 @@ class Noop:
 
 def make(name, counts):
     """The work of that name, which keeps in the file `counts` how many batches there were, and of how many requests."""
-    if name == "mlp":
+    if name in ("mlp", "mlp-json"):
         from work_mlp import Mlp as Work
     else:
         Work = Noop

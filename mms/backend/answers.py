@@ -22,6 +22,7 @@ _FRAMING = frozenset(
 PLAIN_BYTES = Outcome(200, b"content-type: application/octet-stream\r\n", "")
 _TEXT = Outcome(200, b"content-type: text/plain; charset=utf-8\r\n", "")
 _JSON = Outcome(200, b"content-type: application/json\r\n", "")
+_ALWAYS_JSON = frozenset({dict, list})
 
 Body = bytes | bytearray | memoryview
 
@@ -108,15 +109,16 @@ def answer(value: Any, status: int, content_type: str, headers: Mapping[str, str
 
 def body_of(value: Any) -> tuple[Body, Outcome]:
     """The bytes of a result, and the outcome that it has unless the handler says more. Raises as `answer`."""
-    if isinstance(value, bytes | bytearray):
-        return value, PLAIN_BYTES
-    if isinstance(value, memoryview):
-        return value.cast("B") if value.c_contiguous else value.tobytes(), PLAIN_BYTES
-    if isinstance(value, str):
-        try:
-            return value.encode(), _TEXT
-        except UnicodeEncodeError as error:
-            raise HandlerError(f"the handler returned a str that is not valid Unicode: {error.reason}") from None
+    if type(value) not in _ALWAYS_JSON:
+        if isinstance(value, bytes | bytearray):
+            return value, PLAIN_BYTES
+        if isinstance(value, memoryview):
+            return value.cast("B") if value.c_contiguous else value.tobytes(), PLAIN_BYTES
+        if isinstance(value, str):
+            try:
+                return value.encode(), _TEXT
+            except UnicodeEncodeError as error:
+                raise HandlerError(f"the handler returned a str that is not valid Unicode: {error.reason}") from None
     try:
         return _encode_json(value), _JSON
     except Exception as error:  # encoding runs the tolist() of any library

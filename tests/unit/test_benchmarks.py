@@ -120,7 +120,7 @@ def test_each_peer_gets_the_body_in_the_form_that_it_takes() -> None:
     (numbers,), (text,) = (json.loads(PEERS["triton"].body(work))["inputs"] for work in ("mlp", "noop"))
     assert (numbers["datatype"], numbers["shape"], len(numbers["data"])) == ("FP32", [1, 64], 64)
     assert (text["datatype"], text["shape"], len(text["data"][0])) == ("BYTES", [1, 1], 1024)
-    assert PEERS["mosec"].body("mlp") == PEERS["torchserve"].body("mlp")
+    assert PEERS["mosec"].body("mlp") == PEERS["torchserve"].body("mlp") == PEERS["mosec"].body("mlp-json")
 
 
 def test_every_peer_has_what_starts_it(tmp_path: Path) -> None:
