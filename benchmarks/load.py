@@ -36,8 +36,11 @@ def find_wrk() -> str:
     return program
 
 
-def put_load(url: str, body: Path, *, connections: int, seconds: float) -> Load:
-    """POSTs the file for so many seconds, one thread, closed loop. Raises LoadError on the first sign of an error."""
+def put_load(url: str, body: Path, *, connections: int, seconds: float, chunk: int = 0) -> Load:
+    """POSTs the file for so many seconds, one thread, closed loop; in chunks of so many bytes, if any are given.
+
+    Raises LoadError on the first sign of an error.
+    """
     duration = f"-d{max(1, round(seconds))}s"
     command = [
         find_wrk(),
@@ -51,6 +54,7 @@ def put_load(url: str, body: Path, *, connections: int, seconds: float) -> Load:
         url,
         "--",
         str(body),
+        *([str(chunk)] if chunk else []),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + MARGIN)
     result = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

@@ -1,5 +1,5 @@
--- wrk -s post.lua URL -- BODYFILE
--- Posts the file over and over and ends with one line: RESULT {json}.
+-- wrk -s post.lua URL -- BODYFILE [SIZE]
+-- Posts the file over and over, with a SIZE in chunks of so many bytes, and ends with one line: RESULT {json}.
 function init(arguments)
   local file = assert(io.open(arguments[1], "rb"))
   wrk.method = "POST"
@@ -7,6 +7,22 @@ function init(arguments)
   file:close()
   wrk.headers["Content-Type"] = "application/octet-stream"
   formatted = wrk.format()
+  local size = tonumber(arguments[2])
+  if size then
+    formatted = in_chunks(size)
+  end
+end
+
+function in_chunks(size)
+  local body = wrk.body
+  local head = formatted:sub(1, -#body - 1):gsub("Content%-Length: %d+", "Transfer-Encoding: chunked")
+  local parts = {head}
+  for at = 1, #body, size do
+    local chunk = body:sub(at, at + size - 1)
+    parts[#parts + 1] = string.format("%x\r\n%s\r\n", #chunk, chunk)
+  end
+  parts[#parts + 1] = "0\r\n\r\n"
+  return table.concat(parts)
 end
 
 function request()
