@@ -108,7 +108,8 @@ def compare(case: Case, body: Path, options: argparse.Namespace, table: Table) -
         median = {name: statistics.median(getattr(run, name) for run in runs) for name in vars(runs[0])}
         table.add_row(str(count), str(case), *(f"{median[name]:.0f}" for name in ("rate", "most", "front", "total")))
     pairs = zip(found[2], found[1], strict=True)
-    return statistics.median(getattr(second, case.figure) / getattr(first, case.figure) for second, first in pairs)
+    ratios = [getattr(second, case.figure) / getattr(first, case.figure) for second, first in pairs]
+    return float(statistics.median(ratios))
 
 
 def main() -> int:
