@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.load import SCRIPT, Load, find_wrk, put_load
 from benchmarks.servers import Server
+from benchmarks.steal import quietly
 
 WARM_UP = 3.0
 
@@ -54,6 +55,10 @@ class Bench:
         """Without a warm-up."""
         url = server.url.rpartition("/")[0] + f"/{model}" if model else server.url
         return put_load(url, body or self.body, connections=connections, seconds=seconds)
+
+    def slowest(self, server: Server, *, model: str = "", seconds: float) -> float:
+        """The p99 of one connection, in µs, while nobody else had a processor."""
+        return quietly(lambda: self.at_once(server, 1, seconds, model=model), bearable=0.0, tries=10).p99
 
     def rates(self, server: Server, other: Server, connections: int) -> tuple[float, float, float]:
         """Requests per second of both, and the median of the ratio of each round."""
