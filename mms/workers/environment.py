@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 
 _PASSED = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_.*|TZ|LD_LIBRARY_PATH|LD_PRELOAD|MALLOC_.*|PYTHON[A-Z]*|SSL_CERT_.*|"
@@ -40,7 +42,15 @@ def thread_counts(threads: int) -> dict[str, str]:
 
 
 def cores() -> int:
-    """The CPU cores this process may use: its affinity, and of that what its control groups grant (rounded up)."""
+    """The CPU cores this process may use: its affinity, and of that what its control groups grant (rounded up).
+
+    Looked up once a second at most: who registers a model asks six times, and each time a dozen files are read.
+    """
+    return _cores(int(monotonic()))
+
+
+@functools.lru_cache(maxsize=1)
+def _cores(second: int) -> int:
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), cpu_quota())))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,34 @@ def test_the_tightest_control_group_counts(tmp_path: Path, files: dict[str, str]
     assert cpu_quota(write(tmp_path, **files)) == cpus
 
 
-@pytest.mark.parametrize(("quota", "expected"), [(0.5, 1), (1.5, 2), (2.0, 2), (math.inf, 3)])
-def test_cores_are_what_affinity_and_quota_leave(monkeypatch: pytest.MonkeyPatch, quota: float, expected: int) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
-    monkeypatch.setattr("mms.workers.environment.cpu_quota", lambda: quota)
+class Quota:
+    """The CPUs that control groups grant, of three in all, and how late it is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cpus = math.inf
+        self.now = -float(time.monotonic_ns())  # nobody has asked at that time yet
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+        monkeypatch.setattr("mms.workers.environment.cpu_quota", lambda: self.cpus)
+        monkeypatch.setattr("mms.workers.environment.monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def quota(monkeypatch: pytest.MonkeyPatch) -> Quota:
+    return Quota(monkeypatch)
+
+
+@pytest.mark.parametrize(("cpus", "expected"), [(0.5, 1), (1.5, 2), (2.0, 2), (math.inf, 3)])
+def test_cores_are_what_affinity_and_quota_leave(quota: Quota, cpus: float, expected: int) -> None:
+    quota.cpus = cpus
     assert cores() == expected
+
+
+def test_cores_are_looked_up_once_a_second(quota: Quota) -> None:
+    assert cores() == 3
+    quota.cpus = 1.0
+    assert cores() == 3
+    quota.now += 1
+    assert cores() == 1
 
 
 def test_workers_get_the_usual_variables_and_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
