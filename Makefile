@@ -67,7 +67,7 @@ bench-bodies: $(VENV)/.dev wrk ## bodies of 100 KiB and 10 MiB, there and back: 
 peers: $(VENV)/.dev ## install other servers to compare with, each into an environment of its own (0.6 GB; PEERS=build/peers)
 	@$(BIN)/python -m benchmarks.peers --install --peers $(or $(PEERS),build/peers)
 
-bench-peers: $(VENV)/.dev wrk ## the same work behind the servers that `make peers` has installed (10 minutes; PEERS=, ONLY=, AGAINST=)
+bench-peers: $(VENV)/.dev wrk ## the same work behind the servers that `make peers` has installed (12 minutes; PEERS=, ONLY=, AGAINST=)
 	@$(BIN)/python -m benchmarks.peers --peers $(or $(PEERS),build/peers) $(if $(ONLY),--only $(ONLY)) $(if $(AGAINST),--against $(AGAINST))
 
 overload: $(VENV)/.dev ## twice and five times the load that a model can serve: who is answered, and how soon (SECONDS=60)

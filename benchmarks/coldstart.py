@@ -79,9 +79,9 @@ def second(bench: Bench) -> Iterator[Figure]:
         bench.load(server, 1)
         for _ in range(max(1, round(bench.seconds * bench.repeat))):
             beyond.append(registered_after(server) - LOADS)
-            usual.append(bench.slowest(server, seconds=TURN))
-            with registered_over_and_over(server):
-                beside.append(bench.slowest(server, seconds=TURN))
+            usual.append(bench.quiet_p99(server, seconds=TURN))
+            with repeated_registration(server):
+                beside.append(bench.quiet_p99(server, seconds=TURN))
     figure, detail = middle(beyond)
     yield Figure("a second version, live, beyond its load time", detail, figure, SECOND_BAR, least=False)
     with_it, without = statistics.median(beside), statistics.median(usual)
@@ -117,16 +117,16 @@ def registered_after(server: Server) -> float:
 
 
 @contextmanager
-def registered_over_and_over(server: Server) -> Iterator[None]:
-    """One load after the other meanwhile."""
+def repeated_registration(server: Server) -> Iterator[None]:
+    """Registers the second version and removes it, again and again, while the body runs."""
     ended = threading.Event()
 
-    def run() -> None:
+    def repeat() -> None:
         while not ended.is_set():
             registered_after(server)
 
     with ThreadPoolExecutor(1) as executor:
-        loads = executor.submit(run)
+        loads = executor.submit(repeat)
         try:
             yield
         finally:

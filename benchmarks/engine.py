@@ -61,9 +61,9 @@ def neighbours(bench: Bench) -> Iterator[Figure]:
     with running(spec("two models", [fast, slow], workers=1)) as server:
         bench.load(server, 1, model="fast")
         for _ in range(max(1, round(bench.seconds * bench.repeat))):
-            alone.append(bench.slowest(server, model="fast", seconds=TURN))
+            alone.append(bench.quiet_p99(server, model="fast", seconds=TURN))
             with background(server, bench, "slow"):
-                beside.append(bench.slowest(server, model="fast", seconds=TURN))
+                beside.append(bench.quiet_p99(server, model="fast", seconds=TURN))
     with_it, without = statistics.median(beside), statistics.median(alone)
     usual = alone if len(alone) == 1 else statistics.quantiles(alone, n=4)
     spread = max(usual) / min(usual)

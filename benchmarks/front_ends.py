@@ -9,6 +9,7 @@ take if it had a core for itself. Each front end is bound to a core.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -37,7 +38,7 @@ LARGE, SMALL, CHUNK = 256 << 10, 1 << 10, 1 << 10
 class Case:
     """A JSON body of `size` bytes, in chunks of `chunk` bytes if that is not 0; `figure` of two is held against one's.
 
-    A case without a bar is shown.
+    A case without a bar is only shown.
     """
 
     size: int
@@ -64,8 +65,7 @@ class Measured:
 
 
 def measure(server: Server, body: Path, case: Case, seconds: float) -> Measured:
-    fronts = [server.pid, *(p.pid for p in psutil.Process(server.pid).children() if p.name() == "mms-frontend")]
-    bind(fronts)
+    fronts = front_ends_of(server)
     put_load(server.url, body, connections=CONNECTIONS, seconds=WARM_UP, chunk=case.chunk)
 
     def run() -> Measured:
@@ -78,12 +78,19 @@ def measure(server: Server, body: Path, case: Case, seconds: float) -> Measured:
     return quietly(run)
 
 
+def front_ends_of(server: Server) -> list[int]:
+    """Their pids."""
+    children = psutil.Process(server.pid).children()
+    return [server.pid, *(child.pid for child in children if child.name() == "mms-frontend")]
+
+
 def bind(processes: Sequence[int]) -> None:
     """Each to a core, all threads of it: else the system puts one and the load generator on the same for a while."""
     cores = sorted(os.sched_getaffinity(0))
     for number, pid in enumerate(processes):
         for thread in psutil.Process(pid).threads():
-            os.sched_setaffinity(thread.id, {cores[number % len(cores)]})
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(thread.id, {cores[number % len(cores)]})
 
 
 def cpu(pid: int) -> float:
@@ -98,9 +105,11 @@ def document(size: int) -> bytes:
 
 
 def compare(case: Case, body: Path, options: argparse.Namespace, table: Table) -> float:
-    """Two front ends beside one; the median of the ratios within one round."""
+    """Two front ends beside one, in rows of the table; returns the median of the ratios within one round."""
     found: dict[int, list[Measured]] = {1: [], 2: []}
     with running(_spec(1)) as one, running(_spec(2)) as two:
+        for server in (one, two):
+            bind(front_ends_of(server))
         for _ in range(options.repeat):  # in turns, so that what else the machine does meets both alike
             found[1].append(measure(one, body, case, options.seconds))
             found[2].append(measure(two, body, case, options.seconds))

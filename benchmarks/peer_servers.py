@@ -36,7 +36,7 @@ class Peer:
     body: Callable[[str], bytes] = BODIES.__getitem__
     java: bool = False
     python: bool = True  # a server for Python code alone, so that its memory is comparable
-    json: bool = False  # reads and writes JSON for its handlers
+    own_json: bool = False  # is compared where it reads and writes JSON itself, too
 
     def missing(self) -> str:
         """What it needs besides its packages, and is not there."""
@@ -66,9 +66,9 @@ PEERS = {
         "/inference",
         lambda folder, port: ["--address", "127.0.0.1", "--port", str(port), "--path", f"{folder}/ipc",
                               "--timeout", "120000", "--capacity", "2048"],
-        json=True,
+        own_json=True,
     ),
-    "triton": Peer(("nvidia-pytriton==0.7.0",), "/v2/models/bench/infer", body=tensor, python=False, json=True),
+    "triton": Peer(("nvidia-pytriton==0.7.0",), "/v2/models/bench/infer", body=tensor, python=False, own_json=True),
     "multi-model-server": Peer(("multi-model-server==1.1.11", "model-archiver==1.0.3"), "/predictions/bench",
                                java=True, python=False),
     "torchserve": Peer(("torchserve==0.12.0", "torch-model-archiver==0.12.0"), "/predictions/bench",

@@ -1,22 +1,23 @@
 -- wrk -s post.lua URL -- BODYFILE [SIZE]
--- Posts the file over and over, with a SIZE in chunks of so many bytes, and ends with one line: RESULT {json}.
+-- Posts the file over and over, in chunks of SIZE bytes if that is given, and ends with one line: RESULT {json}.
 function init(arguments)
   local file = assert(io.open(arguments[1], "rb"))
-  wrk.method = "POST"
-  wrk.body = file:read("*a")
+  local body = file:read("*a")
   file:close()
+  wrk.method = "POST"
   wrk.headers["Content-Type"] = "application/octet-stream"
-  formatted = wrk.format()
   local size = tonumber(arguments[2])
   if size then
-    formatted = in_chunks(size)
+    wrk.headers["Transfer-Encoding"] = "chunked"
+    formatted = wrk.format() .. in_chunks(body, size)
+  else
+    wrk.body = body
+    formatted = wrk.format()
   end
 end
 
-function in_chunks(size)
-  local body = wrk.body
-  local head = formatted:sub(1, -#body - 1):gsub("Content%-Length: %d+", "Transfer-Encoding: chunked")
-  local parts = {head}
+function in_chunks(body, size)
+  local parts = {}
   for at = 1, #body, size do
     local chunk = body:sub(at, at + size - 1)
     parts[#parts + 1] = string.format("%x\r\n%s\r\n", #chunk, chunk)

@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 def quietly(measure: Callable[[], T], *, bearable: float = BEARABLE, tries: int = TRIES) -> T:
-    """What `measure` returns, of the run during which least was taken away; one that was bearable is the last.
+    """What `measure` returns, of the run during which least was taken away.
 
-    For a 99th percentile nothing is bearable: one moment of a few milliseconds is all of it.
+    It runs until at most `bearable` was, a share of the machine's processor time, or `tries` times.
     """
     runs: list[tuple[float, T]] = []
     for _ in range(tries):

@@ -22,7 +22,7 @@ _FRAMING = frozenset(
 PLAIN_BYTES = Outcome(200, b"content-type: application/octet-stream\r\n", "")
 _TEXT = Outcome(200, b"content-type: text/plain; charset=utf-8\r\n", "")
 _JSON = Outcome(200, b"content-type: application/json\r\n", "")
-_ALWAYS_JSON = frozenset({dict, list})
+_ALWAYS_JSON = frozenset({dict, list})  # the usual ones: what else a result may be need not be asked for them
 
 Body = bytes | bytearray | memoryview
 

@@ -44,12 +44,12 @@ def thread_counts(threads: int) -> dict[str, str]:
 def cores() -> int:
     """The CPU cores this process may use: its affinity, and of that what its control groups grant (rounded up).
 
-    Looked up once a second at most: who registers a model asks six times, and each time a dozen files are read.
+    May be a second old.
     """
     return _cores(int(monotonic()))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # a registration asks six times, and each time a dozen files would be read
 def _cores(second: int) -> int:
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), cpu_quota())))
 

@@ -14,7 +14,7 @@ from benchmarks.coldstart import nearest
 from benchmarks.figures import Figure
 from benchmarks.hotpath import BESIDE_IDLE, Point, missed_bars, ratios
 from benchmarks.peer_servers import PEERS, Counts, absence, peer_spec
-from benchmarks.peers import against_the_best, judged_memory
+from benchmarks.peers import able_to, against_the_best, judged_memory
 from benchmarks.servers import BATCH_1, BATCH_32, BEHIND_NGINX, FLOOR, PROXY
 
 GOOD = [
@@ -123,6 +123,11 @@ def test_each_peer_gets_the_body_in_the_form_that_it_takes() -> None:
     assert PEERS["mosec"].body("mlp") == PEERS["torchserve"].body("mlp") == PEERS["mosec"].body("mlp-json")
 
 
+def test_only_servers_with_json_of_their_own_are_compared_in_it() -> None:
+    assert able_to("mlp-json", ["torchserve", "mosec"]) == ["mosec"] and able_to("mlp-json", ["torchserve"]) == []
+    assert able_to("mlp", ["torchserve", "mosec"]) == ["torchserve", "mosec"]
+
+
 def test_every_peer_has_what_starts_it(tmp_path: Path) -> None:
     for name in PEERS:
         (command,) = peer_spec(tmp_path, name, "noop", 1, tmp_path / "counts").commands(tmp_path, 1)
@@ -151,19 +156,21 @@ def test_the_work_of_peers_counts_its_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stolen", "expected", "runs"),
+    ("stolen", "limits", "expected", "runs"),
     [
-        pytest.param([0.0], 1, 1, id="quiet"),
-        pytest.param([0.2, 0.1, 0.01], 3, 3, id="until-quiet"),
-        pytest.param([0.2, 0.1, 0.3, 0.4], 2, 4, id="never-quiet"),
+        pytest.param([0.0], {}, 1, 1, id="quiet"),
+        pytest.param([0.2, 0.1, 0.01], {}, 3, 3, id="until-quiet"),
+        pytest.param([0.2, 0.1, 0.3, 0.4], {}, 2, 4, id="never-quiet"),
+        pytest.param([0.01, 0.0], {"bearable": 0.0}, 2, 2, id="nothing-bearable"),
+        pytest.param([0.2, 0.1], {"tries": 2}, 2, 2, id="few-tries"),
     ],
 )
 def test_what_is_measured_while_others_have_the_processors_is_measured_again(
-    monkeypatch: pytest.MonkeyPatch, stolen: list[float], expected: int, runs: int
+    monkeypatch: pytest.MonkeyPatch, stolen: list[float], limits: dict[str, Any], expected: int, runs: int
 ) -> None:
     shares, results = iter(stolen), iter(range(1, 10))
     monkeypatch.setattr(steal, "share", lambda before, after: next(shares))
-    assert steal.quietly(lambda: next(results)) == expected
+    assert steal.quietly(lambda: next(results), **limits) == expected
     assert next(results) == runs + 1
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mms.workers import environment
 from mms.workers.environment import cores, cpu_quota, thread_counts, worker_environment
 
 
@@ -59,15 +60,18 @@ class Quota:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cpus = math.inf
-        self.now = -float(time.monotonic_ns())  # nobody has asked at that time yet
+        self.now = 0.0
         monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
         monkeypatch.setattr("mms.workers.environment.cpu_quota", lambda: self.cpus)
         monkeypatch.setattr("mms.workers.environment.monotonic", lambda: self.now)
 
 
 @pytest.fixture
-def quota(monkeypatch: pytest.MonkeyPatch) -> Quota:
-    return Quota(monkeypatch)
+def quota(monkeypatch: pytest.MonkeyPatch) -> Iterator[Quota]:
+    forget = environment._cores.cache_clear
+    forget()
+    yield Quota(monkeypatch)
+    forget()
 
 
 @pytest.mark.parametrize(("cpus", "expected"), [(0.5, 1), (1.5, 2), (2.0, 2), (math.inf, 3)])
