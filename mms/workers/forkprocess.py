@@ -23,13 +23,13 @@ class ForkProcess:
         let_open_files()
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control.setblocking(False)
-        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "mms.backend.forkserver", "--control", str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env={**environment.worker_environment(()), **one_thread},  # a worker can read what it was started with
+            # a worker can read what it was started with
+            env={**environment.worker_environment(()), **environment.thread_counts(1)},
         )
         theirs.close()
 
