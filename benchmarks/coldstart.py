@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 from mms_nginx import find_nginx
 
@@ -23,7 +24,6 @@ from benchmarks.servers import Server, Spec, running, server_environment
 from benchmarks.suite import Scenario, main
 
 POLL = 0.005  # seconds; a client that asks more often takes a good part of a core from the server that starts
-TURN = 1.0  # seconds: usual latency and latency beside a load are measured in turns this short
 LOADS = 0.2  # seconds that benchmarks/handlers/torch_model.py takes
 PLAIN_BAR = 0.6
 DEMO_BAR = 1.0
@@ -72,23 +72,14 @@ def second(bench: Bench) -> Iterator[Figure]:
     """A second version of a torch model is registered live; a model of 2 ms is asked meanwhile."""
     model = Model("torch", "torch_model.py:TorchModel", {"preload": ["torch"]})
     fast = Model("fast", config={"device_model": {"inference": 2}})
-    usual, beside, beyond = [], [], []
     with running(spec("live", [fast, model], workers=1)) as server:
         package(dataclasses.replace(model, version="2.0"), bench.folder)
         shutil.move(bench.folder / "torch.mar", server.folder / "second.mar")
         bench.load(server, 1)
-        for _ in range(max(1, round(bench.seconds * bench.repeat))):
-            beyond.append(registered_after(server) - LOADS)
-            usual.append(bench.quiet_p99(server, seconds=TURN))
-            with repeated_registration(server):
-                beside.append(bench.quiet_p99(server, seconds=TURN))
-    figure, detail = middle(beyond)
-    yield Figure("a second version, live, beyond its load time", detail, figure, SECOND_BAR, least=False)
-    with_it, without = statistics.median(beside), statistics.median(usual)
-    spread = max(usual) / min(usual)
-    void = f"; void: usually it varies by {spread:.1f}" if spread > BESIDE_BAR else ""
-    detail = f"p99 {with_it / 1000:.1f} ms, usually {without / 1000:.1f} ms{void}"
-    yield Figure("another model meanwhile", detail, with_it / without, BESIDE_BAR, least=False)
+        beyond = [registered_after(server) - LOADS for _ in range(max(1, round(bench.seconds * bench.repeat)))]
+        figure, detail = middle(beyond)
+        yield Figure("a second version, live, beyond its load time", detail, figure, SECOND_BAR, least=False)
+        yield bench.beside("another model meanwhile", server, partial(repeated_registration, server), BESIDE_BAR)
 
 
 SCENARIOS: dict[str, Scenario] = {"plain": plain, "demo": demo, "second": second}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -24,7 +25,6 @@ PACKAGE = Path(__file__).parents[1] / "examples" / "image_classification" / "pac
 LAST_DEATH_FORGOTTEN = 11.0  # seconds: a death so soon after another one is followed by a pause
 REPLACED_WITHIN = 30.0
 BESIDE = 1.5  # times as long as alone
-TURN = 1.0  # seconds: two figures that are compared are measured in turns this short
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 NETWORK_SECONDS = 20.0  # at least: a batch of 8 takes half a second, and what is not ended at the end does not count
 CORES = len(os.sched_getaffinity(0))
@@ -57,19 +57,10 @@ def neighbours(bench: Bench) -> Iterator[Figure]:
     """A slow model beside a fast one, in turns of a second, so that what else the machine does meets both alike."""
     fast = Model("fast", config={"device_model": {"inference": 2}})
     slow = Model("slow", config={"device_model": {"inference": 200}})
-    alone, beside = [], []
     with running(spec("two models", [fast, slow], workers=1)) as server:
         bench.load(server, 1, model="fast")
-        for _ in range(max(1, round(bench.seconds * bench.repeat))):
-            alone.append(bench.quiet_p99(server, model="fast", seconds=TURN))
-            with background(server, bench, "slow"):
-                beside.append(bench.quiet_p99(server, model="fast", seconds=TURN))
-    with_it, without = statistics.median(beside), statistics.median(alone)
-    usual = alone if len(alone) == 1 else statistics.quantiles(alone, n=4)
-    spread = max(usual) / min(usual)
-    void = f"; void: alone it varies by {spread:.1f}" if spread > BESIDE else ""
-    detail = f"p99 {with_it / 1000:.1f} ms, alone {without / 1000:.1f} ms{void}"
-    yield Figure("a model of 2 ms beside one of 200 ms", detail, with_it / without, BESIDE, least=False)
+        slow_one = partial(background, server, bench, "slow")
+        yield bench.beside("a model of 2 ms beside one of 200 ms", server, slow_one, BESIDE, model="fast")
 
 
 def network(bench: Bench) -> Iterator[Figure]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from benchmarks.servers import Server
 from benchmarks.steal import quietly
 
 WARM_UP = 3.0
+TURN = 1.0  # seconds: two figures that are compared are measured in turns this short
 QUIET_TRIES = 10  # with which most seconds of a shared machine have one that is undisturbed
 
 
@@ -60,6 +61,30 @@ class Bench:
     def quiet_p99(self, server: Server, *, model: str = "", seconds: float) -> float:
         """In µs, of one connection, while nobody else had a processor: milliseconds in a second are all of a p99."""
         return quietly(lambda: self.at_once(server, 1, seconds, model=model), bearable=0.0, tries=QUIET_TRIES).p99
+
+    def beside(
+        self,
+        what: str,
+        server: Server,
+        other: Callable[[], AbstractContextManager[None]],
+        bar: float,
+        *,
+        model: str = "",
+    ) -> Figure:
+        """The p99 of one connection while `other` is entered, of that without, in turns of a second.
+
+        So what else the machine does meets both alike. Void where the p99 without it varies by more than the bar.
+        """
+        alone, beside = [], []
+        for _ in range(max(1, round(self.seconds * self.repeat))):
+            alone.append(self.quiet_p99(server, model=model, seconds=TURN))
+            with other():
+                beside.append(self.quiet_p99(server, model=model, seconds=TURN))
+        with_it, without = statistics.median(beside), statistics.median(alone)
+        spread = max(alone) / min(alone)
+        void = f"; void: alone it varies by {spread:.1f}" if spread > bar else ""
+        detail = f"p99 {with_it / 1000:.1f} ms, alone {without / 1000:.1f} ms{void}"
+        return Figure(what, detail, with_it / without, bar, least=False)
 
     def rates(self, server: Server, other: Server, connections: int) -> tuple[float, float, float]:
         """Requests per second of both, and the median of the ratio of each round."""
