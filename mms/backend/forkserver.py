@@ -16,7 +16,7 @@ from array import array
 from functools import partial
 
 from mms import wire
-from mms.backend import loop, process
+from mms.backend import loop, process, timeslice
 from mms.backend.forking import fork_worker, reseed
 
 MAX_MESSAGE = 256 << 10
@@ -29,6 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     process.die_with_parent()
     process.set_name("mms-forkserver")
+    timeslice.take(timeslice.LONG)
     control = socket.socket(fileno=arguments.control)
     first = control.recv(MAX_MESSAGE)
     if not first:

@@ -18,7 +18,7 @@ from typing import Any
 from mms import sharedpage, wire
 from mms.allocator import keep_freed_memory
 from mms.arena import Arena, attach
-from mms.backend import template, weights
+from mms.backend import template, timeslice, weights
 from mms.backend.answers import Answers
 from mms.backend.channel import ANSWER_WITHIN, Channel, requests_of
 from mms.backend.device import lane
@@ -147,6 +147,7 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None, ar
     gc.collect()
     gc.freeze()
     keep_freed_memory()  # not before: what the load has used goes back
+    timeslice.take(timeslice.USUAL)
     prepares = load.preprocess_threads if isinstance(stages, RequestStages) else 0
     ready = wire.Ready(stages.style, _perf_counter() - begun, load.threads, prepares, borrowed.size, borrowed.fault)
     channel.write(wire.READY, ready, [], 0)

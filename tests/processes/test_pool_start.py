@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -35,6 +36,17 @@ def test_a_worker_that_starts_gets_its_share_of_the_cores(serve: Serve, monkeypa
             os.kill(first, signal.SIGKILL)
             await until(lambda: len(served.pids) == 2 and first not in served.pids)
             assert {await served.submit(b"") for _ in range(4)} == {b"3"}
+
+    uvloop.run(scenario())
+
+
+@pytest.mark.parametrize(("preload", "blas", "torch"), [(("numpy",), 3, 0), (("numpy", "torch"), 1, 3)])
+def test_what_is_preloaded_gets_the_cpu_threads_but_numpy_one_beside_torch(
+    serve: Serve, preload: tuple[str, ...], blas: int, torch: int
+) -> None:
+    async def scenario() -> None:
+        async with serve("tells_blas", cpu_threads=3, preload=preload) as served:
+            assert json.loads(await served.submit(b"")) == [blas, torch]
 
     uvloop.run(scenario())
 

@@ -1,0 +1,70 @@
+"""Who loads a model has long time slices on the CPU, and who serves has usual ones."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from mms.backend import timeslice
+from tests.processes.pools import Serve, serve, subreaper, until
+
+__all__ = ["serve", "subreaper"]
+
+SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}.get(platform.machine())
+SCHED_ATTR = struct.Struct("=IIQiIQQQ")  # sched_setattr(2)
+KERNEL = tuple(int(number) for number in platform.release().split("-")[0].split(".")[:2])
+
+pytestmark = pytest.mark.skipif(
+    KERNEL < (6, 12) or SCHED_GETATTR is None, reason="Linux has slices of one's own since 6.12"
+)
+
+
+def attributes(thread: int) -> tuple[int, int, int]:
+    """Policy, niceness, and the slice in ns."""
+    buffer = ctypes.create_string_buffer(SCHED_ATTR.size)
+    assert ctypes.CDLL(None).syscall(SCHED_GETATTR, thread, buffer, SCHED_ATTR.size, 0) == 0
+    _, policy, _, nice, _, slice_ns, _, _ = SCHED_ATTR.unpack(buffer.raw)
+    return policy, nice, slice_ns
+
+
+@pytest.mark.parametrize("interpreter", [None, sys.executable], ids=["forked", "fresh"])
+def test_a_worker_has_long_slices_until_it_is_ready(serve: Serve, tmp_path: Path, interpreter: str | None) -> None:
+    gate = tmp_path / "gate"
+
+    async def scenario() -> None:
+        usual = attributes(0)
+        how = {"workers": 0, "model_config": {"gate": str(gate)}, "interpreter": interpreter}
+        async with serve("loads_slowly", **how) as served:
+            served.pool.set_target(1)
+            pid = await until(lambda: next((worker.pid for worker in served.pool.workers if worker.pid), 0))
+            await until(lambda: attributes(pid)[2] == timeslice.LONG)
+            assert {attributes(other)[2] for other in served.forkservers.pids()} <= {timeslice.LONG}
+            gate.touch()
+            await served.pool.settled()
+            assert served.pids == [pid]
+            assert {attributes(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")} == {usual}
+
+    uvloop.run(scenario())
+
+
+def test_all_threads_of_a_process_get_them_and_give_them_back() -> None:
+    usual, ended = attributes(0), threading.Event()
+    other = threading.Thread(target=ended.wait)
+    other.start()
+    assert other.native_id is not None
+    try:
+        timeslice.take(timeslice.LONG)
+        assert attributes(0) == attributes(other.native_id) == (*usual[:2], timeslice.LONG)
+        timeslice.take(timeslice.USUAL)
+        assert attributes(0) == attributes(other.native_id) == usual
+    finally:
+        ended.set()
+        other.join()
