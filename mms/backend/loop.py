@@ -186,6 +186,7 @@ def main(sock: socket.socket, page: int, leave: Callable[[int], None] = os._exit
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        timeslice.take(timeslice.LONG)  # to give the memory of a framework back takes milliseconds
         leave(code)
 
 
