@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
 import struct
 import threading
 
@@ -17,7 +16,7 @@ LONG = 10_000_000  # ns; ordinary ones are about 3 ms
 USUAL = 0
 
 # glibc has had no function for it until 2.41
-_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(platform.machine())
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(os.uname().machine)
 _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # struct sched_attr of sched_setattr(2)
 
 _libc = ctypes.CDLL(None)
@@ -31,7 +30,7 @@ def take(slice_ns: int) -> None:
     if _SCHED_SETATTR is None:
         return
     for thread in _threads():
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        with contextlib.suppress(OSError):  # it has just ended, or a container forbids it
             policy, nice = os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)
             if policy in (os.SCHED_OTHER, os.SCHED_BATCH):
                 wanted = _ATTRIBUTES.pack(_ATTRIBUTES.size, policy, 0, nice, 0, slice_ns, 0, 0)
