@@ -96,12 +96,14 @@ def _named(handler: str, directory: Path) -> Any:
 def limit_threads(threads: int) -> None:
     """Let the libraries that are already imported use `threads` CPU threads; others read the environment.
 
-    Beside torch, numpy keeps its one: OpenBLAS's helpers spin for 0.1 s when they are started and after each product.
+    Beside torch, numpy and scipy keep one: OpenBLAS's helpers spin for 0.1 s when they start and after each product.
     """
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
-    elif "numpy" in sys.modules and importlib.util.find_spec("threadpoolctl"):
-        importlib.import_module("threadpoolctl").threadpool_limits(threads)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
+    if "numpy" in sys.modules and importlib.util.find_spec("threadpoolctl"):
+        kind = "openmp" if torch is not None else None
+        importlib.import_module("threadpoolctl").threadpool_limits(threads, user_api=kind)
 
 
 def _import(name: str, directory: Path) -> ModuleType:

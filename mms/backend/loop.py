@@ -137,6 +137,7 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None, ar
         channel.write(wire.FAILED, wire.Failed(_reason(error), text), [], 0)
         sys.stderr.write(text)
         return 1
+    timeslice.take(timeslice.USUAL)
     if arena is not None and (load.preparation.template or load.preparation.owner):
         arena.close()  # it serves nobody, and the workers that are forked from it have their own
     if load.preparation.template:
@@ -147,7 +148,6 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None, ar
     gc.collect()
     gc.freeze()
     keep_freed_memory()  # not before: what the load has used goes back
-    timeslice.take(timeslice.USUAL)
     prepares = load.preprocess_threads if isinstance(stages, RequestStages) else 0
     ready = wire.Ready(stages.style, _perf_counter() - begun, load.threads, prepares, borrowed.size, borrowed.fault)
     channel.write(wire.READY, ready, [], 0)

@@ -1,7 +1,7 @@
 """Time slices on the CPU: who loads a model has long ones, so that who wakes up to serve need not wait for their end.
 
-Since Linux 6.12 a process that wakes up comes before one with a longer slice, whatever that has left of it; else it
-may wait 3 to 4 ms on a core where another computes. Older kernels ignore a slice.
+Since Linux 6.12 a process that wakes up mostly comes before one with a longer slice, whatever that has left of it;
+else it may wait 3 to 4 ms on a core where another computes. Older kernels ignore a slice.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import contextlib
 import ctypes
 import os
 import struct
-import threading
+from os import getpriority, listdir, sched_getscheduler  # a handler may replace them in their module
+from threading import get_native_id
 
-LONG = 10_000_000  # ns; ordinary ones are about 3 ms
-USUAL = 0
+LONG = 10_000_000  # ns; the kernel's own are 0.7 to 4 ms, by the number of cores
+USUAL = 0  # the kernel's own
 
 # glibc has had no function for it until 2.41
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(os.uname().machine)
@@ -30,8 +31,8 @@ def take(slice_ns: int) -> None:
     if _SCHED_SETATTR is None:
         return
     for thread in _threads():
-        with contextlib.suppress(OSError):  # it has just ended, or a container forbids it
-            policy, nice = os.sched_getscheduler(thread), os.getpriority(os.PRIO_PROCESS, thread)
+        with contextlib.suppress(OSError, MemoryError):  # it has just ended, or a container forbids it
+            policy, nice = sched_getscheduler(thread), getpriority(os.PRIO_PROCESS, thread)
             if policy in (os.SCHED_OTHER, os.SCHED_BATCH):
                 wanted = _ATTRIBUTES.pack(_ATTRIBUTES.size, policy, 0, nice, 0, slice_ns, 0, 0)
                 _libc.syscall(_SCHED_SETATTR, thread, wanted, 0)
@@ -39,6 +40,6 @@ def take(slice_ns: int) -> None:
 
 def _threads() -> list[int]:
     try:
-        return [int(thread) for thread in os.listdir("/proc/self/task")]
-    except OSError:  # a sandbox without /proc
-        return [threading.get_native_id()]
+        return [int(thread) for thread in listdir("/proc/self/task")]
+    except (OSError, MemoryError):  # a sandbox without /proc, no descriptor left
+        return [get_native_id()]

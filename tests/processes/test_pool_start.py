@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import logging
 import os
@@ -40,6 +41,9 @@ def test_a_worker_that_starts_gets_its_share_of_the_cores(serve: Serve, monkeypa
     uvloop.run(scenario())
 
 
+@pytest.mark.skipif(
+    None in map(importlib.util.find_spec, ("numpy", "torch", "threadpoolctl")), reason="needs torch and scikit-learn"
+)
 @pytest.mark.parametrize(("preload", "blas", "torch"), [(("numpy",), 3, 0), (("numpy", "torch"), 1, 3)])
 def test_what_is_preloaded_gets_the_cpu_threads_but_numpy_one_beside_torch(
     serve: Serve, preload: tuple[str, ...], blas: int, torch: int

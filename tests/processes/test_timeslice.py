@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import struct
 import sys
 import threading
@@ -20,7 +21,7 @@ __all__ = ["serve", "subreaper"]
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}.get(platform.machine())
 SCHED_ATTR = struct.Struct("=IIQiIQQQ")  # sched_setattr(2)
-KERNEL = tuple(int(number) for number in platform.release().split("-")[0].split(".")[:2])
+KERNEL = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
 
 pytestmark = pytest.mark.skipif(
     KERNEL < (6, 12) or SCHED_GETATTR is None, reason="Linux has slices of one's own since 6.12"
