@@ -101,8 +101,14 @@ def limit_threads(threads: int) -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(threads)
-    if "numpy" in sys.modules and importlib.util.find_spec("threadpoolctl"):
-        kind = "openmp" if torch is not None else None
+        if "sklearn" in sys.modules:  # looking for its libraries takes milliseconds
+            _limit_pools(threads, "openmp")
+    elif "numpy" in sys.modules:
+        _limit_pools(threads)
+
+
+def _limit_pools(threads: int, kind: str | None = None) -> None:
+    if importlib.util.find_spec("threadpoolctl"):
         importlib.import_module("threadpoolctl").threadpool_limits(threads, user_api=kind)
 
 
