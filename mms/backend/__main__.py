@@ -12,7 +12,7 @@ import msgspec
 
 from mms import wire
 from mms.archive import ModelArchive
-from mms.backend import loop, process
+from mms.backend import loop, process, timeslice
 from mms.backend.answers import Body
 from mms.backend.loader import load_handler
 from mms.backend.streams import Stream
@@ -48,6 +48,7 @@ def main() -> None:
     if arguments.settled:
         process.set_name(arguments.name)
     else:
+        timeslice.take(timeslice.LONG)  # forked workers have the fork server's
         process.settle_in(
             server=arguments.server,
             name=arguments.name,

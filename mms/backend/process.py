@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TextIO
 
 from mms import wire
-from mms.backend import sandbox, timeslice
+from mms.backend import sandbox
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _PR_SET_NAME = 15
@@ -23,11 +23,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def settle_in(
     *, server: int, name: str, directory: str, keep: tuple[int, ...], scratch: str, box: wire.Sandbox
 ) -> None:
-    """Own session, the server as parent (whose death ends this process), no foreign descriptors, default signals, long
-    time slices until it serves, temporary files in `scratch`, and then into the sandbox. Raises sandbox.Refused.
+    """Own session, the server as parent (whose death ends this process), no foreign descriptors, default signals,
+    temporary files in `scratch`, and then into the sandbox. Raises sandbox.Refused.
     """
     _join(server, name)
-    timeslice.take(timeslice.LONG)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
