@@ -20,12 +20,12 @@ from benchmarks.models import Model, change, spec, workers
 from benchmarks.servers import Server, ServerError, running, server_environment
 from benchmarks.suite import Scenario, main
 from mms.archive import ModelArchive
+from mms.workers.environment import thread_counts
 
 PACKAGE = Path(__file__).parents[1] / "examples" / "image_classification" / "package.py"
 LAST_DEATH_FORGOTTEN = 11.0  # seconds: a death so soon after another one is followed by a pause
 REPLACED_WITHIN = 30.0
 BESIDE = 1.5  # times as long as alone
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 NETWORK_SECONDS = 20.0  # at least: a batch of 8 takes half a second, and what is not ended at the end does not count
 CORES = len(os.sched_getaffinity(0))
 
@@ -146,7 +146,11 @@ def bare(folder: Path, photo: Path, batch: int, seconds: float) -> float:
     command = [sys.executable, "-m", "benchmarks.bare", str(folder), str(photo), str(batch), str(seconds)]
     loops = [
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=server_environment() | ONE_THREAD
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=server_environment() | thread_counts(1),
         )
         for _ in range(CORES)
     ]
