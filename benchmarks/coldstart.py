@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -76,13 +76,26 @@ def second(bench: Bench) -> Iterator[Figure]:
         package(dataclasses.replace(model, version="2.0"), bench.folder)
         shutil.move(bench.folder / "torch.mar", server.folder / "second.mar")
         bench.load(server, 1)
-        beyond = [registered_after(server) - LOADS for _ in range(max(1, round(bench.seconds * bench.repeat)))]
-        figure, detail = middle(beyond)
+        load = partial(registered_after, server, "url=second.mar", "torch/2.0")
+        figure, detail = middle([load() - LOADS for _ in range(max(1, round(bench.seconds * bench.repeat)))])
         yield Figure("a second version, live, beyond its load time", detail, figure, SECOND_BAR, least=False)
-        yield bench.beside("another model meanwhile", server, partial(repeated_registration, server), BESIDE_BAR)
+        yield bench.beside("another model meanwhile", server, partial(repeated, load), BESIDE_BAR)
 
 
-SCENARIOS: dict[str, Scenario] = {"plain": plain, "demo": demo, "second": second}
+def example(bench: Bench) -> Iterator[Figure]:
+    """The same with the example: 14 MB to unpack, and a network whose weights are made on all cores."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "torchvision")):
+        print("  not measured: torchvision is not installed", file=sys.stderr)
+        return
+    archive = efficientnet(bench.folder)
+    fast = Model("fast", config={"device_model": {"inference": 2}})
+    with running(spec("example", [fast], archives=[archive], workers=1)) as server:
+        bench.load(server, 1)
+        load = partial(registered_after, server, f"url={archive.name}&model_name=second", "second")
+        yield bench.beside("another model, while the example is loaded", server, partial(repeated, load), BESIDE_BAR)
+
+
+SCENARIOS: dict[str, Scenario] = {"plain": plain, "demo": demo, "second": second, "example": example}
 
 
 def first_answer(server: Spec) -> float:
@@ -98,23 +111,23 @@ def import_time(modules: str) -> float:
     return time.monotonic() - begun
 
 
-def registered_after(server: Server) -> float:
-    """Seconds that the second version takes from the call to its answer; it is gone afterwards."""
+def registered_after(server: Server, query: str, path: str) -> float:
+    """Seconds that what is registered so takes from the call to its answer; it is gone afterwards."""
     begun = time.monotonic()
-    management(server, "POST", "/models?url=second.mar&synchronous=true&min_workers=1")
+    management(server, "POST", f"/models?{query}&synchronous=true&min_workers=1")
     took = time.monotonic() - begun
-    management(server, "DELETE", "/models/torch/2.0")
+    management(server, "DELETE", f"/models/{path}")
     return took
 
 
 @contextmanager
-def repeated_registration(server: Server) -> Iterator[None]:
-    """Registers the second version and removes it, again and again, while the body runs."""
+def repeated(load: Callable[[], float]) -> Iterator[None]:
+    """Registers something and removes it, again and again, while the body runs."""
     ended = threading.Event()
 
     def repeat() -> None:
         while not ended.is_set():
-            registered_after(server)
+            load()
 
     with ThreadPoolExecutor(1) as executor:
         loads = executor.submit(repeat)

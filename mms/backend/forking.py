@@ -13,12 +13,14 @@ import traceback
 from collections.abc import Callable
 
 from mms import wire
+from mms.backend import timeslice
 
 Send = Callable[[wire.ForkReply, list[int]], None]
 
 
 def fork_worker(send: Send, descriptors: list[int], become: Callable[[], None]) -> None:
     """`become` runs in the worker and does not return; here, `descriptors` are closed."""
+    timeslice.pause()
     try:
         between = os.fork()
     except OSError as error:
@@ -39,6 +41,7 @@ def reseed() -> None:
 
 
 def _fork_again(send: Send, become: Callable[[], None]) -> None:
+    timeslice.pause()
     try:
         pid = os.fork()
         if pid == 0:
@@ -52,6 +55,7 @@ def _fork_again(send: Send, become: Callable[[], None]) -> None:
 
 def _live(become: Callable[[], None]) -> None:
     try:
+        timeslice.pause()
         become()
     except BaseException:
         traceback.print_exc()

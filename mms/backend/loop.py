@@ -115,6 +115,8 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None, ar
     if first is None:
         return 0
     load = wire.decode(wire.Load, first[1])
+    serves = not (load.preparation.template or load.preparation.owner)
+    timeslice.pause()
     begun = _perf_counter()
     borrowed = weights.Borrowed(load.weights)
     try:
@@ -124,7 +126,7 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None, ar
         else:
             stages = loaded
             template.inherit(stages, load)
-        if not (load.preparation.template or load.preparation.owner):
+        if serves:
             channel.metrics = stages.metrics
             channel.send_metrics()  # what `initialize` has counted; nothing of a warm-up is
             ours = lane(device_of(load))
@@ -137,17 +139,19 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None, ar
         channel.write(wire.FAILED, wire.Failed(_reason(error), text), [], 0)
         sys.stderr.write(text)
         return 1
+    if serves:
+        timeslice.pause()
+        gc.collect()
+        gc.freeze()
+        keep_freed_memory()  # not before: what the load has used goes back
     timeslice.take(timeslice.USUAL)
-    if arena is not None and (load.preparation.template or load.preparation.owner):
+    if arena is not None and not serves:
         arena.close()  # it serves nobody, and the workers that are forked from it have their own
     if load.preparation.template:
         # what `initialize` has counted is told by the first worker alone: it has run once
         return template.serve(sock, partial(main, loaded=stages), stages.metrics.take)
     if load.preparation.owner:
         return weights.serve(sock, stages)
-    gc.collect()
-    gc.freeze()
-    keep_freed_memory()  # not before: what the load has used goes back
     prepares = load.preprocess_threads if isinstance(stages, RequestStages) else 0
     ready = wire.Ready(stages.style, _perf_counter() - begun, load.threads, prepares, borrowed.size, borrowed.fault)
     channel.write(wire.READY, ready, [], 0)
@@ -187,6 +191,7 @@ def main(sock: socket.socket, page: int, leave: Callable[[int], None] = os._exit
         sys.stdout.flush()
         sys.stderr.flush()
         timeslice.take(timeslice.LONG)  # to give the memory of a framework back takes milliseconds
+        timeslice.pause()
         leave(code)
 
 

@@ -1,7 +1,10 @@
-"""Time slices on the CPU: who loads a model has long ones, so that who wakes up to serve need not wait for their end.
+"""Time on the CPU: who loads a model lets those who serve come first, so that requests need not wait for a core.
 
-Since Linux 6.12 a process that wakes up mostly comes before one with a longer slice, whatever that has left of it;
-else it may wait 3 to 4 ms on a core where another computes. Older kernels ignore a slice.
+Long time slices: since Linux 6.12 a process that wakes up mostly comes before one with a longer slice, whatever that
+has left of it; else it may wait 3 to 4 ms on a core where another computes. Older kernels ignore a slice.
+
+Pauses: who has just worked and wakes up on a core where somebody waits for his share waits as long, slices or not. Who
+has slept has no share outstanding, and gets a core that idles.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ import os
 import struct
 from os import getpriority, listdir, sched_getscheduler  # a handler may replace them in their module
 from threading import get_native_id
+from time import sleep
 
 LONG = 10_000_000  # ns; the kernel's own are 0.7 to 4 ms, by the number of cores
 USUAL = 0  # the kernel's own
+
+PAUSE = 0.001  # seconds; 3 ms were no better
 
 # glibc has had no function for it until 2.41
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(os.uname().machine)
@@ -36,6 +42,11 @@ def take(slice_ns: int) -> None:
             if policy in (os.SCHED_OTHER, os.SCHED_BATCH):
                 wanted = _ATTRIBUTES.pack(_ATTRIBUTES.size, policy, 0, nice, 0, slice_ns, 0, 0)
                 _libc.syscall(_SCHED_SETATTR, thread, wanted, 0)
+
+
+def pause() -> None:
+    """Before what keeps a core for milliseconds: to copy a process, to collect garbage, to give memory back."""
+    sleep(PAUSE)
 
 
 def _threads() -> list[int]:
