@@ -144,6 +144,10 @@ class Server:
     def describe(self, model: str) -> Any:
         return self.manage("GET", f"/models/{model}").json()
 
+    def unregister_all(self) -> None:
+        for model in self.manage("GET", "/models").json()["models"]:
+            assert self.manage("DELETE", f"/models/{model['modelName']}").status == 200
+
     def workers(self, model: str) -> list[int]:
         """The pids of the model's ready workers."""
         return [worker["pid"] for worker in self.describe(model)["workers"] if worker["status"] == "READY"]

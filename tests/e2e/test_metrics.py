@@ -61,8 +61,7 @@ def running(empty: Server) -> Iterator[Server]:
     for name in ("echo", "rows", "gate"):
         assert empty.manage("POST", f"/models?url={name}-1.0.mar").status == 200
     yield empty
-    for model in empty.manage("GET", "/models").json()["models"]:
-        assert empty.manage("DELETE", f"/models/{model['modelName']}").status == 200
+    empty.unregister_all()
 
 
 def families(running: Server) -> dict[str, Metric]:
