@@ -1,4 +1,4 @@
-"""A model's workers in a real server: loads that fail, signals, an archive's requirements, sleep until a request comes."""
+"""A model's workers in a real server: loads that fail, signals, an archive's requirements, sleep until a request."""
 
 from __future__ import annotations
 

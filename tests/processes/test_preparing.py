@@ -18,6 +18,8 @@ TEXT = WarmupSample(file="MAR-INF/MANIFEST.json", content_type="text/plain", cou
 
 
 def test_the_warmup_has_run_when_a_worker_is_ready(serve: Serve) -> None:
+    pytest.importorskip("numpy")
+
     async def scenario() -> None:
         wanted = wire.Preparation((TEXT, WarmupSample(shape=(2, 3), dtype="int16")), (1, 4))
         async with serve("warms_up", workers=2, preparation=wanted) as served:
@@ -28,6 +30,8 @@ def test_the_warmup_has_run_when_a_worker_is_ready(serve: Serve) -> None:
 
 
 def test_a_warmup_sample_that_fails_is_a_load_error_with_its_name(serve: Serve, tmp_path: Path) -> None:
+    pytest.importorskip("numpy")
+
     async def scenario() -> None:
         wanted = wire.Preparation((WarmupSample(shape=(2,), dtype="int8"),), (4,))
         async with serve("warms_up", workers=0, preparation=wanted) as served:
