@@ -1,11 +1,13 @@
-"""Who loads a model has long time slices on the CPU, and who serves has usual ones."""
+"""Who loads a model has long time slices on the CPU and pauses, and who serves has usual ones."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
 import re
+import socket
 import struct
 import sys
 import threading
@@ -14,7 +16,9 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from mms.backend import timeslice
+from mms import arena
+from mms.backend import loop, timeslice
+from mms.backend.forking import fork_worker
 from tests.processes.pools import Serve, serve, subreaper, until
 
 __all__ = ["serve", "subreaper"]
@@ -69,3 +73,30 @@ def test_all_threads_of_a_process_get_them_and_give_them_back() -> None:
     finally:
         ended.set()
         other.join()
+
+
+def test_a_worker_ends_with_long_slices() -> None:
+    """In this process: the loop of a worker whose server has gone leaves at once."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    usual, last = attributes(0), []
+    try:
+        loop.main(ours, arena.create(mmap.PAGESIZE), lambda code: last.append((code, attributes(0)[2])))
+    finally:
+        timeslice.take(timeslice.USUAL)
+        ours.close()
+    assert last == [(0, timeslice.LONG)]
+    assert attributes(0) == usual
+
+
+def test_a_pause_comes_before_each_copy_of_a_process(subreaper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who pauses writes down its pid: who forks, the process between, and the worker."""
+    read_end, write_end = os.pipe()
+    monkeypatch.setattr(timeslice, "pause", lambda: os.write(write_end, b"%d " % os.getpid()))
+    fork_worker(lambda reply, descriptors: None, [], lambda: os._exit(0))
+    os.close(write_end)
+    with open(read_end) as pids:
+        maker, between, worker = pids.read().split()
+    assert os.waitpid(int(worker), 0)[1] == 0
+    assert int(maker) == os.getpid()
+    assert len({maker, between, worker}) == 3
