@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import select
@@ -138,8 +139,11 @@ class Server:
             self.url, "POST", f"/predictions/{model}", body, {k.replace("_", "-"): v for k, v in headers.items()}
         )
 
-    def manage(self, method: str, path: str) -> Reply:
-        return fetch(self.management, method, path)
+    def manage(self, method: str, path: str, **parameters: Any) -> Reply:
+        """Parameters go as JSON."""
+        if not parameters:
+            return fetch(self.management, method, path)
+        return fetch(self.management, method, path, json.dumps(parameters), {"Content-Type": "application/json"})
 
     def describe(self, model: str) -> Any:
         return self.manage("GET", f"/models/{model}").json()

@@ -41,8 +41,8 @@ def reseed() -> None:
 
 
 def _fork_again(send: Send, become: Callable[[], None]) -> None:
-    timeslice.pause()
     try:
+        timeslice.pause()
         pid = os.fork()
         if pid == 0:
             _live(become)

@@ -115,7 +115,7 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None, ar
     if first is None:
         return 0
     load = wire.decode(wire.Load, first[1])
-    serves = not (load.preparation.template or load.preparation.owner)
+    is_worker = not (load.preparation.template or load.preparation.owner)
     timeslice.pause()
     begun = _perf_counter()
     borrowed = weights.Borrowed(load.weights)
@@ -126,7 +126,7 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None, ar
         else:
             stages = loaded
             template.inherit(stages, load)
-        if serves:
+        if is_worker:
             channel.metrics = stages.metrics
             channel.send_metrics()  # what `initialize` has counted; nothing of a warm-up is
             ours = lane(device_of(load))
@@ -139,13 +139,14 @@ def serve(sock: socket.socket, page: mmap.mmap, loaded: Stages | None = None, ar
         channel.write(wire.FAILED, wire.Failed(_reason(error), text), [], 0)
         sys.stderr.write(text)
         return 1
-    if serves:
+    if is_worker:
         timeslice.pause()
         gc.collect()
         gc.freeze()
         keep_freed_memory()  # not before: what the load has used goes back
-    timeslice.take(timeslice.USUAL)
-    if arena is not None and not serves:
+    if not load.preparation.template:  # it serves nobody, and its workers begin with what it has
+        timeslice.take(timeslice.USUAL)
+    if arena is not None and not is_worker:
         arena.close()  # it serves nobody, and the workers that are forked from it have their own
     if load.preparation.template:
         # what `initialize` has counted is told by the first worker alone: it has run once

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 from mms import wire
-from mms.backend import process
+from mms.backend import process, timeslice
 from mms.backend.forking import fork_worker, reseed
 from mms.backend.loader import limit_threads
 from mms.backend.stages import Stages
@@ -28,6 +28,7 @@ def serve(channel: socket.socket, live: _Live, forked: Callable[[], object]) -> 
 
     `forked` is called after each fork: what only one worker is to inherit is let go of here.
     """
+    timeslice.pause()
     gc.collect()
     gc.freeze()  # pages that the collector never writes stay shared
     threads = len(os.listdir("/proc/self/task"))

@@ -1,10 +1,10 @@
-"""Time on the CPU: who loads a model lets those who serve come first, so that requests need not wait for a core.
+"""Time on the CPU: who loads a model lets those who serve come first, so that requests wait less for a core.
 
 Long time slices: since Linux 6.12 a process that wakes up mostly comes before one with a longer slice, whatever that
 has left of it; else it may wait 3 to 4 ms on a core where another computes. Older kernels ignore a slice.
 
-Pauses: who has just worked and wakes up on a core where somebody waits for his share waits as long, slices or not. Who
-has slept has no share outstanding, and gets a core that idles.
+Pauses: who serves is not preferred where the two have just shared a core, whatever their slices. After a pause it
+mostly is, as if nothing was owed any more (seen on Linux 6.18).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import os
 import struct
-from os import getpriority, listdir, sched_getscheduler  # a handler may replace them in their module
+from os import getpriority, listdir, sched_getscheduler  # a handler may replace these in their modules
 from threading import get_native_id
 from time import sleep
 
@@ -45,7 +45,7 @@ def take(slice_ns: int) -> None:
 
 
 def pause() -> None:
-    """Before what keeps a core for milliseconds: to copy a process, to collect garbage, to give memory back."""
+    """Before a step of milliseconds: to copy a process, to settle in a new one, to load, to collect garbage, to end."""
     sleep(PAUSE)
 
 

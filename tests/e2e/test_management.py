@@ -13,7 +13,7 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from tests.asking import Reply, fetch
+from tests.asking import fetch
 from tests.conftest import MakeArchive, MakeGate
 from tests.servers import Server, server
 from tests.traffic import Answering
@@ -240,13 +240,9 @@ def test_scaling_without_a_number_is_to_one_as_in_mms(bare: Server) -> None:
     assert bare.describe("echo")["minWorkers"] == 1
 
 
-def as_json(running: Server, method: str, path: str, **parameters: Any) -> Reply:
-    return fetch(running.management, method, path, json.dumps(parameters), {"Content-Type": "application/json"})
-
-
 def test_instances_are_taken_as_json_in_body_and_query(bare: Server) -> None:
     groups = [{"kind": "cpu", "count": 2, "threads": 2}]
-    assert as_json(bare, "POST", "/models", url="echo-1.0.mar", instances=groups).status == 200
+    assert bare.manage("POST", "/models", url="echo-1.0.mar", instances=groups).status == 200
     query = quote(json.dumps(groups))
     assert (
         bare.manage("POST", f"/models?url=echo-1.0.mar&model_name=b&initial_workers=1&instances={query}").status == 200
@@ -268,7 +264,7 @@ def test_instances_are_taken_as_json_in_body_and_query(bare: Server) -> None:
     ],
 )
 def test_groups_that_cannot_be_are_refused(bare: Server, settings: dict[str, Any], words: str) -> None:
-    reply = as_json(bare, "POST", "/models", url="echo-1.0.mar", **settings)
+    reply = bare.manage("POST", "/models", url="echo-1.0.mar", **settings)
     assert (reply.status, reply.json()["type"]) == (400, "ConfigException")
     assert words in reply.message
     assert bare.manage("GET", "/models/echo").status == 404
@@ -295,22 +291,22 @@ def test_bounds_change_while_the_model_is_served(bare: Server) -> None:
 
 def test_null_is_as_if_not_there(bare: Server) -> None:
     nothing = dict.fromkeys(("model_name", "handler", "sha256", "runtime", "initial_workers", "batch_size"))
-    assert as_json(bare, "POST", "/models", url="echo-1.0.mar", synchronous=None, **nothing).status == 200
+    assert bare.manage("POST", "/models", url="echo-1.0.mar", synchronous=None, **nothing).status == 200
     assert bare.describe("echo")["batchSize"] == 1
-    assert as_json(bare, "PUT", "/models/echo", batch_size=3, min_worker=None).status == 200
+    assert bare.manage("PUT", "/models/echo", batch_size=3, min_worker=None).status == 200
     assert bare.describe("echo")["batchSize"] == 3
-    assert "unknown parameter nothing" in as_json(bare, "POST", "/models", url="echo-1.0.mar", nothing=None).message
+    assert "unknown parameter nothing" in bare.manage("POST", "/models", url="echo-1.0.mar", nothing=None).message
 
 
 @pytest.mark.parametrize("name", ["url", "model_name", "handler", "sha256"])
 @pytest.mark.parametrize("value", [["echo-1.0.mar"], 1, True, {}])
 def test_a_text_that_is_none_is_refused_by_its_name(bare: Server, name: str, value: Any) -> None:
-    reply = as_json(bare, "POST", "/models", **{"url": "echo-1.0.mar", name: value})
+    reply = bare.manage("POST", "/models", **{"url": "echo-1.0.mar", name: value})
     assert (reply.status, reply.message) == (400, f"{name} = {value!r}: a text is needed")
 
 
 def test_a_body_over_the_limit_is_413(bare: Server) -> None:
-    reply = as_json(bare, "POST", "/models", url="x" * (1 << 20))
+    reply = bare.manage("POST", "/models", url="x" * (1 << 20))
     assert (reply.status, reply.json()["type"]) == (413, "RequestEntityTooLargeException")
     assert "1048576 bytes" in reply.message
 

@@ -96,7 +96,7 @@ def test_an_archive_brings_its_requirements(make_archive: MakeArchive, tmp_path:
 
 
 def test_a_model_sleeps_until_its_first_request(bare: Server) -> None:
-    reply = bare.manage("POST", "/models?url=echo-1.0.mar&min_workers=0&load_on_request=true")
+    reply = bare.manage("POST", "/models", url="echo-1.0.mar", min_workers=0, load_on_request=True)
     assert reply.json()["status"].endswith("registered with 0 initial workers. The first request loads it.")
     for wakes in (1, 2):
         described = bare.describe("echo")
@@ -114,7 +114,7 @@ def test_a_model_sleeps_until_its_first_request(bare: Server) -> None:
 
 
 def test_f9_a_model_that_cannot_be_loaded_when_a_request_comes_says_when_it_is_tried_again(bare: Server) -> None:
-    bare.manage("POST", "/models?url=crashes_on_load-1.0.mar&min_workers=0&load_on_request=true")
+    bare.manage("POST", "/models", url="crashes_on_load-1.0.mar", min_workers=0, load_on_request=True)
     for _ in range(2):  # who has waited for it, and who comes later
         refused = bare.predict("crashes_on_load", b"x")
         assert (refused.status, refused.json()["type"]) == (503, "ServiceUnavailableException")

@@ -27,7 +27,7 @@ SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}.get(platform.machine())
 SCHED_ATTR = struct.Struct("=IIQiIQQQ")  # sched_setattr(2)
 KERNEL = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
 
-pytestmark = pytest.mark.skipif(
+slices = pytest.mark.skipif(
     KERNEL < (6, 12) or SCHED_GETATTR is None, reason="Linux has slices of one's own since 6.12"
 )
 
@@ -40,6 +40,7 @@ def attributes(thread: int) -> tuple[int, int, int]:
     return policy, nice, slice_ns
 
 
+@slices
 @pytest.mark.parametrize("interpreter", [None, sys.executable], ids=["forked", "fresh"])
 def test_a_worker_has_long_slices_until_it_is_ready(serve: Serve, tmp_path: Path, interpreter: str | None) -> None:
     gate = tmp_path / "gate"
@@ -60,6 +61,7 @@ def test_a_worker_has_long_slices_until_it_is_ready(serve: Serve, tmp_path: Path
     uvloop.run(scenario())
 
 
+@slices
 def test_all_threads_of_a_process_get_them_and_give_them_back() -> None:
     usual, ended = attributes(0), threading.Event()
     other = threading.Thread(target=ended.wait)
@@ -75,6 +77,7 @@ def test_all_threads_of_a_process_get_them_and_give_them_back() -> None:
         other.join()
 
 
+@slices
 def test_a_worker_ends_with_long_slices() -> None:
     """In this process: the loop of a worker whose server has gone leaves at once."""
     ours, theirs = socket.socketpair()
@@ -89,7 +92,7 @@ def test_a_worker_ends_with_long_slices() -> None:
     assert attributes(0) == usual
 
 
-def test_a_pause_comes_before_each_copy_of_a_process(subreaper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_forks_and_who_is_forked_pauses(subreaper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who pauses writes down its pid: who forks, the process between, and the worker."""
     read_end, write_end = os.pipe()
     monkeypatch.setattr(timeslice, "pause", lambda: os.write(write_end, b"%d " % os.getpid()))
@@ -100,3 +103,17 @@ def test_a_pause_comes_before_each_copy_of_a_process(subreaper: None, monkeypatc
     assert os.waitpid(int(worker), 0)[1] == 0
     assert int(maker) == os.getpid()
     assert len({maker, between, worker}) == 3
+
+
+@slices
+def test_a_template_keeps_long_slices_and_its_workers_have_usual_ones(serve: Serve) -> None:
+    async def scenario() -> None:
+        usual = attributes(0)
+        async with serve("shares", workers=1, share_weights=True) as served:
+            template = served.pool.starter.template
+            assert template is not None and template.pid is not None
+            assert attributes(template.pid)[2] == timeslice.LONG
+            for pid in served.pids:
+                assert {attributes(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")} == {usual}
+
+    uvloop.run(scenario())
