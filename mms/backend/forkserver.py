@@ -47,7 +47,9 @@ def main() -> None:
         if not message:
             return
         request = wire.decode(wire.ForkRequest, message)
-        fork_worker(partial(_send, control), descriptors, partial(_become_worker, request, descriptors))
+        cores = timeslice.keep_off(request.server)
+        fork_worker(partial(_send, control), descriptors, partial(_become_worker, request, descriptors, cores))
+        timeslice.spread(cores)
 
 
 def preload(modules: list[str]) -> list[str]:
@@ -66,7 +68,7 @@ def _send(control: socket.socket, reply: wire.ForkReply, descriptors: list[int])
     control.sendmsg([wire.encode(reply)], passed)
 
 
-def _become_worker(request: wire.ForkRequest, descriptors: list[int]) -> None:
+def _become_worker(request: wire.ForkRequest, descriptors: list[int], cores: set[int]) -> None:
     """Runs in the worker process; never returns."""
     channel, page, output = descriptors
     process.redirect_output(output)
@@ -80,6 +82,7 @@ def _become_worker(request: wire.ForkRequest, descriptors: list[int]) -> None:
         box=request.sandbox,
     )
     reseed()
+    timeslice.spread(cores)
     loop.main(socket.socket(fileno=channel), page)
 
 

@@ -5,6 +5,9 @@ has left of it; else it may wait 3 to 4 ms on a core where another computes. Old
 
 Pauses: who serves is not preferred where the two have just shared a core, whatever their slices. After a pause it
 mostly is, as if nothing was owed any more (seen on Linux 6.18).
+
+Cores: where another core is free, a kernel may still let a process that is copied for the first milliseconds share the
+one of the event loop, so that is left out until the model's own code runs.
 """
 
 from __future__ import annotations
@@ -13,7 +16,13 @@ import contextlib
 import ctypes
 import os
 import struct
-from os import getpriority, listdir, sched_getscheduler  # a handler may replace these in their modules
+from os import (
+    getpriority,
+    listdir,
+    sched_getaffinity,
+    sched_getscheduler,
+    sched_setaffinity,
+)  # a handler may replace these in their modules
 from threading import get_native_id
 from time import sleep
 
@@ -25,6 +34,8 @@ PAUSE = 0.001  # seconds; 3 ms were no better
 # glibc has had no function for it until 2.41
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(os.uname().machine)
 _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # struct sched_attr of sched_setattr(2)
+
+_PROCESSOR = 36  # of the fields that follow the name in /proc/PID/stat: `processor` of proc_pid_stat(5)
 
 _libc = ctypes.CDLL(None)
 
@@ -47,6 +58,28 @@ def take(slice_ns: int) -> None:
 def pause() -> None:
     """Before a step of milliseconds: to copy a process, to settle in a new one, to load, to collect garbage, to end."""
     sleep(PAUSE)
+
+
+def keep_off(process: int) -> set[int]:
+    """Leave out the core on which the main thread of that process has last been, where others are allowed.
+
+    For this thread and what it starts. Returns the cores that were allowed before, for `spread`.
+    """
+    allowed: set[int] = set()
+    with contextlib.suppress(OSError, MemoryError):  # as in `take`; or /proc is hidden
+        allowed = sched_getaffinity(0)
+        with open(f"/proc/{process}/stat") as file:
+            core = int(file.read().rpartition(")")[2].split()[_PROCESSOR])
+        if allowed > {core}:
+            sched_setaffinity(0, allowed - {core})
+    return allowed
+
+
+def spread(allowed: set[int]) -> None:
+    """Back to these cores; nothing is done if there are none."""
+    if allowed:
+        with contextlib.suppress(OSError):
+            sched_setaffinity(0, allowed)
 
 
 def _threads() -> list[int]:

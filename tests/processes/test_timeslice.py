@@ -9,6 +9,7 @@ import platform
 import re
 import socket
 import struct
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -56,6 +57,7 @@ def test_a_worker_has_long_slices_until_it_is_ready(serve: Serve, tmp_path: Path
             gate.touch()
             await served.pool.settled()
             assert served.pids == [pid]
+            assert os.sched_getaffinity(pid) == os.sched_getaffinity(0), "and all cores"
             assert {attributes(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")} == {usual}
 
     uvloop.run(scenario())
@@ -117,3 +119,27 @@ def test_a_template_keeps_long_slices_and_its_workers_have_usual_ones(serve: Ser
                 assert {attributes(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")} == {usual}
 
     uvloop.run(scenario())
+
+
+def test_the_core_of_another_process_is_left_out_and_taken_back() -> None:
+    cores = os.sched_getaffinity(0)
+    core = min(cores)
+    other = subprocess.Popen(["taskset", "-c", str(core), "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdin is not None and other.stdout is not None
+        other.stdin.write(b"x\n")
+        other.stdin.flush()
+        assert other.stdout.read1(2) == b"x\n"  # type: ignore[attr-defined]  # it is a BufferedReader
+        allowed = timeslice.keep_off(other.pid)
+        assert os.sched_getaffinity(0) == (cores - {core} or cores)
+        timeslice.spread(allowed)
+        assert os.sched_getaffinity(0) == cores
+    finally:
+        os.sched_setaffinity(0, cores)
+        other.communicate()
+
+
+def test_where_the_core_is_not_known_all_are_kept() -> None:
+    cores = os.sched_getaffinity(0)
+    timeslice.spread(timeslice.keep_off(2**22 + 1))  # no process has so high a number
+    assert os.sched_getaffinity(0) == cores
