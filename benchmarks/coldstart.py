@@ -1,4 +1,4 @@
-"""`make bench-cold`: how long a start takes until the first right answer; what a live load costs it and other models."""
+"""`make bench-cold`: how long a start takes until the first right answer, and what a live load costs."""
 
 from __future__ import annotations
 

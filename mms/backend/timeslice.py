@@ -16,20 +16,16 @@ import contextlib
 import ctypes
 import os
 import struct
-from os import (
-    getpriority,
-    listdir,
-    sched_getaffinity,
-    sched_getscheduler,
-    sched_setaffinity,
-)  # a handler may replace these in their modules
+
+# a handler may replace these in their modules
+from os import getpriority, listdir, sched_getaffinity, sched_getscheduler, sched_setaffinity
 from threading import get_native_id
 from time import sleep
 
 LONG = 10_000_000  # ns; the kernel's own are 0.7 to 4 ms, by the number of cores
 USUAL = 0  # the kernel's own
 
-PAUSE = 0.001  # seconds; 3 ms were no better
+PAUSE = 0.001  # seconds
 
 # glibc has had no function for it until 2.41
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(os.uname().machine)
