@@ -47,6 +47,12 @@ def served_share(requests: list[Request]) -> float:
     return sum(request.status == 200 for request in requests) / len(requests)
 
 
+def overtaken(requests: list[Request], by: float) -> float:
+    """The share of them that were answered after one which came at least so many seconds later."""
+    ends = [(request.scheduled, request.scheduled + request.took) for request in requests]
+    return sum(any(other < end and later > begun + by for later, other in ends) for begun, end in ends) / len(ends)
+
+
 @pytest.mark.parametrize("model", ["newest", "oldest"])
 def test_of_twice_the_load_half_is_served_and_half_refused_at_once(running: Server, model: str) -> None:
     overloaded, after = load(running, model, Phase(400, 1.5), Phase(60, 1.5))
@@ -58,8 +64,8 @@ def test_of_twice_the_load_half_is_served_and_half_refused_at_once(running: Serv
     refused = [request.took for request in overloaded if request.status == 429]
     assert percentile(refused, 0.5) < percentile(served, 0.5)
     assert served_share([request for request in after if request.scheduled > 2.5]) > 0.9
-    # the newest first: most wait for little, some for long (0.1 to 0.35); the oldest first: all wait alike (0.9)
-    assert (percentile(served, 0.5) < percentile(served, 0.99) / 2) is (model == "newest")
+    share = overtaken([request for request in overloaded if request.status == 200], by=0.02)
+    assert share > 0.02 if model == "newest" else share == 0  # seen: 0.07 to 0.09
 
 
 def test_a_storm_of_retries_ends_with_the_load(running: Server) -> None:
