@@ -29,6 +29,7 @@ PLAIN_BAR = 0.6
 DEMO_BAR = 1.0
 SECOND_BAR = 0.5
 BESIDE_BAR = 1.5
+FAST = Model("fast", config={"device_model": {"inference": 2}})  # ms
 
 
 def plain(bench: Bench) -> Iterator[Figure]:
@@ -71,8 +72,7 @@ def demo(bench: Bench) -> Iterator[Figure]:
 def second(bench: Bench) -> Iterator[Figure]:
     """A second version of a torch model is registered live; a model of 2 ms is asked meanwhile."""
     model = Model("torch", "torch_model.py:TorchModel", {"preload": ["torch"]})
-    fast = Model("fast", config={"device_model": {"inference": 2}})
-    with running(spec("live", [fast, model], workers=1)) as server:
+    with running(spec("live", [FAST, model], workers=1)) as server:
         package(dataclasses.replace(model, version="2.0"), bench.folder)
         shutil.move(bench.folder / "torch.mar", server.folder / "second.mar")
         bench.load(server, 1)
@@ -89,8 +89,7 @@ def beside_example(bench: Bench) -> Iterator[Figure]:
         print(f"  not measured: {' and '.join(missing)} not installed", file=sys.stderr)
         return
     archive = efficientnet(bench.folder)
-    fast = Model("fast", config={"device_model": {"inference": 2}})
-    with running(spec("example", [fast], archives=[archive], workers=1)) as server:
+    with running(spec("example", [FAST], archives=[archive], workers=1)) as server:
         bench.load(server, 1)
         load = partial(registered_after, server, f"url={archive.name}&model_name=second", "second")
         yield bench.beside("another model, while the example is loaded", server, partial(repeated, load), BESIDE_BAR)

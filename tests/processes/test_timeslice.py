@@ -129,7 +129,7 @@ def test_the_core_of_another_process_is_left_out_and_taken_back() -> None:
         assert other.stdin is not None and other.stdout is not None
         other.stdin.write(b"x\n")
         other.stdin.flush()
-        assert other.stdout.read1(2) == b"x\n"  # type: ignore[attr-defined]  # it is a BufferedReader
+        assert other.stdout.readline() == b"x\n"
         allowed = timeslice.keep_off(other.pid)
         assert os.sched_getaffinity(0) == (cores - {core} or cores)
         timeslice.spread(allowed)
