@@ -246,16 +246,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     Console(width=None if sys.stdout.isatty() else 120).print(table(points))
     missed = missed_bars(points)
-    worse = guard.changes_for_the_worse(ratios(points), guard.load())
+    kind = guard.processor()
+    before, origin = guard.load(kind)
+    worse = guard.changes_for_the_worse(ratios(points), before)
     for line in missed:
         _say(f"missed: {line}")
+    _say(f"compared with the figures of {origin}" if before else "no figures are committed")
     for line in worse:
         _say(f"worse: {line}")
     if options.json:
         document = {"points": [asdict(point) for point in points], "missed": missed, "worse": worse}
         options.json.write_text(json.dumps(document, indent=1))
     if options.save:
-        guard.save(ratios(points))
+        guard.save(ratios(points), kind)
     return 1 if (missed or worse) and options.check else 0
 
 

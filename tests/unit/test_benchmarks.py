@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,10 @@ def test_what_was_not_measured_is_no_bar_that_is_met() -> None:
 
 def test_a_figure_is_compared_with_the_committed_one(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    assert guard.load(file) == {}
-    guard.save(ratios(GOOD), file)
-    before = guard.load(file)
+    assert guard.load("here", file)[0] == {}
+    guard.save(ratios(GOOD), "here", file)
+    before, origin = guard.load("here", file)
+    assert origin == "here"
     assert before[f"{BATCH_32.name}, 64 connections"] == 2.0 and not any(FLOOR.name in name for name in before)
     assert not guard.changes_for_the_worse(ratios(changed(BATCH_32.name, 64, 22.9)), before)
     (line,) = guard.changes_for_the_worse(ratios(changed(BATCH_32.name, 64, 23.2)), before)
@@ -78,9 +80,25 @@ def test_a_figure_is_compared_with_the_committed_one(tmp_path: Path) -> None:
 
 def test_what_was_not_measured_stays_committed(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    guard.save({"a": 1.0, "b": 2.0}, file)
-    guard.save({"b": 3.0}, file)
-    assert guard.load(file) == {"a": 1.0, "b": 3.0}
+    guard.save({"a": 1.0, "b": 2.0}, "here", file)
+    guard.save({"b": 3.0}, "here", file)
+    assert guard.load("here", file) == ({"a": 1.0, "b": 3.0}, "here")
+
+
+def test_each_kind_of_processor_has_its_figures_and_others_the_largest(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    guard.save({"a": 1.0, "b": 2.0}, "here", file)
+    guard.save({"b": 3.0, "c": 4.0}, "there", file)
+    assert guard.load("here", file) == ({"a": 1.0, "b": 2.0}, "here")
+    assert guard.load("elsewhere", file) == ({"a": 1.0, "b": 3.0, "c": 4.0}, "other processors")
+
+
+def test_a_processor_is_told_by_name_family_and_model(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n")
+    assert guard.processor(file) == "AMD EPYC, family 25, model 17"
+    file.write_text("processor\t: 0\nCPU implementer\t: 0x41\n")
+    assert guard.processor(file) == platform.machine()
 
 
 def test_a_bar_is_at_least_or_at_most() -> None:
